@@ -1,0 +1,88 @@
+"""Clear errors for bad arguments: the name, the value, and what to write instead."""
+
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def _is_traced(value: Any) -> bool:
+    return isinstance(value, jax.core.Tracer)
+
+
+def check_integer(name: str, value: Any, *, at_least: int) -> int:
+    """A Python or NumPy integer of at least `at_least`: it decides shapes, so it cannot be traced."""
+    if _is_traced(value):
+        raise TypeError(
+            f"{name} decides shapes or control flow and cannot be a traced value; under"
+            f" optax.inject_hyperparams pass static_args={name!r}."
+        )
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}.")
+    if value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {value!r}.")
+    return int(value)
+
+
+def check_number(name: str, value: Any, *, at_least: float, below: float | None = None) -> None:
+    """A real number in `[at_least, below)`; traced values pass, they have no value to check yet."""
+    if _is_traced(value):
+        return
+    if isinstance(value, jax.Array | np.ndarray) and value.ndim == 0 and value.dtype.kind in "fiu":
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}.")
+    number = float(value)
+    limit = f"at least {at_least}" + ("" if below is None else f" and below {below}")
+    # A comparison with NaN is false, so NaN is refused too.
+    if not (number >= at_least and (below is None or number < below) and number < float("inf")):
+        raise ValueError(f"{name} must be {limit}, got {value!r}.")
+
+
+def check_fraction(name: str, value: Any) -> float:
+    """A Python number in `[0, 1]`: it decides how many slots are allocated."""
+    if _is_traced(value):
+        raise TypeError(
+            f"{name} decides shapes and cannot be a traced value; under"
+            f" optax.inject_hyperparams pass static_args={name!r}."
+        )
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}.")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be between 0 and 1, got {value!r}.")
+    return float(value)
+
+
+def check_function(name: str, value: Any, example: str) -> Callable[..., Any]:
+    """A choice is a function; strings and flags are not dispatched."""
+    if not callable(value):
+        raise TypeError(f"{name} must be a function such as {example}, got {value!r}.")
+    return value
+
+
+def check_rule(name: str, value: Any) -> Any:
+    """An optax transformation: anything with `init` and `update`."""
+    if not (hasattr(value, "init") and hasattr(value, "update")):
+        raise TypeError(
+            f"{name} must be an optax.GradientTransformation such as optax.trace(0.95), got {value!r}."
+        )
+    return value
+
+
+def check_matrix_leaf(path: Any, leaf: Any) -> None:
+    """A matrix leaf has two axes or more and real floating-point numbers."""
+    where = jax.tree_util.keystr(path)
+    if jnp.ndim(leaf) < 2:
+        raise ValueError(
+            f"leaf {where} of shape {jnp.shape(leaf)} is not a matrix: it needs two axes or more."
+            " Give it to another rule with optax.partition, or give it None as its dimension numbers."
+        )
+    dtype = jnp.result_type(leaf)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"leaf {where} has dtype {dtype}; matrices must be real floating point."
+            " Cast it, or give it None as its dimension numbers so that `others` updates it."
+        )

@@ -1,0 +1,136 @@
+"""Dimension numbers: which axes of a leaf are its fan-in, its fan-out, and a batch of blocks."""
+
+import math
+import numbers
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import Array, Float
+from optax.contrib import MuonDimensionNumbers
+
+from ._checks import check_matrix_leaf
+
+# The last two axes, fan-in before fan-out: a Flax kernel, alone or in a stack.
+LAST_TWO = MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+
+WeightDimensionNumbers = MuonDimensionNumbers | Any | Callable[[Any], Any] | None
+
+
+def _is_entry(x: Any) -> bool:
+    return x is None or isinstance(x, MuonDimensionNumbers)
+
+
+def names_of(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """The names along a tree path, the same for dicts, dataclasses and Flax NNX states.
+
+    An NNX variable shows its leaf as `.value` in `init` and without it in `update`.
+    """
+    if path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
+        path = path[:-1]
+    return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def dimension_numbers(spec: WeightDimensionNumbers, tree: Any) -> list[MuonDimensionNumbers | None]:
+    """The dimension numbers of each leaf of `tree`, in the order of its leaves.
+
+    Args:
+      spec: one `MuonDimensionNumbers` for every leaf; a tree of them, `None` where a leaf is not a
+        matrix; a function from the tree to such a tree; or `None`: the last two axes of every leaf.
+
+    Raises:
+      ValueError: a leaf has no entry in the tree.
+      TypeError: an entry is neither dimension numbers nor `None`.
+    """
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    if spec is None:
+        spec = LAST_TWO
+    elif callable(spec):
+        spec = spec(tree)
+    if isinstance(spec, MuonDimensionNumbers):
+        return [spec] * len(paths)
+    entries = jax.tree_util.tree_leaves_with_path(spec, is_leaf=_is_entry)
+    table = {names_of(path): entry for path, entry in entries}
+    found = []
+    for path in paths:
+        where = jax.tree_util.keystr(path)
+        if names_of(path) not in table:
+            raise ValueError(
+                f"weight_dimension_numbers has no entry for leaf {where};"
+                " give it MuonDimensionNumbers, or None if it is not a matrix."
+            )
+        entry = table[names_of(path)]
+        if not _is_entry(entry):
+            raise TypeError(
+                f"weight_dimension_numbers of leaf {where} must be optax.contrib.MuonDimensionNumbers"
+                f" or None, got {entry!r}."
+            )
+        found.append(entry)
+    return found
+
+
+def _axes(axes: Any, where: str, ndim: int) -> tuple[int, ...]:
+    """Non-negative axes from one axis or several."""
+    given = (axes,) if isinstance(axes, numbers.Integral) else tuple(axes)
+    if any(not -ndim <= axis < ndim for axis in given):
+        raise ValueError(f"dimension numbers of leaf {where} name axes {given}, but it has {ndim} axes.")
+    return tuple(axis % ndim for axis in given)
+
+
+class View(NamedTuple):
+    """How a leaf is seen as blocks: a transpose to (batch, rows, columns), then a reshape."""
+
+    order: tuple[int, ...]  # the leaf's axes: batch axes, row axes, column axes
+    permuted: tuple[int, ...]  # the leaf's shape in that order
+    blocks: tuple[int, int, int]  # (blocks, rows, columns)
+    fan_in: int
+    fan_out: int
+
+    def of(self, leaf: Float[Array, "..."]) -> Float[Array, "b m n"]:
+        return leaf.transpose(self.order).reshape(self.blocks)
+
+    def back(self, blocks: Float[Array, "b m n"]) -> Float[Array, "..."]:
+        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return blocks.reshape(self.permuted).transpose(inverse)
+
+
+def view_of(path: Any, leaf: Any, entry: MuonDimensionNumbers | None, *, wide: bool) -> View:
+    """The view of one leaf; `wide` puts the smaller of fan-in and fan-out first.
+
+    Raises:
+      ValueError: the leaf has no two matrix axes, or its dimension numbers overlap or are out of range.
+      TypeError: the leaf is complex or integer.
+    """
+    check_matrix_leaf(path, leaf)
+    where = jax.tree_util.keystr(path)
+    if entry is None:
+        raise ValueError(
+            f"leaf {where} has None as its dimension numbers: it is not a matrix."
+            " Give it to another rule with optax.partition, or use an optimizer's `others`."
+        )
+    reduction = _axes(entry.reduction_axis, where, leaf.ndim)
+    output = _axes(entry.output_axis, where, leaf.ndim)
+    if len(set(reduction + output)) != len(reduction + output):
+        raise ValueError(
+            f"dimension numbers of leaf {where} overlap: reduction axes {reduction}, output axes {output}"
+            f" of shape {leaf.shape}; each axis belongs to one of them, or to neither (a batch axis)."
+        )
+    if not reduction or not output:
+        raise ValueError(
+            f"dimension numbers {entry} leave leaf {where} of shape {leaf.shape} without two matrix axes;"
+            " name at least one reduction axis and one output axis."
+        )
+    batch = tuple(axis for axis in range(leaf.ndim) if axis not in reduction + output)
+    fan_in, fan_out = (math.prod(leaf.shape[axis] for axis in axes) for axes in (reduction, output))
+    rows, columns = (output, reduction) if wide and fan_in > fan_out else (reduction, output)
+    order = batch + rows + columns
+    size = [math.prod(leaf.shape[axis] for axis in axes) for axes in (batch, rows, columns)]
+    return View(order, tuple(leaf.shape[i] for i in order), (size[0], size[1], size[2]), fan_in, fan_out)
+
+
+def views_of(spec: WeightDimensionNumbers, tree: Any, *, wide: bool) -> Any:
+    """A tree of `View`s over the leaves of `tree`."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    entries = dimension_numbers(spec, tree) if leaves else []
+    views = [view_of(*leaf, entry, wide=wide) for leaf, entry in zip(leaves, entries, strict=True)]
+    return treedef.unflatten(views)

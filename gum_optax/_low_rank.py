@@ -1,0 +1,199 @@
+"""A rule run on the coordinates of the gradient in a slowly changing subspace."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, UInt32
+
+from ._checks import check_function, check_integer, check_matrix_leaf, check_rule
+from ._sampling import key_data, stream
+from ._subspace import SubspaceFinder, exact_matmul, lift, project, random_subspace, subspace_iteration
+from ._trees import map_with_place, merge, split
+
+
+class LowRankState(NamedTuple):
+    """State of `low_rank`; trees have holes (`optax.MaskedNode`) where a leaf is not projected."""
+
+    count: Int[Array, ""]  # steps taken
+    refreshes: Int[Array, ""]  # subspaces found
+    key: UInt32[Array, "2"]  # raw threefry key data
+    captured: Float[Array, ""]  # |PᵀG|²/|G|² of the last step, over all projected blocks
+    projectors: Any  # a leaf (*, m, r) float32, orthonormal columns
+    low: Any  # state of `inner` over (*, r, n) leaves
+    full: Any  # state of `inner` over the unprojected leaves (*, m, n)
+
+
+# Carries: (inner, its state, coordinates, rotation P_newᵀ P_old) -> its state for the new subspace.
+Carry = Callable[[Any, Any, Any, Any], Any]
+
+
+def keep(inner: Any, state: Any, coordinates: Any, rotation: Any) -> Any:
+    """The state stays as it is: coordinates in the old subspace are read as ones in the new (GaLore)."""
+    del inner, coordinates, rotation
+    return state
+
+
+def rotate(inner: Any, state: Any, coordinates: Any, rotation: Any) -> Any:
+    """Every accumulator follows the subspace: `M ← (P_newᵀ P_old) M` (SUMO).
+
+    Right for what is linear in the gradient, such as `optax.trace`; a second moment is not.
+    """
+    del coordinates
+    return optax.tree.map_params(inner, lambda m, q: exact_matmul(q, m).astype(m.dtype), state, rotation)
+
+
+def restart(inner: Any, state: Any, coordinates: Any, rotation: Any) -> Any:
+    """The state starts again from `inner.init` (GUM)."""
+    del state, rotation
+    return inner.init(coordinates)
+
+
+# Residuals: (gradient, projector, coordinates R, inner step S) -> the full-size step.
+Residual = Callable[[Array, Array, Array, Array], Array]
+
+
+def drop(
+    g: Float[Array, "*b m n"],
+    p: Float[Array, "*b m r"],
+    r: Float[Array, "*b r n"],
+    s: Float[Array, "*b r n"],
+) -> Float[Array, "*b m n"]:
+    """What lies outside the subspace is dropped: `P S` (GaLore)."""
+    del g, r
+    return lift(p, s)
+
+
+def add_raw(
+    g: Float[Array, "*b m n"],
+    p: Float[Array, "*b m r"],
+    r: Float[Array, "*b r n"],
+    s: Float[Array, "*b r n"],
+) -> Float[Array, "*b m n"]:
+    """What lies outside is added as it is: `P S + (G - P R) = G + P (S - R)` (SUMO, as printed)."""
+    return g + lift(p, s - r)
+
+
+def _captured(coordinates: Any, gradients: Any) -> Float[Array, ""]:
+    """`Σ|PᵀG|² / Σ|G|²`, zero for zero gradients. Scaled by the largest coordinate against overflow."""
+    pairs = list(zip(jax.tree.leaves(coordinates), jax.tree.leaves(gradients), strict=True))
+    if not pairs:
+        return jnp.zeros((), jnp.float32)
+    largest = jnp.stack([jnp.max(jnp.abs(r)) for r, _ in pairs]).max()
+    scale = jnp.where(largest > 0, largest, 1)
+
+    def square(x):
+        return jnp.sum(jnp.square(x / scale), dtype=jnp.float32)
+
+    inside = jnp.stack([square(r) for r, _ in pairs]).sum()
+    whole = jnp.stack([square(g) for _, g in pairs]).sum()
+    return inside / jnp.where(whole > 0, whole, 1)
+
+
+def low_rank(
+    inner: optax.GradientTransformation,
+    rank: int,
+    period: int,
+    *,
+    find_subspace: SubspaceFinder = subspace_iteration,
+    carry: Carry = keep,
+    residual: Residual = drop,
+    key: int | jax.Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Run `inner` on the coordinates of the gradient in a slowly changing subspace.
+
+        R = Pᵀ G,   S = inner(R),   step = P S  (+ residual),   P found anew every `period` steps
+
+    A block with `m <= rank` is not projected: `inner` runs on the full matrix and is never carried.
+
+    Args:
+      inner: the rule in the subspace, e.g. `optax.chain(optax.trace(0.95), orthogonalize())`. It is
+        given no parameters: they live in the full space.
+      rank: `r`, columns of the projector.
+      period: `K`, steps between refreshes; the first step refreshes.
+      find_subspace: `svd_subspace`, `subspace_iteration`, `random_subspace`, or any function
+        `(key, gradient, previous) -> projector` with orthonormal columns.
+      carry: what happens to inner's state at a refresh: `keep`, `rotate` or `restart`.
+      residual: what happens to the gradient outside the subspace: `drop` or `add_raw`.
+      key: an integer seed or a JAX key, for finders that draw.
+
+    Returns:
+      A transformation over trees of `(*, m, n)` leaves, the side of size `m` projected, with state
+      `LowRankState`: `r (m + n)` numbers a block where inner keeps one momentum.
+
+    Raises:
+      TypeError, ValueError: an argument or a leaf is out of range or of the wrong type.
+
+    References:
+      Zhao et al., GaLore, arXiv 2403.03507, Algorithm 2.
+    """
+    inner = optax.with_extra_args_support(check_rule("inner", inner))
+    rank = check_integer("rank", rank, at_least=1)
+    period = check_integer("period", period, at_least=1)
+    check_function("find_subspace", find_subspace, "gum_optax.svd_subspace")
+    check_function("carry", carry, "gum_optax.keep")
+    check_function("residual", residual, "gum_optax.drop")
+    data = key_data(key)
+
+    def split_by_rank(tree):
+        return split(tree, [leaf.shape[-2] > rank for leaf in jax.tree.leaves(tree)])
+
+    def init(params):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+            check_matrix_leaf(path, leaf)
+        low, full = split_by_rank(params)
+
+        def start(place, g):
+            shape = (*g.shape[:-1], rank)
+            return random_subspace(stream(data, jnp.int32(0), place), g, jnp.zeros(shape, jnp.float32))
+
+        return LowRankState(
+            count=jnp.zeros((), jnp.int32),
+            refreshes=jnp.zeros((), jnp.int32),
+            key=data,
+            captured=jnp.zeros((), jnp.float32),
+            projectors=map_with_place(start, low),
+            low=inner.init(jax.tree.map(lambda g: zero_coordinates(g, rank), low)),
+            full=inner.init(full),
+        )
+
+    def update(updates, state, params=None, **extra_args):
+        del params
+        low, full = split_by_rank(updates)
+        due = state.count % period == 0
+
+        def refreshed(place, g, p):
+            place_key = stream(state.key, state.count // period, place)
+            # One branch a leaf: a single one would hold every gradient at once.
+            return jax.lax.cond(due, find_subspace, lambda key, g, p: p, place_key, g, p)
+
+        projectors = map_with_place(refreshed, low, state.projectors)
+        coordinates = jax.tree.map(project, projectors, low)
+
+        def carried():
+            rotation = jax.tree.map(lambda new, old: exact_matmul(new.mT, old), projectors, state.projectors)
+            return carry(inner, state.low, coordinates, rotation)
+
+        inner_state = jax.lax.cond(due, carried, lambda: state.low)
+        steps, inner_state = inner.update(coordinates, inner_state, None, **extra_args)
+        steps = jax.tree.map(residual, low, projectors, coordinates, steps)
+        full_steps, full_state = inner.update(full, state.full, None, **extra_args)
+        new_state = LowRankState(
+            count=optax.safe_increment(state.count),
+            refreshes=state.refreshes + due,
+            key=state.key,
+            captured=_captured(coordinates, low),
+            projectors=projectors,
+            low=inner_state,
+            full=full_state,
+        )
+        return merge(steps, full_steps), new_state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def zero_coordinates(g: Float[Array, "*b m n"], rank: int) -> Float[Array, "*b r n"]:
+    """What `inner.init` sees of a projected leaf."""
+    return jnp.zeros((*g.shape[:-2], rank, g.shape[-1]), jnp.float32)

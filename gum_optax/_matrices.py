@@ -1,0 +1,53 @@
+"""The canonical view: below `as_matrices` every leaf is a stack of blocks `(blocks, m, n)`."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ._checks import check_rule
+from ._dimensions import WeightDimensionNumbers, views_of
+
+
+def as_matrices(
+    inner: optax.GradientTransformation,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+    *,
+    wide: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    """Run `inner` on leaves seen as stacks of matrices.
+
+        G (any axes)  →  (blocks, m, n), m <= n  →  inner  →  back to the axes of G
+
+    The tree keeps its structure and no data moves: XLA folds the transpose or reshape into the next
+    product. Axes that are neither reduction nor output axes, wherever they stand, count as blocks.
+
+    Args:
+      inner: a rule over trees of `(blocks, m, n)` leaves. It sees parameters in the same view.
+      weight_dimension_numbers: `optax.contrib.MuonDimensionNumbers` for all leaves, a tree of them,
+        or a function from the tree to such a tree. Default: the last two axes of every leaf.
+      wide: put the shorter side first (`m <= n`). False keeps `(blocks, fan_in, fan_out)`.
+
+    Returns:
+      A transformation whose state is inner's. The step keeps the dtype that inner gave it.
+
+    Raises:
+      ValueError: at `init`, a leaf without two matrix axes, or overlapping dimension numbers.
+      TypeError: at `init`, a complex or integer leaf.
+    """
+    inner = optax.with_extra_args_support(check_rule("inner", inner))
+
+    def seen(views: Any, tree: Any) -> Any:
+        return jax.tree.map(lambda x, view: view.of(jnp.asarray(x)), tree, views)
+
+    def init(params):
+        return inner.init(seen(views_of(weight_dimension_numbers, params, wide=wide), params))
+
+    def update(updates, state, params=None, **extra_args):
+        views = views_of(weight_dimension_numbers, updates, wide=wide)
+        params = None if params is None else seen(views, params)
+        steps, state = inner.update(seen(views, updates), state, params, **extra_args)
+        return jax.tree.map(lambda x, view: view.back(x), steps, views), state
+
+    return optax.GradientTransformationExtraArgs(init, update)

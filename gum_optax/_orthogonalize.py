@@ -1,0 +1,129 @@
+"""Orthogonalizers: the polar factor of a matrix, exactly or by Newton-Schulz."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from ._checks import check_function
+
+Coefficients = Sequence[tuple[float, float, float]]
+Orthogonalizer = Callable[[Float[Array, "*b m n"]], Float[Array, "*b m n"]]
+
+# Keller Jordan's quintic: the steepest slope at zero that keeps singular values in about [0.7, 1.2]
+# (https://kellerjordan.github.io/posts/muon). Five steps, as there.
+JORDAN: Coefficients = ((3.4445, -4.7750, 2.0315),) * 5
+
+# The minimax quintics of Polar Express (arXiv 2505.16932, Algorithm 1 and its listing), for
+# singular values in [1e-3, 1]; the last row is the Newton-Schulz step itself.
+_POLAR_EXPRESS_MINIMAX: Coefficients = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+    (1.875, -1.25, 0.375),
+)
+# The same listing's headroom against rounding: each step but the last divides its input by 1.01, and
+# the start is X/(1.01 |X|_F). Both are folded into the coefficients, so every table starts from X/|X|_F.
+_HEADROOM = 1.01
+
+
+def _stretched(row: tuple[float, float, float], by: float) -> tuple[float, float, float]:
+    """The quintic of `x / by`."""
+    a, b, c = row
+    return a / by, b / by**3, c / by**5
+
+
+POLAR_EXPRESS: Coefficients = (
+    _stretched(_POLAR_EXPRESS_MINIMAX[0], _HEADROOM**2),
+    *(_stretched(row, _HEADROOM) for row in _POLAR_EXPRESS_MINIMAX[1:-1]),
+    _POLAR_EXPRESS_MINIMAX[-1],
+)
+
+
+def _unit(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
+    """`x / |x|_F` in float32, zero to zero; dividing by the largest entry first keeps squares in range."""
+    x = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
+    x = x / jnp.where(largest > 0, largest, 1)
+    norm = jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True))
+    return x / jnp.where(norm > 0, norm, 1)
+
+
+def newton_schulz(x: Float[Array, "*b m n"], coefficients: Coefficients = JORDAN) -> Float[Array, "*b m n"]:
+    """Approximate the polar factor `U Vᵀ` of `x = U Σ Vᵀ` by odd quintic polynomials of `x`.
+
+        X ← x/|x|_F,   then for each row (a, b, c):   X ← a X + (b A + c A²) X,   A = X Xᵀ
+
+    Being a polynomial, it commutes with an orthonormal lift: `NS(P R) = P NS(R)`. It is scale
+    invariant, and takes zero to zero.
+
+    Args:
+      x: matrices in the last two axes, of any floating dtype.
+      coefficients: one row a step; `JORDAN` (5 rows, singular values to about [0.7, 1.2]) or
+        `POLAR_EXPRESS` (8 rows, to 1 within 1e-5; `POLAR_EXPRESS[:5]` is between the two).
+
+    Returns:
+      Matrices of the shape and dtype of `x`, computed in float32.
+
+    References:
+      Jordan et al., Muon, https://kellerjordan.github.io/posts/muon; Amsel et al., The Polar
+      Express, arXiv 2505.16932, Algorithm 1.
+    """
+    tall = x.shape[-2] > x.shape[-1]
+    start = _unit(x.mT if tall else x)  # X Xᵀ is now the smaller Gram matrix
+
+    def step(x, abc):
+        a, b, c = abc
+        gram = x @ x.mT
+        return a * x + (b * gram + c * (gram @ gram)) @ x, None
+
+    # A loop, not unrolled: the buffers of one step serve all of them.
+    table = jnp.asarray(coefficients, jnp.float32)
+    result, _ = jax.lax.scan(step, start, table)
+    return (result.mT if tall else result).astype(x.dtype)
+
+
+def polar(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
+    """The polar factor, exactly: `U Vᵀ` over the singular values that are not rounding noise.
+
+        x = U Σ Vᵀ,   result = Σᵢ uᵢ vᵢᵀ [σᵢ > max(m, n) ε σ₁]
+
+    Directions in the null space go to zero, and so does a zero matrix.
+
+    Args:
+      x: matrices in the last two axes, of any floating dtype.
+
+    Returns:
+      Matrices of the shape and dtype of `x`, computed in float32 by an SVD.
+    """
+    unit = _unit(x)  # from 1e-30 to 1e30 the singular values stay in range
+    u, s, vt = jnp.linalg.svd(unit, full_matrices=False)
+    # max(m, n) eps is the usual bound on the rounding of an SVD (NumPy's matrix_rank).
+    noise = max(x.shape[-2:]) * jnp.finfo(jnp.float32).eps * s[..., :1]
+    kept = jnp.where((s > noise)[..., None, :], u, 0)
+    return (kept @ vt).astype(x.dtype)
+
+
+def orthogonalize(method: Orthogonalizer = newton_schulz) -> optax.GradientTransformation:
+    """Replace each matrix by its polar factor: `step = method(g)`.
+
+    With momentum before it this is Muon's rule: `optax.chain(optax.trace(0.95), orthogonalize())`.
+
+    Args:
+      method: `newton_schulz` (with its coefficients bound by `functools.partial`) or `polar`; any
+        function from `(*, m, n)` to `(*, m, n)`.
+
+    Returns:
+      A stateless `optax.GradientTransformation` over trees of `(*, m, n)` leaves.
+
+    Raises:
+      TypeError: `method` is not a function.
+    """
+    check_function("method", method, "gum_optax.newton_schulz")
+    return optax.stateless(lambda updates, params: jax.tree.map(method, updates))

@@ -1,0 +1,111 @@
+"""Matrices to one rule, all other leaves to another, and no step on a gradient that is not finite."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+from ._checks import check_number, check_rule
+from ._dimensions import WeightDimensionNumbers, dimension_numbers, views_of
+from ._hidden import hidden_matrices
+from ._matrices import as_matrices
+from ._scaling import scale_by_shape
+from ._trees import split
+
+
+class SkipNonFiniteState(NamedTuple):
+    """State of `skip_non_finite`."""
+
+    skipped: Int[Array, ""]  # steps skipped so far
+    inner: Any
+
+
+def skip_non_finite(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Skip a step whose gradient holds a NaN or an infinity: zero updates, inner's state as it was.
+
+    Unlike `optax.apply_if_finite` it never gives up and applies one, and it selects instead of
+    branching, so that the state is still updated in place. Updates come back in the parameters' dtype.
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params):
+        return SkipNonFiniteState(jnp.zeros((), jnp.int32), inner.init(params))
+
+    def update(updates, state, params=None, **extra_args):
+        finite = jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(updates)] or [True]).all()
+        steps, new = inner.update(updates, state.inner, params, **extra_args)
+        like = updates if params is None else params
+        steps = jax.tree.map(lambda s, x: jnp.where(finite, s, 0).astype(jnp.result_type(x)), steps, like)
+        new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state.inner)
+        return steps, SkipNonFiniteState(state.skipped + ~finite, new)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def matrices_and_others(
+    rule: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    weight_decay: Any = 0.0,
+    weight_decay_mask: Any = None,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+    others: optax.GradientTransformation | None = None,
+    consistent_rms: Any = 0.2,
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer from a rule over `(blocks, m, n)`: the arguments that all optimizers share.
+
+        matrices:   W ← W - η (shape factor · rule(G) + λ W)          others:   AdamW at the same η
+
+    Args:
+      rule: gives the step of the matrices, still pointing up the gradient, unscaled.
+      learning_rate: `η`, a number or a schedule.
+      weight_decay: `λ`, decoupled, for matrices and for the default `others`.
+      weight_decay_mask: a tree of booleans, or a function from the parameters to one, as in
+        `optax.adamw`.
+      weight_dimension_numbers: a tree, or a function from the parameters to one, of
+        `optax.contrib.MuonDimensionNumbers`, `None` at leaves that are not matrices. Default:
+        `hidden_matrices`.
+      others: the transformation of all leaves that are not matrices. Default: AdamW.
+      consistent_rms: see `scale_by_shape`.
+
+    Raises:
+      TypeError, ValueError: an argument out of range or of the wrong type; at `init`, dimension
+        numbers that do not fit a leaf, or a complex or integer matrix.
+    """
+    check_number("weight_decay", weight_decay, at_least=0)
+    if not callable(learning_rate):
+        check_number("learning_rate", learning_rate, at_least=0)
+    spec = hidden_matrices if weight_dimension_numbers is None else weight_dimension_numbers
+    # Without decay no parameters are needed, and `params=None` is fine.
+    no_decay = isinstance(weight_decay, (int, float)) and weight_decay == 0
+    decay = [] if no_decay else [optax.add_decayed_weights(weight_decay, weight_decay_mask)]
+    if others is None:
+        adam = optax.adamw(learning_rate, weight_decay=weight_decay, mask=weight_decay_mask)
+        others = optax.adam(learning_rate) if no_decay else adam
+    check_rule("others", others)
+
+    def labels(tree):
+        treedef = jax.tree.structure(tree)
+        if not treedef.num_leaves:
+            return tree
+        entries = dimension_numbers(spec, tree)
+        return treedef.unflatten(["others" if entry is None else "matrices" for entry in entries])
+
+    matrices = optax.chain(
+        as_matrices(rule, spec),
+        scale_by_shape(spec, consistent_rms),
+        *decay,
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    routed = optax.partition({"matrices": matrices, "others": others}, labels)
+
+    def init(params):
+        # Before optax masks anything away: an error then names the leaf's own path.
+        flags = [label == "matrices" for label in jax.tree.leaves(labels(params))]
+        if flags:
+            views_of(spec, split(params, flags)[0], wide=True)
+        return routed.init(params)
+
+    return skip_non_finite(optax.GradientTransformationExtraArgs(init, routed.update))

@@ -1,0 +1,132 @@
+"""Subspace finders, and the way into a subspace and out of it."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+# (key, gradient, previous) -> projector, its r = previous.shape[-1] columns orthonormal.
+SubspaceFinder = Callable[
+    [PRNGKeyArray, Float[Array, "*b m n"], Float[Array, "*b m r"]], Float[Array, "*b m r"]
+]
+
+# Cholesky-QR squares the condition number, so float32 needs a shift on the first pass and two clean
+# passes after it: orthonormal to rounding up to condition 1e6 (Fukaya et al., shifted CholeskyQR3).
+_SHIFT = 1e-6
+_CLEAN_PASSES = 2
+# Added to the spectrum of G Gᵀ, relative to its trace: the same eigenvectors, but directions that G
+# does not see (rank-deficient, zero) keep their column of the previous subspace. Bounds Y's condition by 1e5.
+_FLOOR = 1e-5
+# A residual below this many roundings of G is rounding: see `outside`.
+_ROUNDINGS = 8.0
+
+
+def exact_matmul(a: Float[Array, "*b i j"], b: Float[Array, "*b j k"]) -> Float[Array, "*b i k"]:
+    """A float32 product that an accelerator may not shorten: Gram matrices square every rounding."""
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def project(p: Float[Array, "*b m r"], g: Float[Array, "*b m n"]) -> Float[Array, "*b r n"]:
+    """The coordinates of `g` in the subspace: `R = Pᵀ G`."""
+    return p.mT @ g
+
+
+def lift(p: Float[Array, "*b m r"], x: Float[Array, "*b r n"]) -> Float[Array, "*b m n"]:
+    """From coordinates back to the full matrix: `P X`."""
+    return p @ x
+
+
+def frobenius(x: Float[Array, "*b m n"]) -> Float[Array, "*b 1 1"]:
+    """`|x|_F` in float32, with no overflow or underflow of the squares."""
+    x = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
+    scaled = x / jnp.where(largest > 0, largest, 1)
+    return largest * jnp.sqrt(jnp.sum(scaled * scaled, axis=(-2, -1), keepdims=True))
+
+
+def outside(p: Float[Array, "*b m r"], g: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
+    """The residual `G - P Pᵀ G`, and exactly zero where it is only the rounding of `G`.
+
+    An orthogonalizer would lift that rounding to a full-size random step. Projecting twice makes the
+    error relative to the residual itself, not to `G`.
+    """
+    rounding = _ROUNDINGS * float(jnp.finfo(g.dtype).eps)
+    whole = frobenius(g)
+    g = g.astype(jnp.float32)
+    for _ in range(2):
+        g = g - exact_matmul(p, exact_matmul(p.mT, g))
+    return jnp.where(frobenius(g) > rounding * whole, g, 0)
+
+
+def orthonormalize(y: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:
+    """The `Q` of `Y = Q R`, `R` with positive diagonal, by shifted Cholesky-QR.
+
+        Y ← Y L⁻ᵀ,   L Lᵀ = YᵀY (+ shift)
+
+    Only `r × r` matrices are factorized, so the columns may stay sharded.
+    """
+    for clean in (False,) + (True,) * _CLEAN_PASSES:
+        gram = exact_matmul(y.mT, y)
+        eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
+        if not clean:
+            gram = gram + _SHIFT * jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None] * eye
+        lower = jnp.linalg.cholesky(gram)
+        inverse = jax.scipy.linalg.solve_triangular(lower, jnp.broadcast_to(eye, gram.shape), lower=True)
+        y = exact_matmul(y, inverse.mT)
+    return y
+
+
+def svd_subspace(
+    key: PRNGKeyArray, gradient: Float[Array, "*b m n"], previous: Float[Array, "*b m r"]
+) -> Float[Array, "*b m r"]:
+    """The top `r` left singular vectors of the gradient: `P = U[:, :r]`, `G = U Σ Vᵀ`.
+
+    Exact, and slow: its cost grows with `m² n`, and on accelerators it runs on one core.
+    (GaLore, arXiv 2403.03507, Algorithm 2; GUM, arXiv 2510.17802, Algorithm 2.)
+    """
+    del key
+    u, _, _ = jnp.linalg.svd(gradient.astype(jnp.float32), full_matrices=False)
+    return u[..., : previous.shape[-1]]
+
+
+def subspace_iteration(
+    key: PRNGKeyArray,
+    gradient: Float[Array, "*b m n"],
+    previous: Float[Array, "*b m r"],
+    iterations: int = 2,
+) -> Float[Array, "*b m r"]:
+    """Warm-started power steps from the previous subspace.
+
+        repeat:   P ← orthonormalize((G Gᵀ / |G|² + δ I) P)
+
+    Two products of the projection's own size and `r × r` factorizations in place of an SVD. A zero
+    gradient returns the previous subspace.
+
+    Args:
+      key: unused.
+      gradient: `(*, m, n)`.
+      previous: `(*, m, r)`, orthonormal columns, the start.
+      iterations: power steps; one follows a slowly moving subspace, two also start well from nothing.
+    """
+    del key
+    norm = frobenius(gradient)
+    scale = jnp.where(norm > 0, norm, 1)
+    p = previous
+    for _ in range(iterations):
+        # Divide on the small side: G itself is read twice and never copied.
+        coordinates = project(p, gradient) / scale
+        p = orthonormalize((gradient @ coordinates.mT) / scale + _FLOOR * p)
+    return p
+
+
+def random_subspace(
+    key: PRNGKeyArray, gradient: Float[Array, "*b m n"], previous: Float[Array, "*b m r"]
+) -> Float[Array, "*b m r"]:
+    """A subspace drawn uniformly (Haar) whatever the gradient: `P` of a Gaussian's `P R`.
+
+    `E[P Pᵀ] = (r/m) I`, so a projection on it is unbiased up to that factor.
+    (GoLore, arXiv 2410.11289; Flora, arXiv 2402.03293.)
+    """
+    del gradient
+    return orthonormalize(jax.random.normal(key, previous.shape, jnp.float32))
