@@ -1,0 +1,40 @@
+"""Small pieces that several test modules share."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import gum_optax as go
+
+
+def run(tx, gradients, params=None):
+    """The jitted updates of `tx` over a list of gradient trees, and the last state."""
+    state = jax.jit(tx.init)(gradients[0] if params is None else params)
+    update = jax.jit(tx.update)
+    updates = []
+    for g in gradients:
+        u, state = update(g, state, params)
+        updates.append(u)
+    return updates, state
+
+
+def muon_rule(momentum=0.9, method=go.newton_schulz):
+    trace = optax.trace(momentum, accumulator_dtype=jnp.float32)
+    return optax.chain(trace, go.orthogonalize(method))
+
+
+def sequence(rng, shape, steps, drift=0.3):
+    """Gradients that move slowly: a fixed matrix plus noise, with separated singular values."""
+    *batch, m, n = shape
+    u = np.linalg.qr(rng.normal(size=(*batch, m, m)))[0]
+    v = np.linalg.qr(rng.normal(size=(*batch, n, n)))[0][..., : min(m, n)]
+    spectrum = 2.0 ** -np.arange(min(m, n))
+    base = (u[..., : min(m, n)] * spectrum) @ np.swapaxes(v, -1, -2)
+    noise = drift * np.linalg.norm(base) / np.sqrt(m * n) * rng.normal(size=(steps, *shape))
+    return [np.float32(base + e) for e in noise]
+
+
+def trees(gradients):
+    """A list of dicts from a dict of lists."""
+    return [dict(zip(gradients, row, strict=True)) for row in zip(*gradients.values(), strict=True)]

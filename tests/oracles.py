@@ -1,0 +1,81 @@
+"""The update rules again, in float64 NumPy, one matrix at a time and straight from the formulas.
+
+Nothing here imports gum_optax. Subspaces come from NumPy's SVD; which blocks are drawn is an input.
+"""
+
+import numpy as np
+
+
+def jordan(x, steps=5):
+    """Newton-Schulz with Jordan's coefficients, of either orientation."""
+    if not np.any(x):
+        return np.zeros_like(x)
+    if x.shape[0] > x.shape[1]:
+        return jordan(x.T, steps).T
+    x = x / np.linalg.norm(x)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+def msign(x):
+    """The polar factor over the numerical range of `x`."""
+    u, s, vt = np.linalg.svd(x, full_matrices=False)
+    keep = s > s[0] * 1e-6 if s[0] > 0 else np.zeros_like(s, bool)
+    return (u * keep) @ vt
+
+
+def top_left(g, rank):
+    return np.linalg.svd(g, full_matrices=False)[0][:, :rank]
+
+
+def muon_steps(gradients, momentum, step=jordan, nesterov=False):
+    r, out = 0.0, []
+    for g in gradients:
+        r = momentum * r + g
+        out.append(step(g + momentum * r if nesterov else r))
+    return out
+
+
+def galore_muon_steps(gradients, rank, period, momentum, step=jordan, find=top_left):
+    """Wide matrices: the first axis is projected. The momentum is kept when the subspace changes."""
+    r, p, out = 0.0, None, []
+    for t, g in enumerate(gradients):
+        if t % period == 0:
+            p = find(g, rank)
+        r = momentum * r + p.T @ g
+        out.append(p @ step(r))
+    return out
+
+
+def gum_steps(gradients, rank, period, momentum, q, sampled, weights=None, step=jordan, find=top_left):
+    """One block of GUM (arXiv 2510.17802, Algorithm 2); `sampled[i]`: full rank in period `i`.
+
+    `weights(q) -> (low, inside, outside)`; the default is the paper's.
+    """
+    low, inside, outside = weights(q) if weights else (1 / (1 - q), 0.0, 1 / q)
+    r, p, out = 0.0, None, []
+    for t, g in enumerate(gradients):
+        if t % period == 0:
+            p, r = find(g, rank), 0.0
+        if sampled[t // period]:
+            r = momentum * r + inside * (p @ p.T @ g) + outside * (g - p @ p.T @ g)
+            out.append(step(r))
+        else:
+            r = momentum * r + low * (p.T @ g)
+            out.append(p @ step(r))
+    return out
+
+
+def sumo_like_steps(gradients, rank, period, momentum, step=jordan, find=top_left):
+    """Momentum rotated into the new subspace, the raw residual added (arXiv 2505.24749, Algorithm 1)."""
+    r, p, out = 0.0, None, []
+    for t, g in enumerate(gradients):
+        if t % period == 0:
+            new = find(g, rank)
+            r = 0.0 if p is None else (new.T @ p) @ r
+            p = new
+        r = momentum * r + p.T @ g
+        out.append(g - p @ (p.T @ g - step(r)))
+    return out
