@@ -1,0 +1,87 @@
+"""A LLaMA-style decoder in Flax NNX: RMSNorm, rotary positions, SwiGLU, no biases."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """The shape of a model; `rank` is the default rank of the low-rank optimizers, a quarter of the width."""
+
+    hidden: int
+    feed_forward: int
+    heads: int
+    layers: int
+    vocabulary: int
+
+    @property
+    def rank(self) -> int:
+        """A quarter of the width: 128 at 60m, as in the GUM and GaLore papers."""
+        return self.hidden // 4
+
+
+# 60m, 130m and 350m are the LLaMA sizes of GaLore (arXiv 2403.03507, Table 5); the others are for a laptop.
+SIZES = {
+    "tiny": Size(hidden=32, feed_forward=64, heads=2, layers=3, vocabulary=512),
+    "3m": Size(hidden=192, feed_forward=512, heads=6, layers=4, vocabulary=4096),
+    "10m": Size(hidden=320, feed_forward=864, heads=10, layers=6, vocabulary=4096),
+    "60m": Size(hidden=512, feed_forward=1376, heads=8, layers=8, vocabulary=32000),
+    "130m": Size(hidden=768, feed_forward=2048, heads=12, layers=12, vocabulary=32000),
+    "350m": Size(hidden=1024, feed_forward=2736, heads=16, layers=24, vocabulary=32000),
+}
+
+
+def rotate_positions(x: jax.Array, base: float = 10_000.0) -> jax.Array:
+    """Rotary position embedding of `(batch, length, heads, head_dim)`."""
+    half = x.shape[-1] // 2
+    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * frequency
+    cos, sin = jnp.cos(angle)[:, None, :], jnp.sin(angle)[:, None, :]
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+class Block(nnx.Module):
+    """Attention and a gated feed-forward, each behind its norm."""
+
+    def __init__(self, size: Size, dtype: jnp.dtype, rngs: nnx.Rngs):
+        def linear(fan_in, fan_out):
+            return nnx.Linear(fan_in, fan_out, use_bias=False, dtype=dtype, rngs=rngs)
+
+        self.heads = size.heads
+        self.attention_norm = nnx.RMSNorm(size.hidden, dtype=dtype, rngs=rngs)
+        self.query = linear(size.hidden, size.hidden)
+        self.key = linear(size.hidden, size.hidden)
+        self.value = linear(size.hidden, size.hidden)
+        self.out = linear(size.hidden, size.hidden)
+        self.feed_forward_norm = nnx.RMSNorm(size.hidden, dtype=dtype, rngs=rngs)
+        self.gate = linear(size.hidden, size.feed_forward)
+        self.up = linear(size.hidden, size.feed_forward)
+        self.down = linear(size.feed_forward, size.hidden)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = self.attention_norm(x)
+        q, k, v = (f(h).reshape(*h.shape[:2], self.heads, -1) for f in (self.query, self.key, self.value))
+        mixed = jax.nn.dot_product_attention(rotate_positions(q), rotate_positions(k), v, is_causal=True)
+        x = x + self.out(mixed.reshape(h.shape))
+        h = self.feed_forward_norm(x)
+        return x + self.down(nnx.silu(self.gate(h)) * self.up(h))
+
+
+class Llama(nnx.Module):
+    """Tokens `(batch, length)` to float32 logits `(batch, length, vocabulary)`."""
+
+    def __init__(self, size: Size, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.embed = nnx.Embed(size.vocabulary, size.hidden, dtype=dtype, rngs=rngs)
+        self.layers = nnx.List([Block(size, dtype, rngs) for _ in range(size.layers)])
+        self.norm = nnx.RMSNorm(size.hidden, dtype=dtype, rngs=rngs)
+        self.lm_head = nnx.Linear(size.hidden, size.vocabulary, use_bias=False, dtype=dtype, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.lm_head(self.norm(x)).astype(jnp.float32)

@@ -1,0 +1,226 @@
+"""Pretrain a small LLaMA on real text with GUM, or compare optimizers on it.
+
+    python examples/pretrain.py
+    python examples/pretrain.py --compare adamw,muon,galore_muon,gum --out runs/compare
+    python examples/pretrain.py --out runs/mine --resume
+
+Runs as it is on CPU, GPU and TPU (there in bfloat16).
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from corpus import Corpus, CorpusError
+from llama import SIZES
+from training import OPTIMIZERS, RunDirectory, RunError, Settings, StopSignal, Trainer, train
+
+PROMPT = "- Hi! How are you today?\n-"
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def _rate(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
+    return value
+
+
+def _decay(text: str) -> float:
+    return 0.0 if text in ("0", "0.0") else _rate(text)
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text}")
+    return value
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in OPTIMIZERS]
+    if unknown or not names or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(
+            f"must be different names out of {', '.join(OPTIMIZERS)}, separated by commas; got {text!r}"
+        )
+    return names
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    which = p.add_mutually_exclusive_group()
+    which.add_argument("--optimizer", choices=OPTIMIZERS, default="gum", help="default: gum")
+    which.add_argument(
+        "--compare",
+        type=_names,
+        metavar="A,B,C",
+        help="train with each, from the same start on the same data",
+    )
+    p.add_argument("--model", choices=SIZES, default="3m", help="parameters, about (default: 3m)")
+    p.add_argument("--steps", type=_positive, default=1200)
+    p.add_argument("--batch", type=_positive, default=8, help="windows a step (default: 8)")
+    p.add_argument("--seq", type=_positive, default=128, help="tokens a window (default: 128)")
+    p.add_argument("--lr", type=_rate, help="peak learning rate (default: the optimizer's, tuned on 3m)")
+    p.add_argument(
+        "--rank", type=_positive, help="of the low-rank optimizers (default: a quarter of the width)"
+    )
+    p.add_argument("--period", type=_positive, default=100, help="steps between new subspaces (default: 100)")
+    p.add_argument("--full-rank-fraction", type=_fraction, default=1 / 16, help="GUM's q (default: 1/16)")
+    p.add_argument("--weight-decay", type=_decay, default=0.1, help="decoupled (default: 0.1)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", type=Path, metavar="DIR", help="default: the next free runs/NAME-N")
+    p.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    p.add_argument(
+        "--text", type=Path, metavar="FILE", help="your own text, UTF-8 (default: chitchat-dataset)"
+    )
+    p.add_argument("--eval-every", type=_positive, help="steps (default: a tenth of the run)")
+    p.add_argument("--save-every", type=_positive, default=200, help="steps (default: 200)")
+    return p
+
+
+def settings_of(options: argparse.Namespace, optimizer: str, corpus: Corpus) -> Settings:
+    return Settings(
+        optimizer=optimizer,
+        model=options.model,
+        steps=options.steps,
+        batch=options.batch,
+        seq=options.seq,
+        lr=options.lr or OPTIMIZERS[optimizer][1],
+        rank=options.rank or SIZES[options.model].rank,
+        period=options.period,
+        full_rank_fraction=options.full_rank_fraction,
+        weight_decay=options.weight_decay,
+        seed=options.seed,
+        text=corpus.name,
+    )
+
+
+def free_directory(name: str) -> Path:
+    number = 1
+    while (path := Path("runs") / f"{name}-{number}").exists():
+        number += 1
+    return path
+
+
+def plot_losses(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Training loss, averaged over a fiftieth of the run, and validation loss with markers."""
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for name, records in runs.items():
+        width = max(1, len(records) // 50)
+        chunks = [records[i : i + width] for i in range(0, len(records), width)]
+        means = [sum(r["train_loss"] for r in chunk) / len(chunk) for chunk in chunks]
+        (line,) = axes.plot([chunk[-1]["tokens"] for chunk in chunks], means, alpha=0.5, linewidth=1)
+        seen = [r for r in records if "val_loss" in r]
+        values = [r["val_loss"] for r in seen]
+        axes.plot([r["tokens"] for r in seen], values, "o-", color=line.get_color(), markersize=3, label=name)
+    axes.set(xlabel="tokens", ylabel="loss (nats per token)", title="validation (dots), training (thin)")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def summary_of(trainer: Trainer, records: list[dict[str, Any]]) -> dict[str, Any]:
+    peak = trainer.peak_bytes()
+    last = next((r["val_loss"] for r in reversed(records) if "val_loss" in r), None)
+    return {
+        "optimizer": trainer.settings.optimizer,
+        "lr": trainer.settings.lr,
+        "val_loss": last,
+        "state_mib": trainer.optimizer_bytes() / 2**20,
+        "peak_step_mib": None if peak is None else peak / 2**20,
+        "tokens_per_second": records[-1]["tokens"] / records[-1]["seconds"] if records else None,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    heads = ["optimizer", "lr", "val loss", "state MiB", "peak step MiB", "tokens/s"]
+    lines = [heads]
+    for row in rows:
+        lr, loss, *numbers = list(row.values())[1:]
+        shown = [f"{x:.1f}" if x is not None else "-" for x in numbers]
+        lines.append([row["optimizer"], f"{lr:g}", f"{loss:.4f}" if loss is not None else "-", *shown])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
+    return "\n".join("  ".join(x.rjust(w) for x, w in zip(line, widths, strict=True)) for line in lines)
+
+
+def run_one(
+    settings: Settings, corpus: Corpus, out: Path, options: argparse.Namespace, stop: StopSignal
+) -> tuple[dict[str, Any], list[dict[str, Any]], bool]:
+    """Train one optimizer; its row of the table, its records, and whether it reached the end."""
+    directory = RunDirectory(out, settings, resume=options.resume and (out / "settings.json").exists())
+    print(f"{settings.optimizer}: compiling the step of {settings.model} ...", flush=True)
+    trainer = Trainer(settings, corpus)
+    directory.restore(trainer)
+    every = options.eval_every or max(1, settings.steps // 10)
+    for _ in train(trainer, directory, stop, evaluate_every=every, save_every=options.save_every):
+        pass
+    records = directory.records()
+    row = summary_of(trainer, records)
+    plot_losses({settings.optimizer: records}, out / "loss.png")
+    (out / "summary.json").write_text(json.dumps(row, indent=1))
+    finished = trainer.step == settings.steps
+    if finished:
+        text = trainer.sample(PROMPT if options.text is None else corpus.opening())
+        (out / "sample.txt").write_text(text)
+        print(f"\nA sample of {settings.optimizer}:\n{text}\n")
+    return row, records, finished
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.resume and options.out is None:
+        raise RunError("--resume needs the directory of the run to go on with: give --out DIR.")
+    corpus = Corpus(options.text, SIZES[options.model].vocabulary)
+    corpus.require(options.seq, options.batch)
+    names = options.compare or [options.optimizer]
+    out = options.out or free_directory("compare" if options.compare else options.optimizer)
+    if options.compare and options.resume and not out.is_dir():
+        raise RunError(f"There is no comparison in {out} to resume; leave out --resume to start one.")
+    stop = StopSignal()
+    rows, curves = [], {}
+    for name in names:
+        place = out / name if options.compare else out
+        if options.resume and not options.compare and not (place / "settings.json").exists():
+            raise RunError(f"There is no run in {place} to resume; leave out --resume to start one.")
+        row, records, finished = run_one(settings_of(options, name, corpus), corpus, place, options, stop)
+        if not finished:
+            print(
+                f"Stopped and saved at step {len(records)} of {options.steps}; go on with --resume --out {out}"
+            )
+            return 0
+        rows.append(row)
+        curves[name] = records
+    if options.compare:
+        plot_losses(curves, out / "loss.png")
+        (out / "summary.json").write_text(json.dumps(rows, indent=1))
+    print(table(rows))
+    print(f"Metrics, checkpoints and loss.png are in {out}")
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    try:
+        return run(options)
+    except (CorpusError, RunError) as error:
+        print(f"pretrain.py: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,256 @@
+"""One training run: a model, an optimizer, a compiled step, and a directory that it can resume from."""
+
+import dataclasses
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gum_optax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from corpus import Corpus
+from flax import nnx
+from llama import SIZES, Llama
+from tqdm import tqdm
+
+VALIDATION_BATCHES = 32
+
+
+class RunError(ValueError):
+    """The run can't start; the message is one sentence for the user."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What makes a run the run it is: the same settings give the same losses, bit for bit."""
+
+    optimizer: str
+    model: str
+    steps: int
+    batch: int
+    seq: int
+    lr: float
+    rank: int
+    period: int
+    full_rank_fraction: float
+    weight_decay: float
+    seed: int
+    text: str  # the name of the corpus, with a digest of its content
+
+
+def _adamw(s: Settings, schedule: optax.Schedule) -> optax.GradientTransformation:
+    return optax.adamw(schedule, b2=0.95, weight_decay=s.weight_decay)
+
+
+def _muon(s: Settings, schedule: optax.Schedule) -> optax.GradientTransformation:
+    return gum_optax.muon(schedule, weight_decay=s.weight_decay, others=_adamw(s, schedule))
+
+
+def _galore_muon(s: Settings, schedule: optax.Schedule) -> optax.GradientTransformation:
+    return gum_optax.galore_muon(
+        schedule, s.rank, s.period, weight_decay=s.weight_decay, others=_adamw(s, schedule)
+    )
+
+
+def _gum(s: Settings, schedule: optax.Schedule) -> optax.GradientTransformation:
+    return gum_optax.gum(
+        schedule,
+        s.rank,
+        s.period,
+        s.full_rank_fraction,
+        key=s.seed,
+        weight_decay=s.weight_decay,
+        others=_adamw(s, schedule),
+    )
+
+
+# Each with its default learning rate, the best of docs/results/comparison.json.
+OPTIMIZERS: dict[str, tuple[Callable[[Settings, optax.Schedule], optax.GradientTransformation], float]] = {
+    "adamw": (_adamw, 3e-3),
+    "muon": (_muon, 3e-3),
+    "galore_muon": (_galore_muon, 3e-3),
+    "gum": (_gum, 3e-3),
+}
+
+
+def schedule(s: Settings) -> optax.Schedule:
+    """Linear warm-up over a tenth of the steps, then a cosine to a tenth (GaLore's C4 runs)."""
+    warmup = max(1, s.steps // 10)
+    return optax.warmup_cosine_decay_schedule(0.0, s.lr, warmup, max(s.steps, warmup + 1), s.lr / 10)
+
+
+class Trainer:
+    """The compiled step of one run and the state it moves."""
+
+    def __init__(self, settings: Settings, corpus: Corpus):
+        self.settings, self.corpus = settings, corpus
+        # Matrix units of accelerators want bfloat16; a CPU has none.
+        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        model = Llama(SIZES[settings.model], dtype=dtype, rngs=nnx.Rngs(settings.seed))
+        self.graph, params = nnx.split(model, nnx.Param)
+        make, _ = OPTIMIZERS[settings.optimizer]
+        self.tx = optax.chain(optax.clip_by_global_norm(1.0), make(settings, schedule(settings)))
+        self.state = (params, jax.jit(self.tx.init)(params))
+        self.step = 0
+        self.seconds = 0.0
+        example = jax.ShapeDtypeStruct((settings.batch, settings.seq + 1), jnp.int32)
+        self.compiled = jax.jit(self._step, donate_argnums=0).lower(self.state, example).compile()
+        self.evaluate_batch = jax.jit(self._loss)
+        self.validation = corpus.validation_batches(
+            batch=settings.batch, length=settings.seq, most=VALIDATION_BATCHES
+        )
+
+    def _loss(self, params: Any, tokens: jax.Array) -> jax.Array:
+        logits = nnx.merge(self.graph, params)(tokens[:, :-1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+    def _step(self, state: Any, tokens: jax.Array) -> tuple[Any, jax.Array, dict[str, jax.Array]]:
+        params, opt_state = state
+        loss, gradients = jax.value_and_grad(self._loss)(params, tokens)
+        updates, opt_state = self.tx.update(gradients, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), loss, gum_optax.metrics(opt_state)
+
+    def train_step(self) -> dict[str, Any]:
+        """One step; what it did, as plain numbers."""
+        s = self.settings
+        tokens = self.corpus.batch(self.step, batch=s.batch, length=s.seq, seed=s.seed)
+        start = time.perf_counter()
+        self.state, loss, metrics = self.compiled(self.state, tokens)
+        loss, metrics = jax.device_get((loss, metrics))
+        self.seconds += time.perf_counter() - start
+        self.step += 1
+        record = {"step": self.step, "train_loss": float(loss), "tokens": self.step * s.batch * s.seq}
+        return record | {"seconds": self.seconds} | {name: x.item() for name, x in metrics.items()}
+
+    def validation_loss(self) -> float:
+        losses = [self.evaluate_batch(self.state[0], batch) for batch in self.validation]
+        return float(np.mean(jax.device_get(losses)))
+
+    def optimizer_bytes(self) -> int:
+        return sum(x.nbytes for x in jax.tree.leaves(self.state[1]))
+
+    def peak_bytes(self) -> int | None:
+        """What the compiled step holds at once: its arguments, results that are not donated, temporaries."""
+        m = self.compiled.memory_analysis()
+        if m is None:
+            return None
+        new = m.output_size_in_bytes - m.alias_size_in_bytes
+        return m.argument_size_in_bytes + new + m.temp_size_in_bytes
+
+    def sample(self, prompt: str, tokens: int = 80, temperature: float = 0.8) -> str:
+        """Continue `prompt`; one fixed window, so one compilation."""
+        ids = self.corpus.tokenizer.encode(prompt).ids
+        length = len(ids) + tokens
+        window = np.zeros((1, length), np.int32)
+        window[0, : len(ids)] = ids
+        draw = jax.jit(
+            lambda params, window, at, key: jax.random.categorical(
+                key, nnx.merge(self.graph, params)(window)[0, at - 1] / temperature
+            )
+        )
+        for at in range(len(ids), length):
+            key = jax.random.fold_in(jax.random.key(self.settings.seed), at)
+            window[0, at] = draw(self.state[0], window, at, key)
+        return self.corpus.tokenizer.decode(window[0].tolist())
+
+
+class RunDirectory:
+    """`settings.json`, `metrics.jsonl` and `checkpoints/` of one run."""
+
+    def __init__(self, path: Path, settings: Settings, *, resume: bool):
+        self.path = path.absolute()
+        self.settings_file = self.path / "settings.json"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self._claim(dataclasses.asdict(settings), resume)
+        options = ocp.CheckpointManagerOptions(max_to_keep=2)
+        self.checkpoints = ocp.CheckpointManager(self.path / "checkpoints", options=options)
+
+    def _claim(self, asked: dict[str, Any], resume: bool) -> None:
+        if not self.settings_file.exists():
+            if resume:
+                raise RunError(f"There is no run in {self.path} to resume; leave out --resume to start one.")
+            if self.path.is_dir() and any(self.path.iterdir()):
+                raise RunError(f"{self.path} holds other files; give a new directory as --out.")
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.settings_file.write_text(json.dumps(asked, indent=1))
+            return
+        held = json.loads(self.settings_file.read_text())
+        different = [f"{k}={held.get(k)!r} (asked {v!r})" for k, v in asked.items() if held.get(k) != v]
+        if different:
+            raise RunError(f"{self.path} holds another run, with {', '.join(different)}; give a new --out.")
+        if not resume:
+            raise RunError(f"{self.path} holds this run already; add --resume to go on, or give a new --out.")
+
+    def restore(self, trainer: Trainer) -> None:
+        """Put the trainer where the newest checkpoint left off, and forget metrics after it."""
+        step = self.checkpoints.latest_step()
+        if step is not None:
+            like = jax.tree.map(ocp.utils.to_shape_dtype_struct, trainer.state)
+            trainer.state = self.checkpoints.restore(step, args=ocp.args.StandardRestore(like))
+            trainer.step = step
+        kept = [r for r in self.records() if r["step"] <= trainer.step]
+        trainer.seconds = kept[-1]["seconds"] if kept else 0.0
+        self.metrics_file.write_text("".join(json.dumps(r) + "\n" for r in kept))
+
+    def save(self, trainer: Trainer) -> None:
+        if self.checkpoints.latest_step() != trainer.step:
+            self.checkpoints.save(trainer.step, args=ocp.args.StandardSave(trainer.state))
+
+    def records(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`; a last line cut short by a crash is not one."""
+        if not self.metrics_file.exists():
+            return []
+        lines = self.metrics_file.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def close(self) -> None:
+        self.checkpoints.wait_until_finished()
+        self.checkpoints.close()
+
+
+class StopSignal:
+    """Whether Ctrl-C or SIGTERM has come; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.came = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        del frame
+        self.came = True
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+def train(
+    trainer: Trainer, directory: RunDirectory, stop: StopSignal, *, evaluate_every: int, save_every: int
+) -> Iterator[dict[str, Any]]:
+    """Run to the last step or to a stop signal, yielding each step's record after writing it."""
+    s = trainer.settings
+    bar = tqdm(total=s.steps, initial=trainer.step, desc=s.optimizer, unit="step", mininterval=0.5)
+    rate_from = (trainer.step, trainer.seconds)
+    try:
+        with directory.metrics_file.open("a") as file, bar:
+            while trainer.step < s.steps and not stop.came:
+                record = trainer.train_step()
+                if trainer.step % evaluate_every == 0 or trainer.step == s.steps:
+                    record["val_loss"] = trainer.validation_loss()
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+                rate = (trainer.step - rate_from[0]) * s.batch * s.seq / (trainer.seconds - rate_from[1])
+                bar.set_postfix(
+                    {"loss": f"{record['train_loss']:.3f}", "tok/s": f"{rate:.0f}"}, refresh=False
+                )
+                bar.update()
+                if trainer.step % save_every == 0:
+                    directory.save(trainer)
+                yield record
+    finally:
+        directory.save(trainer)
+        directory.close()
