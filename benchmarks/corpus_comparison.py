@@ -27,7 +27,7 @@ from corpus import Corpus  # noqa: E402
 from llama import SIZES  # noqa: E402
 from training import OPTIMIZERS, Settings, Trainer  # noqa: E402
 
-GRID = (1.5e-3, 3e-3, 6e-3, 1.2e-2)
+GRID = (1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2)
 SEEDS = (0, 1, 2)
 MODEL, STEPS, BATCH, SEQ, PERIOD = "3m", 400, 8, 128, 50
 EVALUATE_EVERY = 50

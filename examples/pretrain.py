@@ -8,10 +8,10 @@ Runs as it is on CPU, GPU and TPU (there in bfloat16).
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,29 +26,26 @@ from training import OPTIMIZERS, RunDirectory, RunError, Settings, StopSignal, T
 PROMPT = "- Hi! How are you today?\n-"
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
+def _number(kind: Callable[[str], Any], valid: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
+    """An argparse type that says what it wanted."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not valid(value):
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text}")
+        return value
+
+    return parse
 
 
-def _rate(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
-    return value
-
-
-def _decay(text: str) -> float:
-    return 0.0 if text in ("0", "0.0") else _rate(text)
-
-
-def _fraction(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text}")
-    return value
+_positive = _number(int, lambda x: x >= 1, "a whole number of at least 1")
+_seed = _number(int, lambda x: 0 <= x < 2**32, "a whole number of at least 0")
+_rate = _number(float, lambda x: 0 < x < math.inf, "a positive number")
+_decay = _number(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
+_fraction = _number(float, lambda x: 0 <= x <= 1, "between 0 and 1")
 
 
 def _names(text: str) -> list[str]:
@@ -82,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--period", type=_positive, default=100, help="steps between new subspaces (default: 100)")
     p.add_argument("--full-rank-fraction", type=_fraction, default=1 / 16, help="GUM's q (default: 1/16)")
     p.add_argument("--weight-decay", type=_decay, default=0.1, help="decoupled (default: 0.1)")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=_seed, default=0)
     p.add_argument("--out", type=Path, metavar="DIR", help="default: the next free runs/NAME-N")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out")
     p.add_argument(
@@ -199,9 +196,8 @@ def run(options: argparse.Namespace) -> int:
             raise RunError(f"There is no run in {place} to resume; leave out --resume to start one.")
         row, records, finished = run_one(settings_of(options, name, corpus), corpus, place, options, stop)
         if not finished:
-            print(
-                f"Stopped and saved at step {len(records)} of {options.steps}; go on with --resume --out {out}"
-            )
+            at = f"Stopped and saved at step {len(records)} of {options.steps}"
+            print(f"{at}; go on with the same command and --resume --out {out}")
             return 0
         rows.append(row)
         curves[name] = records

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -51,9 +52,10 @@ def check_fraction(name: str, value: Any) -> float:
         )
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}.")
-    if not 0 <= value <= 1:
+    fraction = float(value)
+    if not 0 <= fraction <= 1:
         raise ValueError(f"{name} must be between 0 and 1, got {value!r}.")
-    return float(value)
+    return fraction
 
 
 def check_function(name: str, value: Any, example: str) -> Callable[..., Any]:

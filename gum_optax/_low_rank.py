@@ -17,7 +17,7 @@ from ._trees import map_with_place, merge, split
 class LowRankState(NamedTuple):
     """State of `low_rank`; trees have holes (`optax.MaskedNode`) where a leaf is not projected."""
 
-    count: Int[Array, ""]  # steps taken
+    count: Int[Array, ""]  # steps taken  # pyright: ignore[reportIncompatibleMethodOverride]
     refreshes: Int[Array, ""]  # subspaces found
     key: UInt32[Array, "2"]  # raw threefry key data
     captured: Float[Array, ""]  # |PᵀG|²/|G|² of the last step, over all projected blocks
@@ -181,7 +181,7 @@ def low_rank(
         steps = jax.tree.map(residual, low, projectors, coordinates, steps)
         full_steps, full_state = inner.update(full, state.full, None, **extra_args)
         new_state = LowRankState(
-            count=optax.safe_increment(state.count),
+            count=jnp.asarray(optax.safe_increment(state.count)),
             refreshes=state.refreshes + due,
             key=state.key,
             captured=_captured(coordinates, low),

@@ -1,4 +1,8 @@
-"""The optimizers: each a rule for the matrices, and AdamW for the rest."""
+"""The optimizers: each a rule for the matrices, and AdamW for the rest.
+
+A choice is a function, but its default here is `None`: `optax.inject_hyperparams` takes every function
+among the arguments, defaults too, for a schedule.
+"""
 
 from typing import Any
 
@@ -6,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._checks import check_number
+from ._checks import check_function, check_number
 from ._dimensions import WeightDimensionNumbers
 from ._low_rank import low_rank
 from ._orthogonalize import Orthogonalizer, newton_schulz, orthogonalize
@@ -15,11 +19,12 @@ from ._subspace import SubspaceFinder, subspace_iteration
 from ._unbiased import Compensation, complement, unbiased_low_rank
 
 
-def _muon_rule(momentum: Any, orthogonalizer: Orthogonalizer, nesterov: bool = False):
+def _muon_rule(momentum: Any, orthogonalizer: Orthogonalizer | None, nesterov: bool = False):
     """Muon's rule: `R ← β R + G,  step = NS(R)`, heavy ball in float32."""
     check_number("momentum", momentum, at_least=0, below=1)
+    method = check_function("orthogonalizer", orthogonalizer or newton_schulz, "gum_optax.polar")
     trace = optax.trace(momentum, nesterov=nesterov, accumulator_dtype=jnp.float32)
-    return optax.chain(trace, orthogonalize(orthogonalizer))
+    return optax.chain(trace, orthogonalize(method))
 
 
 def muon(
@@ -27,7 +32,7 @@ def muon(
     *,
     momentum: float = 0.95,
     nesterov: bool = False,
-    orthogonalizer: Orthogonalizer = newton_schulz,
+    orthogonalizer: Orthogonalizer | None = None,
     consistent_rms: float | None = 0.2,
     weight_decay: float = 0.0,
     weight_decay_mask: Any = None,
@@ -44,7 +49,7 @@ def muon(
       learning_rate: a number or a schedule; about AdamW's with `consistent_rms`.
       momentum: `β` in `[0, 1)`; 0.95 as in Jordan's.
       nesterov: look ahead, as Jordan's code does.
-      orthogonalizer: `newton_schulz` or `polar`.
+      orthogonalizer: `newton_schulz` (the default), `polar`, or any function `(*, m, n) -> (*, m, n)`.
       consistent_rms: step times `0.2 √max(fan_in, fan_out)` (Moonlight); `None`: times
         `√max(1, fan_out/fan_in)` (Jordan).
       weight_decay, weight_decay_mask, weight_dimension_numbers, others: as in all optimizers of this
@@ -76,8 +81,8 @@ def galore_muon(
     *,
     key: int | jax.Array = 0,
     momentum: float = 0.95,
-    find_subspace: SubspaceFinder = subspace_iteration,
-    orthogonalizer: Orthogonalizer = newton_schulz,
+    find_subspace: SubspaceFinder | None = None,
+    orthogonalizer: Orthogonalizer | None = None,
     consistent_rms: float | None = 0.2,
     weight_decay: float = 0.0,
     weight_decay_mask: Any = None,
@@ -97,7 +102,7 @@ def galore_muon(
       rank: `r`; matrices with `m <= rank` run plain Muon.
       period: `K`; 200 as in GaLore.
       key: an integer seed or a JAX key, for finders that draw.
-      find_subspace: `subspace_iteration` (warm start, fast), `svd_subspace` (the paper's), ...
+      find_subspace: `subspace_iteration` (the default: warm start, fast), `svd_subspace` (the paper's).
       momentum, orthogonalizer, consistent_rms, weight_decay, weight_decay_mask,
         weight_dimension_numbers, others: as in `muon`.
 
@@ -107,7 +112,13 @@ def galore_muon(
     References:
       Zhao et al., GaLore, arXiv 2403.03507, Algorithm 2; Pan et al., arXiv 2510.17802, section 3.
     """
-    rule = low_rank(_muon_rule(momentum, orthogonalizer), rank, period, find_subspace=find_subspace, key=key)
+    rule = low_rank(
+        _muon_rule(momentum, orthogonalizer),
+        rank,
+        period,
+        find_subspace=find_subspace or subspace_iteration,
+        key=key,
+    )
     return matrices_and_others(
         rule,
         learning_rate,
@@ -127,9 +138,9 @@ def gum(
     *,
     key: int | jax.Array = 0,
     momentum: float = 0.95,
-    find_subspace: SubspaceFinder = subspace_iteration,
-    compensation: Compensation = complement,
-    orthogonalizer: Orthogonalizer = newton_schulz,
+    find_subspace: SubspaceFinder | None = None,
+    compensation: Compensation | None = None,
+    orthogonalizer: Orthogonalizer | None = None,
     consistent_rms: float | None = 0.2,
     weight_decay: float = 0.0,
     weight_decay_mask: Any = None,
@@ -153,7 +164,7 @@ def gum(
       full_rank_fraction: the asked `q`; a shape with L blocks gets `γ = clip(round(q L), 1, L)` slots
         (0 only for 0), and one with a single block runs plain Muon. The paper's is 2 of L layers.
       key: an integer seed or a JAX key: the draws of period `p` are a function of it and `p`.
-      compensation: `complement` (the paper's) or `low_variance`.
+      compensation: `complement` (the default, the paper's) or `low_variance`.
       find_subspace: as in `galore_muon`.
       momentum, orthogonalizer, consistent_rms, weight_decay, weight_decay_mask,
         weight_dimension_numbers, others: as in `muon`.
@@ -169,8 +180,8 @@ def gum(
         rank,
         period,
         full_rank_fraction,
-        find_subspace=find_subspace,
-        compensation=compensation,
+        find_subspace=find_subspace or subspace_iteration,
+        compensation=compensation or complement,
         key=key,
     )
     return matrices_and_others(

@@ -84,11 +84,11 @@ def take(leaves: Sequence[Any], index: Int[Array, "k"], group: Group) -> Any:
 
 
 def put(
-    leaves: Sequence[Float[Array, "*b m n"]],
+    leaves: Sequence[Float[Array, "... m n"]],
     values: Float[Array, "k m n"],
     index: Int[Array, "k"],
     group: Group,
-) -> list[Float[Array, "*b m n"]]:
+) -> list[Float[Array, "... m n"]]:
     """The leaves with `values` in place of the blocks at `index`."""
 
     def write(leaf, start, size):

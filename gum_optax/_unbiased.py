@@ -11,8 +11,8 @@ from jaxtyping import Array, Float
 
 from ._checks import check_fraction, check_function, check_integer, check_matrix_leaf, check_rule
 from ._low_rank import LowRankState, low_rank, restart
-from ._sampling import draw
-from ._slots import groups_of, put, take
+from ._sampling import draw, key_data
+from ._slots import Group, groups_of, put, take
 from ._subspace import SubspaceFinder, lift, outside, project, subspace_iteration
 from ._trees import is_hole, merge, split
 
@@ -114,9 +114,11 @@ def unbiased_low_rank(
     rank = check_integer("rank", rank, at_least=1)
     period = check_integer("period", period, at_least=1)
     fraction = check_fraction("full_rank_fraction", full_rank_fraction)
+    check_function("find_subspace", find_subspace, "gum_optax.svd_subspace")
     check_function("compensation", compensation, "gum_optax.complement")
+    data = key_data(key)
 
-    def plan(tree):
+    def plan(tree) -> tuple[dict[str, Group], list[bool], Any]:
         """The sampled groups, which leaves are projected, and the rule of those."""
         groups = groups_of(tree, rank, fraction).values()
         sampled = {group.name: group for group in groups if group.slots and not group.is_full}
@@ -125,7 +127,7 @@ def unbiased_low_rank(
         leaves, treedef = jax.tree.flatten(tree)
         weights = treedef.unflatten([weight.get(place, 1.0) for place in range(len(leaves))])
         fed = optax.chain(_weighted(weights), inner)
-        rule = low_rank(fed, rank, period, find_subspace=find_subspace, carry=restart, key=key)
+        rule = low_rank(fed, rank, period, find_subspace=find_subspace, carry=restart, key=data)
         return sampled, [chosen[place] for place in range(len(leaves))], rule
 
     def fresh_slots(sampled):
@@ -165,6 +167,7 @@ def unbiased_low_rank(
             fed[name] = _full_rank_input(g, p, compensation(group.fraction))
         due = state.low.count % period == 0
         slots = jax.lax.cond(due, lambda: fresh_slots(sampled), lambda: state.slots)
+        slot_steps: Any
         slot_steps, slots = inner.update(fed, slots, None, **extra_args)
 
         leaves, treedef = jax.tree.flatten(steps)

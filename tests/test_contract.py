@@ -1,0 +1,283 @@
+"""What a user of optax and Flax expects of every optimizer, whatever its mathematics."""
+
+import functools
+
+import chex
+import flax.linen as nn
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax.training.train_state import TrainState
+from helpers import run
+
+import gum_optax as go
+
+OPTIMIZERS = {
+    "muon": (go.muon, {}),
+    "galore_muon": (go.galore_muon, {"rank": 2, "period": 3}),
+    "gum": (go.gum, {"rank": 2, "period": 3, "full_rank_fraction": 0.3}),
+}
+STATIC = ("rank", "period", "full_rank_fraction")
+
+
+@pytest.fixture(params=OPTIMIZERS)
+def factory(request):
+    make, arguments = OPTIMIZERS[request.param]
+    return functools.partial(make, **arguments)
+
+
+@pytest.fixture
+def tx(factory):
+    return factory(0.1)
+
+
+def tree(seed=0, dtype=jnp.float32):
+    """A stack of blocks wider than the rank, two separate ones of one shape, an embedding, a vector."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    layers = {"0": {"kernel": normal(4, 7)}, "1": {"kernel": normal(7, 4)}}
+    return {"stack": normal(5, 4, 6), "layers": layers, "embedding": normal(8, 4), "bias": normal(4)}
+
+
+GRADIENTS = [tree(seed) for seed in range(1, 6)]
+
+
+def assert_same_steps(a, b, atol=1e-5):
+    for x, y in zip(a, b, strict=True):
+        chex.assert_trees_all_close(x, y, atol=atol)
+
+
+def test_state_keeps_its_structure_shapes_and_dtypes(tx):
+    params = tree()
+    states = [tx.init(params)]
+    for g in GRADIENTS:
+        _, state = jax.jit(tx.update)(g, states[-1], params)
+        states.append(state)
+    for state in states[1:]:
+        chex.assert_trees_all_equal_structs(state, states[0])
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, states[0])
+
+
+def test_state_holds_arrays_only_none_empty_none_a_typed_key_and_float32_momentum(tx):
+    state = jax.jit(tx.init)(tree(dtype=jnp.bfloat16))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        assert isinstance(leaf, jax.Array), path
+        assert leaf.size, path
+        assert not jnp.issubdtype(leaf.dtype, jax.dtypes.extended), path
+    matrices = state.inner.inner_states["matrices"]
+    assert {x.dtype for x in jax.tree.leaves(matrices) if x.ndim > 1} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("params_dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("gradient_dtype", [jnp.float32, jnp.bfloat16])
+def test_updates_come_back_in_the_dtype_of_the_parameters(tx, params_dtype, gradient_dtype):
+    params = tree(dtype=params_dtype)
+    gradients = [tree(seed, gradient_dtype) for seed in (1, 2)]
+    updates, state = run(tx, gradients, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates[-1], params)
+    exact, _ = run(tx, [jax.tree.map(lambda x: x.astype(jnp.float32), g) for g in gradients], tree())
+    # The first step sees the gradient's rounding only; 2^-8 of it, amplified by Newton-Schulz's slope.
+    assert float(optax.tree.norm(optax.tree.sub(optax.tree.cast(updates[0], jnp.float32), exact[0]))) < 0.2
+    assert all(np.isfinite(np.float32(x)).all() for x in jax.tree.leaves(state))
+
+
+def test_it_is_the_same_without_parameters(tx):
+    without, _ = run(tx, GRADIENTS)
+    state, updates = jax.jit(tx.init)(tree()), []
+    for g in GRADIENTS:
+        u, state = jax.jit(tx.update)(g, state, tree())
+        updates.append(u)
+    assert_same_steps(without, updates)
+
+
+def test_none_leaves_and_extra_arguments_are_fine(tx):
+    with_none = [g | {"frozen": None} for g in GRADIENTS]
+    state = tx.init(with_none[0])
+    for g, expected in zip(with_none, run(tx, GRADIENTS)[0], strict=True):
+        u, state = jax.jit(tx.update)(g, state, value=1.0, unheard_of=jnp.ones(3))
+        assert u.pop("frozen") is None
+        chex.assert_trees_all_close(u, expected, atol=1e-5)
+
+
+def test_a_tree_without_matrices_or_without_leaves_is_fine(tx):
+    for params in ({"bias": jnp.ones(3)}, {}, {"a": None}):
+        updates, _ = run(tx, [params, params])
+        chex.assert_trees_all_equal_structs(updates[-1], params)
+
+
+def test_a_single_array_is_a_tree(tx):
+    g = jnp.ones((4, 7))
+    updates, _ = run(tx, [g, g])
+    assert updates[-1].shape == (4, 7)
+
+
+def test_scan_is_the_loop(tx):
+    params = tree()
+    expected, _ = run(tx, GRADIENTS, params)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *GRADIENTS)
+
+    def body(state, g):
+        u, state = tx.update(g, state, params)
+        return state, u
+
+    _, updates = jax.jit(lambda: jax.lax.scan(body, tx.init(params), stacked))()
+    for i, u in enumerate(expected):
+        chex.assert_trees_all_close(jax.tree.map(lambda x, i=i: x[i], updates), u, atol=1e-4)
+
+
+def test_donation_and_a_second_compilation_are_not_needed(tx):
+    params = tree()
+    traces = []
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state, g):
+        traces.append(1)
+        u, state = tx.update(g, state, params)
+        return optax.apply_updates(params, u), state
+
+    state = jax.jit(tx.init)(params)
+    for g in GRADIENTS:
+        params, state = step(params, state, g)
+    assert len(traces) == 1
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+
+
+def test_map_params_reaches_every_leaf_that_mirrors_a_parameter(tx):
+    state = tx.init(tree())
+    mapped = optax.tree.map_params(tx, lambda x: x + 1, state, transform_non_params=lambda x: x)
+    chex.assert_trees_all_equal_structs(mapped, state)
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), state, mapped)
+    low = changed.inner.inner_states["matrices"].inner_state[0]
+    mirrored = jax.tree.leaves(low.projectors if hasattr(low, "projectors") else getattr(low, "low", low))
+    assert any(mirrored)
+
+
+def test_inject_hyperparams_traces_all_but_the_arguments_that_decide_shapes(factory):
+    numbers = {"learning_rate": 0.1, "momentum": 0.8, "weight_decay": 0.01, "consistent_rms": 0.3}
+    expected, _ = run(factory(**numbers), GRADIENTS, tree())
+    static = [name for name in STATIC if name in factory.keywords]
+    injected = optax.inject_hyperparams(factory.func, static_args=static)
+    tx = injected(**numbers, **factory.keywords)
+    updates, state = run(tx, GRADIENTS, tree())
+    assert_same_steps(updates, expected, atol=1e-4)
+    assert set(numbers) <= set(state.hyperparams)
+    # A schedule is a function of the count, and a changed number needs no new compilation.
+    scheduled = injected(**numbers | {"learning_rate": lambda count: 0.1 / (count + 1)}, **factory.keywords)
+    updates, _ = run(scheduled, GRADIENTS, tree())
+    chex.assert_trees_all_close(updates[0], expected[0], atol=1e-4)
+    chex.assert_trees_all_close(updates[1]["stack"], expected[1]["stack"] / 2, atol=1e-2)
+
+
+def test_a_schedule_is_a_learning_rate(factory):
+    updates, _ = run(factory(lambda count: 0.1 * (count == 1)), GRADIENTS)
+    expected, _ = run(factory(0.1), GRADIENTS)
+    for i, (u, e) in enumerate(zip(updates, expected, strict=True)):
+        scaled = jax.tree.map(lambda x, i=i: x * (i == 1), e)
+        chex.assert_trees_all_close(u, scaled, atol=1e-6)
+
+
+WRAPPERS = {
+    "chain": lambda tx: optax.chain(optax.clip_by_global_norm(1e6), tx),
+    "masked": lambda tx: optax.masked(tx, lambda p: jax.tree.map(lambda _: True, p)),
+    "partition": lambda tx: optax.partition({"all": tx}, lambda p: jax.tree.map(lambda _: "all", p)),
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+    "named_chain": lambda tx: optax.named_chain(("tx", tx)),
+    "multi_steps_of_one": lambda tx: optax.MultiSteps(tx, 1).gradient_transformation(),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_wrappers_of_optax_change_nothing(tx, wrap):
+    expected, _ = run(tx, GRADIENTS, tree())
+    updates, state = run(wrap(tx), GRADIENTS, tree())
+    assert_same_steps(updates, expected, atol=1e-4)
+    assert "skipped_steps" in go.metrics(state)
+
+
+def test_multi_steps_feeds_the_mean(tx):
+    wrapped = optax.MultiSteps(tx, 2).gradient_transformation()
+    updates, _ = run(wrapped, [g for g in GRADIENTS for _ in range(2)], tree())
+    expected, _ = run(tx, GRADIENTS, tree())
+    assert_same_steps(updates[1::2], expected, atol=1e-4)
+
+
+def test_seeds_can_be_vmapped_through_the_whole_optimizer():
+    make, arguments = OPTIMIZERS["gum"]
+    factory = functools.partial(make, **arguments)
+
+    def last(seed):
+        tx = factory(0.1, key=seed)
+        state = tx.init(tree())
+        for g in GRADIENTS[:2]:
+            u, state = tx.update(g, state)
+        return u
+
+    together = jax.jit(jax.vmap(last))(jnp.arange(2))
+    for seed in range(2):
+        updates, _ = run(factory(0.1, key=seed), GRADIENTS[:2])
+        chex.assert_trees_all_close(
+            jax.tree.map(lambda x, seed=seed: x[seed], together), updates[-1], atol=1e-4
+        )
+
+
+def trained(tx, state, gradients):
+    update = jax.jit(tx.update)
+    for g in gradients:
+        u, state = update(g, state)
+    return u, state
+
+
+def test_orbax_and_flax_serialization_bring_the_state_back_to_the_bit(tx, tmp_path):
+    _, state = trained(tx, tx.init(tree()), GRADIENTS[:2])
+    like = jax.tree.map(jnp.zeros_like, state)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        from_orbax = checkpointer.restore(tmp_path / "state", like)
+    from_flax = flax.serialization.from_bytes(like, flax.serialization.to_bytes(state))
+    expected, _ = trained(tx, state, GRADIENTS[2:])  # mid-period: the third of three steps
+    for restored in (from_orbax, from_flax):
+        jax.tree.map(np.testing.assert_array_equal, restored, state)
+        u, _ = trained(tx, jax.tree.map(jnp.asarray, restored), GRADIENTS[2:])
+        jax.tree.map(np.testing.assert_array_equal, u, expected)
+
+
+def test_linen_train_state(tx):
+    model = nn.Dense(5)
+    x = jnp.ones((2, 4))
+    state = TrainState.create(apply_fn=model.apply, params=model.init(jax.random.key(0), x)["params"], tx=tx)
+
+    @jax.jit
+    def step(state):
+        g = jax.grad(lambda p: jnp.square(state.apply_fn({"params": p}, x)).mean())(state.params)
+        return state.apply_gradients(grads=g)
+
+    before = state.params
+    for _ in range(2):
+        state = step(state)
+    assert int(state.step) == 2
+    assert all((a != b).any() for a, b in zip(*map(jax.tree.leaves, (before, state.params)), strict=True))
+
+
+def test_it_descends(tx):
+    """The sign convention: added, the update goes down."""
+    params = {"kernel": jnp.ones((4, 7))}
+    updates, _ = run(tx, [params], params)
+    assert float(jnp.vdot(updates[0]["kernel"], params["kernel"])) < 0
+
+
+def test_init_from_shapes_alone(tx):
+    state = jax.eval_shape(tx.init, jax.eval_shape(tree))
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(tree()))
+
+
+def test_learning_rate_is_annotated_as_optax_looks_for_it(factory):
+    annotation = factory.func.__annotations__["learning_rate"]
+    assert annotation == optax.ScalarOrSchedule

@@ -1,0 +1,65 @@
+"""What the documents say is what happens."""
+
+import re
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+from helpers import run
+
+import gum_optax as go
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_write_your_own_runs():
+    (code,) = [block for block in blocks("python") if "unbiased_low_rank" in block]
+    names: dict = {}
+    exec(code, names)
+    updates, state = run(names["tx"], [{"w": jnp.ones((8, 16, 24))}] * 2)
+    assert updates[-1]["w"].shape == (8, 16, 24)
+    assert state[0].index["16x24"].shape == (2,)
+
+
+def test_the_usage_lines_build_the_transformation_that_they_show():
+    (code,) = [block for block in blocks("python") if "nnx.Optimizer" in block]
+    lines = [line for line in code.splitlines() if line.startswith(("import", "tx"))]
+    names: dict = {}
+    exec("\n".join(lines), names)
+    assert names["tx"].init({"kernel": jnp.ones((3, 4))})
+
+
+def test_the_readme_has_exactly_the_two_commands_and_ci_runs_the_second():
+    commands = [line for block in blocks("") for line in block.splitlines() if "pip install" in line]
+    assert commands == [
+        "python -m pip install -e '.[examples]' && python examples/pretrain.py",
+        "python -m pip install -e '.[test]' && python -m pytest -n 2",
+    ]
+    assert commands[1] in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_every_link_within_the_repository_leads_somewhere():
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")]:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_readmes_table_of_results_is_the_measured_one():
+    for name in ("comparison.md", "linear_regression.md"):
+        assert (ROOT / "docs" / "results" / name).read_text().strip() in README
+
+
+@pytest.mark.parametrize("name", [name for name in dir(go) if not name.startswith("_")])
+def test_every_public_name_has_a_docstring(name):
+    thing = getattr(go, name)
+    assert not callable(thing) or (thing.__doc__ or "").strip(), name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "gum_optax").glob("*.py")), ids=lambda path: path.name)
+def test_modules_end_before_300_lines(path):
+    assert len(path.read_text().splitlines()) < 300

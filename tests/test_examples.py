@@ -1,0 +1,293 @@
+"""The programs that a user runs, run as a user runs them."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import corpus  # noqa: E402
+import corpus_comparison  # noqa: E402
+import linear_regression  # noqa: E402
+import pretrain  # noqa: E402
+import training  # noqa: E402
+
+TINY = [
+    "--model",
+    "tiny",
+    "--batch",
+    "2",
+    "--seq",
+    "16",
+    "--period",
+    "4",
+    "--eval-every",
+    "10",
+    "--seed",
+    "3",
+]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def _environment(cache, monkeypatch):
+    """A cache of the tests' own, and the signal handlers back as they were."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A small language: sentences over a fixed grammar."""
+    rng = np.random.default_rng(0)
+    who, what, where = (
+        ["the cat", "a dog", "my friend"],
+        ["sees", "likes", "finds"],
+        ["the sea", "a tree", "rain"],
+    )
+    sentences = [f"{rng.choice(who)} {rng.choice(what)} {rng.choice(where)}." for _ in range(2000)]
+    path = tmp_path_factory.mktemp("text") / "grammar.txt"
+    path.write_text("\n\n".join(" ".join(sentences[i : i + 8]) for i in range(0, 2000, 8)))
+    return path
+
+
+def records(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(directory):
+    return [(r["step"], r["train_loss"], r.get("val_loss")) for r in records(directory)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, text, cache):
+    """One run of 30 steps without interruption: its directory and what it printed."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    command = [sys.executable, str(ROOT / "examples" / "pretrain.py"), *TINY, "--steps", "30"]
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
+    done = subprocess.run(
+        [*command, "--text", str(text), "--out", str(out)],
+        capture_output=True, text=True, check=True, env=environment,
+    )  # fmt: skip
+    return out, done
+
+
+def test_a_run_leaves_metrics_plot_sample_table_and_checkpoints(whole):
+    out, done = whole
+    lines = records(out)
+    assert [r["step"] for r in lines] == list(range(1, 31))
+    assert [r["tokens"] for r in lines] == [32 * step for step in range(1, 31)]
+    assert [r["step"] for r in lines if "val_loss" in r] == [10, 20, 30]
+    assert {"train_loss", "seconds", "captured_energy", "residual_share", "refresh_count"} <= set(lines[0])
+    assert lines[-1]["refresh_count"] == 8
+    assert np.all(np.diff([r["seconds"] for r in lines]) > 0)
+    assert lines[-1]["val_loss"] < lines[0]["train_loss"] - 1  # the grammar has few words: it is learned fast
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "A sample of gum:" in done.stdout
+    table = done.stdout.splitlines()[-3:]
+    assert table[0].split("  ")[0].strip() == "optimizer"
+    row = json.loads((out / "summary.json").read_text())
+    assert f"{row['val_loss']:.4f}" in table[1]
+    assert row["val_loss"] == lines[-1]["val_loss"]
+    assert row["peak_step_mib"] > row["state_mib"] > 0
+    assert "tok/s" in done.stderr  # the progress bar
+    assert (out / "checkpoints" / "30").is_dir()
+
+
+def test_sigterm_saves_and_resume_goes_on_to_the_bit_within_a_period(whole, text, tmp_path, cache):
+    out = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "examples" / "pretrain.py"), *TINY, "--steps", "30"]
+    command += ["--text", str(text), "--out", str(out)]
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and not ((out / "metrics.jsonl").exists() and len(losses(out)) >= 3):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    stopped = len(losses(out))
+    assert 3 <= stopped
+    if stopped < 30:  # a fast machine may have finished before the signal came
+        assert f"Stopped and saved at step {stopped} of 30" in printed
+    assert pretrain.main([*TINY, "--steps", "30", "--text", str(text), "--out", str(out), "--resume"]) == 0
+    assert losses(out) == losses(whole[0])
+
+
+def test_resume_within_a_period_from_an_earlier_checkpoint_forgets_later_metrics(
+    whole, text, tmp_path, capsys
+):
+    """As after a crash: the newest checkpoint is behind the last line, and that line is cut short."""
+    arguments = [*TINY, "--steps", "30", "--text", str(text), "--out", str(tmp_path / "run")]
+    stop = iter(range(40))
+
+    class StopAfterTen(training.StopSignal):
+        @property
+        def came(self):
+            return next(stop) >= 10
+
+        @came.setter
+        def came(self, value):
+            pass
+
+    original, pretrain.StopSignal = pretrain.StopSignal, StopAfterTen
+    try:
+        assert pretrain.main(arguments) == 0
+    finally:
+        pretrain.StopSignal = original
+    assert "Stopped and saved at step 10 of 30" in capsys.readouterr().out
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 11, "train_loss": 0.0, "seconds": 9.0, "tokens": 1}) + "\n")
+        file.write('{"step": 12, "train_lo')
+    assert pretrain.main([*arguments, "--resume"]) == 0
+    assert losses(tmp_path / "run") == losses(whole[0])
+
+
+def test_compare_starts_each_from_the_same_weights_on_the_same_data(text, tmp_path, capsys):
+    out = tmp_path / "all"
+    arguments = [*TINY, "--steps", "3", "--text", str(text), "--out", str(out)]
+    assert pretrain.main([*arguments, "--compare", "adamw,muon,galore_muon,gum"]) == 0
+    names = ["adamw", "muon", "galore_muon", "gum"]
+    first = {name: records(out / name)[0]["train_loss"] for name in names}
+    assert len(set(first.values())) == 1
+    last = {name: records(out / name)[-1]["train_loss"] for name in names}
+    assert len(set(last.values())) == 4
+    rows = json.loads((out / "summary.json").read_text())
+    assert [row["optimizer"] for row in rows] == names
+    state = {row["optimizer"]: row["state_mib"] for row in rows}
+    assert state["galore_muon"] < state["gum"] < state["muon"] < state["adamw"]
+    assert (out / "loss.png").exists()
+    assert "tokens/s" in capsys.readouterr().out
+
+
+MISTAKES = [
+    (["--text", "nowhere.txt"], "There is no text file nowhere.txt."),
+    (["--text", "short.txt"], "The text is too short: "),
+    (["--text", "empty.txt"], "The text file empty.txt is empty."),
+    (["--text", "binary.txt"], "The text file binary.txt can't be read as UTF-8"),
+    (["--resume"], "--resume needs the directory of the run"),
+    (["--resume", "--out", "new"], "There is no run in new to resume"),
+    (["--out", "held"], "held holds other files; give a new directory as --out."),
+    (["--out", "other"], "holds another run, with steps=7 (asked 30)"),
+    (["--out", "other", "--steps", "7"], "holds this run already; add --resume to go on"),
+    (["--optimizer", "adamm"], "invalid choice: 'adamm'"),
+    (["--compare", "adamw,sgd"], "must be different names out of adamw, muon, galore_muon, gum"),
+    (["--steps", "0"], "argument --steps: must be a whole number of at least 1, got 0"),
+    (["--lr", "-1"], "argument --lr: must be a positive number, got -1"),
+    (["--lr", "quick"], "argument --lr: must be a positive number, got quick"),
+    (["--full-rank-fraction", "2"], "argument --full-rank-fraction: must be between 0 and 1, got 2"),
+    (["--rank", "1.5"], "argument --rank: must be a whole number of at least 1, got 1.5"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"), MISTAKES, ids=lambda x: " ".join(x) if isinstance(x, list) else ""
+)
+def test_a_mistake_is_answered_with_one_clear_sentence(
+    text, tmp_path, monkeypatch, capsys, arguments, sentence
+):
+    monkeypatch.chdir(tmp_path)
+    Path("short.txt").write_text("too short")
+    Path("empty.txt").write_text(" \n\n ")
+    Path("binary.txt").write_bytes(b"\xff\xfe\x00\xd8")
+    Path("held").mkdir()
+    Path("held/file").touch()
+    Path("other").mkdir()
+    options = pretrain.parser().parse_args([*TINY, "--steps", "7"])
+    words = corpus.Corpus(text, 512)
+    settings = pretrain.settings_of(options, "gum", words)
+    Path("other/settings.json").write_text(json.dumps(training.dataclasses.asdict(settings)))
+    given = arguments if "--text" in arguments else ["--text", str(text), *arguments]
+    try:
+        code = pretrain.main([*TINY, "--steps", "30", *given])
+    except SystemExit as stopped:  # argparse's own way
+        code = stopped.code
+    assert code == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert "Traceback" not in error
+
+
+def test_a_text_is_encoded_once_and_decodes_to_itself(text):
+    a, b = corpus.Corpus(text, 512), corpus.Corpus(text, 512)
+    assert a.train.tolist() == b.train.tolist()
+    assert a.train.filename == b.train.filename  # the second reads what the first wrote
+    paragraph = text.read_text().split("\n\n")[1]
+    assert paragraph in a.tokenizer.decode(a.train[:200].tolist())
+
+
+def test_batches_are_an_epochs_windows_each_once_and_depend_on_seed_and_step_only(text):
+    words = corpus.Corpus(text, 512)
+    length, batch = 64, 3
+    windows = (len(words.train) - 1) // length
+    steps = -(-windows // batch)
+    seen = [words.batch(step, batch=batch, length=length, seed=1) for step in range(steps)]
+    starts = {tuple(row) for rows in seen for row in rows}
+    assert len(starts) >= windows - 1
+    again = words.batch(1, batch=batch, length=length, seed=1)
+    np.testing.assert_array_equal(again, seen[1])
+    assert (words.batch(1, batch=batch, length=length, seed=2) != seen[1]).any()
+
+
+def test_the_default_text_is_real_conversation():
+    documents = corpus.conversations()
+    assert len(documents) > 7000
+    assert sum(map(len, documents)) > 12e6
+    assert re.search(r"\bhow are you\b", documents[0].lower())
+
+
+def test_galore_muon_stalls_on_the_noisy_regression_and_gum_converges(tmp_path):
+    """The paper's Figure 1, at its full length."""
+    losses = linear_regression.main(["--seeds", "4", "--out", str(tmp_path)])
+    start = losses["GaLore-Muon"][0]
+    np.testing.assert_allclose(losses["GaLore-Muon"][-1], start, rtol=1e-3)  # it has not moved at all
+    for name in ("Muon", "GUM", "GUM, low variance"):
+        assert (losses[name][-1] < 1e-6).all(), name
+    assert (tmp_path / "linear_regression.png").exists()
+
+
+def test_the_comparison_does_only_what_is_missing(tmp_path, monkeypatch):
+    calls = []
+
+    def fake_run(words, settings):
+        calls.append((settings.optimizer, settings.lr, settings.seed))
+        loss = abs(np.log(settings.lr / 3e-3)) + 0.01 * settings.seed + len(settings.optimizer)
+        row = training.dataclasses.asdict(settings)
+        return row | {"val_loss": loss, "validation": {"400": loss}, "state_mib": 1.0, "peak_step_mib": 2.0}
+
+    class Words:
+        name = "words"
+
+    monkeypatch.setattr(corpus_comparison, "run", fake_run)
+    monkeypatch.setattr(corpus_comparison, "Corpus", lambda *_: Words())
+    arguments = ["corpus_comparison.py", "--optimizers", "adamw,gum", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    corpus_comparison.main()
+    grid, seeds = len(corpus_comparison.GRID), len(corpus_comparison.SEEDS)
+    assert len(calls) == 2 * (grid + seeds - 1)
+    table = (tmp_path / "comparison.md").read_text()
+    assert "| `adamw` | 0.003 | 5.0100 ± 0.0100 | 1.0 | 2.0 | not measured |" in table
+    stored = json.loads((tmp_path / "comparison.json").read_text())
+    stored["runs"].pop(3)
+    (tmp_path / "comparison.json").write_text(json.dumps(stored))
+    calls.clear()
+    corpus_comparison.main()
+    assert len(calls) == 1

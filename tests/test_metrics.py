@@ -1,0 +1,48 @@
+"""What the state says of itself."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from helpers import run
+
+import gum_optax as go
+
+
+def test_metrics_are_what_the_last_step_did(rng):
+    g = [{"w": np.float32(rng.normal(size=(6, 4, 7)))} for _ in range(7)]
+    tx = optax.chain(optax.clip(10.0), go.gum(0.1, rank=2, period=3, full_rank_fraction=0.3, key=4))
+    _, state = run(tx, g)
+    found = go.metrics(state)
+    inner = state[1].inner.inner_states["matrices"].inner_state[0]
+    p = inner.low.projectors["w"]
+    share = float(jnp.sum((p.mT @ g[-1]["w"]) ** 2) / jnp.sum(g[-1]["w"] ** 2))
+    np.testing.assert_allclose(found["captured_energy"], share, rtol=1e-5)
+    np.testing.assert_allclose(found["residual_share"], np.sqrt(1 - share), rtol=1e-5)
+    residual = g[-1]["w"] - p @ (p.mT @ g[-1]["w"])
+    np.testing.assert_allclose(
+        found["residual_share"], jnp.linalg.norm(residual) / np.linalg.norm(g[-1]["w"]), rtol=1e-4
+    )
+    assert int(found["refresh_count"]) == 3
+    np.testing.assert_allclose(found["realised_fraction"], 2 / 6)
+    np.testing.assert_array_equal(
+        [found["sampled/4x7/0"], found["sampled/4x7/1"]], go.draw(inner.low.key, jnp.int32(2), "4x7", 6, 2)
+    )
+    assert int(found["skipped_steps"]) == 0
+    assert all(jnp.ndim(x) == 0 for x in found.values())
+
+
+def test_metrics_come_out_of_a_jitted_step_and_of_any_state():
+    tx = go.galore_muon(0.1, rank=2)
+    params = {"w": jnp.ones((4, 7))}
+    state = tx.init(params)
+    found = jax.jit(lambda g, s: go.metrics(tx.update(g, s)[1]))(params, state)
+    assert set(found) == {"captured_energy", "residual_share", "refresh_count", "skipped_steps"}
+    np.testing.assert_allclose(found["captured_energy"], 1, rtol=1e-5)  # a matrix of ones has rank one
+    assert go.metrics(optax.adam(0.1).init(params)) == {}
+
+
+def test_energy_of_no_gradient_and_of_no_projected_block_is_zero():
+    for params in ({"w": jnp.zeros((4, 7))}, {"w": jnp.ones((2, 7))}):
+        _, state = run(go.galore_muon(0.1, rank=2), [params])
+        assert float(go.metrics(state)["captured_energy"]) == 0

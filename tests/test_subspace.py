@@ -1,0 +1,163 @@
+"""Finders: orthonormal whatever the gradient, and as much of it captured as the SVD captures."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import sequence
+from hypothesis import given
+from hypothesis import strategies as st
+
+import gum_optax as go
+from gum_optax._subspace import orthonormalize, outside
+
+FINDERS = {"svd": go.svd_subspace, "iteration": go.subspace_iteration, "random": go.random_subspace}
+KEY = jax.random.key(0)
+# A float32 Gram matrix of up to 64 rows; measured 5e-7.
+ORTHONORMAL = 5e-6
+
+
+def start(m, r, *batch):
+    return go.random_subspace(KEY, jnp.zeros((*batch, m, 1)), jnp.zeros((*batch, m, r)))
+
+
+def defect(p):
+    return float(jnp.abs(p.mT @ p - jnp.eye(p.shape[-1])).max())
+
+
+def captured(p, g):
+    return float(jnp.sum((p.mT @ g) ** 2) / jnp.sum(g**2))
+
+
+def gradients(m=24, n=40, seed=0):
+    rng = np.random.default_rng(seed)
+    g = rng.normal(size=(m, n)).astype(np.float32)
+    low = (rng.normal(size=(m, 2)) @ rng.normal(size=(2, n))).astype(np.float32)
+    one_hot = np.zeros((m, n), np.float32)
+    one_hot[3, 5] = 1
+    decay = np.linalg.qr(rng.normal(size=(m, m)))[0] * np.float32(10.0) ** -np.linspace(0, 8, m) @ g
+    return {
+        "gaussian": g,
+        "tiny": g * 1e-30,
+        "huge": g * 1e30,
+        "zero": 0 * g,
+        "constant": np.ones_like(g),
+        "one_hot": one_hot,
+        "rank_2": low,
+        "condition_1e8": np.float32(decay),
+    }
+
+
+@pytest.mark.parametrize("finder", FINDERS.values(), ids=FINDERS)
+def test_columns_are_orthonormal_whatever_the_gradient(finder):
+    find = jax.jit(finder)
+    for name, g in gradients().items():
+        p = find(KEY, jnp.asarray(g), start(24, 7))
+        assert p.shape == (24, 7), name
+        assert p.dtype == jnp.float32, name
+        assert defect(p) < ORTHONORMAL, name
+
+
+@given(st.integers(2, 12), st.integers(1, 12), st.lists(st.integers(1, 2), max_size=2), st.data())
+def test_finders_take_any_stack_of_any_shape(m, n, batch, data):
+    rank = data.draw(st.integers(1, m - 1))
+    g = jnp.float32(np.random.default_rng(0).normal(size=(*batch, m, n)))
+    for finder in (go.subspace_iteration, go.random_subspace):
+        p = finder(KEY, g, start(m, rank, *batch))
+        assert p.shape == (*batch, m, rank)
+        assert defect(p) < ORTHONORMAL
+
+
+def test_svd_subspace_is_the_top_of_numpys(rng):
+    g = rng.normal(size=(2, 8, 12))
+    p = go.svd_subspace(KEY, jnp.float32(g), start(8, 3, 2))
+    u = np.linalg.svd(g)[0][..., :3]
+    np.testing.assert_allclose(p @ p.mT, u @ np.swapaxes(u, -1, -2), atol=1e-5)
+
+
+def drifting(steps=6, m=48, n=96, exponent=0.7):
+    """Gradients of power-law spectrum under fresh noise, a third of their norm each step."""
+    rng = np.random.default_rng(0)
+    u = np.linalg.qr(rng.normal(size=(m, m)))[0]
+    v = np.linalg.qr(rng.normal(size=(n, m)))[0]
+    base = u * (1.0 + np.arange(m)) ** -exponent @ v.T
+    noise = 0.3 * np.linalg.norm(base) / np.sqrt(m * n)
+    for _ in range(steps):
+        base = base + 0.2 * noise * rng.normal(size=(m, n))
+        yield jnp.float32(base + noise * rng.normal(size=(m, n)))
+
+
+def test_warm_iteration_captures_what_the_svd_captures():
+    p, find = start(48, 12), jax.jit(go.subspace_iteration)
+    for step, g in enumerate(drifting()):
+        p = find(KEY, g, p)
+        share = captured(p, g) / captured(go.svd_subspace(KEY, g, p), g)
+        assert share > (0.97 if step else 0.93)  # the first starts from a random subspace
+
+
+def test_iteration_costs_a_small_fraction_of_the_svd():
+    """In floating-point operations that XLA counts, against the least an SVD of this shape needs."""
+    m, n, r = 128, 512, 16
+    args = (KEY, jax.ShapeDtypeStruct((m, n), jnp.float32), jax.ShapeDtypeStruct((m, r), jnp.float32))
+    cost = jax.jit(go.subspace_iteration).lower(*args).compile().cost_analysis()["flops"]
+    # Reduction to bidiagonal form alone: 4 m² n - 4/3 m³ (Golub and Van Loan, section 5.4.8).
+    assert cost < 0.35 * (4 * m**2 * n - 4 / 3 * m**3)
+
+
+def test_iteration_stays_close_to_the_previous_basis():
+    """Signs and order are kept, so that a momentum that is kept still means the same."""
+    g = next(drifting())
+    p = go.subspace_iteration(KEY, g, start(48, 12))
+    for _ in range(20):
+        p = go.subspace_iteration(KEY, g, p)
+    again = go.subspace_iteration(KEY, g + 1e-3 * jnp.abs(g).max(), p)
+    assert float(jnp.diagonal(p.mT @ again).min()) > 0.9
+
+
+def test_zero_gradient_keeps_the_previous_subspace():
+    p = start(24, 7)
+    np.testing.assert_allclose(go.subspace_iteration(KEY, jnp.zeros((24, 40)), p), p, atol=1e-6)
+
+
+def test_random_subspace_is_uniform():
+    """`E[P Pᵀ] = (r/m) I` by z-scores, and every draw is its own."""
+    m, r, count = 6, 2, 4000
+    keys = jax.random.split(KEY, count)
+    p = jax.vmap(lambda key: go.random_subspace(key, jnp.zeros((m, 1)), jnp.zeros((m, r))))(keys)
+    mean = np.asarray((p @ p.mT).mean(0), np.float64)
+    spread = np.asarray((p @ p.mT).std(0)) / np.sqrt(count)
+    assert np.abs((mean - np.eye(m) * r / m) / spread).max() < 4.5  # the largest of 21 scores
+    signs = np.asarray(p[:, 0, 0] > 0).mean()
+    assert abs(signs - 0.5) < 4 * 0.5 / np.sqrt(count)
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e4, 1e6])
+def test_orthonormalize_is_qr_up_to_condition_1e6(rng, condition):
+    u = np.linalg.qr(rng.normal(size=(40, 8)))[0]
+    v = np.linalg.qr(rng.normal(size=(8, 8)))[0]
+    y = jnp.float32(u * np.geomspace(1, 1 / condition, 8) @ v)
+    q = orthonormalize(y)
+    assert defect(q) < ORTHONORMAL
+    # The same columns up to rounding amplified by the condition: a triangular factor of positive diagonal.
+    assert float(jnp.diagonal(q.mT @ y).min()) > 0
+    if condition <= 1e4:
+        assert float(jnp.abs(jnp.tril(q.mT @ y, -1)).max()) < 1e-5
+
+
+def test_outside_is_the_residual_and_zero_where_it_is_rounding(rng):
+    g = jnp.float32(rng.normal(size=(3, 10, 14)))
+    p = go.svd_subspace(KEY, g, start(10, 4, 3))
+    np.testing.assert_allclose(outside(p, g), g - p @ (p.mT @ g), atol=1e-5)
+    exact = jnp.float32(rng.normal(size=(3, 10, 4)) @ rng.normal(size=(3, 4, 14)))
+    np.testing.assert_array_equal(outside(go.svd_subspace(KEY, exact, p), exact), 0)
+    np.testing.assert_array_equal(outside(p, jnp.zeros_like(g)), 0)
+    # Every block is judged by itself.
+    mixed = jnp.stack([exact[0], g[1]])
+    residual = outside(go.svd_subspace(KEY, mixed, p[:2]), mixed)
+    assert not residual[0].any()
+    assert residual[1].any()
+
+
+def test_slowly_moving_sequences_of_the_helpers_have_a_subspace_to_find():
+    g = sequence(np.random.default_rng(0), (6, 9), 2)[0]
+    assert captured(go.svd_subspace(KEY, jnp.asarray(g), start(6, 3)), g) > 0.9

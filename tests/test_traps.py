@@ -1,0 +1,134 @@
+"""What goes wrong in a plain implementation: rounding as a step, poisoned state, full-size buffers."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import muon_rule, run, sequence
+
+import gum_optax as go
+
+OPTIMIZERS = {
+    "muon": lambda **kw: go.muon(0.1, **kw),
+    "galore_muon": lambda **kw: go.galore_muon(0.1, rank=2, period=3, **kw),
+    "gum": lambda **kw: go.gum(0.1, rank=2, period=3, full_rank_fraction=0.3, **kw),
+}
+every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+
+
+@pytest.mark.parametrize("finder", [go.svd_subspace, go.subspace_iteration])
+def test_a_sampled_block_of_a_rank_deficient_gradient_does_not_move(rng, finder):
+    """The residual is rounding; orthogonalized it would be a random step of spectral norm 1.13."""
+    gradients = [np.float32(rng.normal(size=(6, 8, 2)) @ rng.normal(size=(6, 2, 12))) for _ in range(6)]
+    rule = go.unbiased_low_rank(muon_rule(), 3, 1, 0.34, find_subspace=finder)
+    state = jax.jit(rule.init)(gradients[0])
+    update = jax.jit(rule.update)
+    for g in gradients:
+        step, state = update(g, state)
+        sampled = np.asarray(state.index["8x12"])
+        np.testing.assert_array_equal(step[sampled], 0)
+        moving = np.linalg.norm(np.delete(step, sampled, axis=0), axis=(1, 2))
+        assert (moving > 0.5).all()
+
+
+@every_optimizer
+def test_zero_gradients_give_zero_steps(make):
+    params = {"w": jnp.ones((6, 4, 7)), "v": jnp.ones((7, 4)), "embed": {"embedding": jnp.ones((5, 4))}}
+    updates, state = run(make(), [jax.tree.map(jnp.zeros_like, params)] * 5, params)
+    for update in updates:
+        for leaf in jax.tree.leaves(update):
+            np.testing.assert_array_equal(leaf, 0)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+
+
+@every_optimizer
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_gradient_that_is_not_finite_is_skipped_as_if_it_had_not_come(make, bad):
+    rng = np.random.default_rng(0)
+    good = [{"w": g, "b": g[0, 0]} for g in sequence(rng, (5, 4, 7), 7)]
+    poisoned = list(good)
+    for place, leaf in ((0, "w"), (4, "b"), (7, "w")):  # first step, within a period, at a refresh
+        spoilt = dict(good[min(place, 6)])
+        spoilt[leaf] = spoilt[leaf].copy()
+        spoilt[leaf].flat[1] = bad
+        poisoned.insert(place, spoilt)
+    expected, reference = run(make(), good)
+    updates, state = run(make(), poisoned)
+    kept = [u for i, u in enumerate(updates) if i not in (0, 4, 7)]
+    for x, y in zip(kept, expected, strict=True):
+        np.testing.assert_array_equal(x["w"], y["w"])
+        np.testing.assert_array_equal(x["b"], y["b"])
+    for i in (0, 4, 7):
+        assert not any(leaf.any() for leaf in jax.tree.leaves(updates[i]))
+    assert int(go.metrics(state)["skipped_steps"]) == 3
+    jax.tree.map(np.testing.assert_array_equal, state.inner, reference.inner)
+
+
+@every_optimizer
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_steps_do_not_depend_on_the_scale_of_the_gradient(make, scale):
+    gradients = [{"w": g} for g in sequence(np.random.default_rng(0), (5, 4, 7), 5)]
+    scaled = [{"w": np.float32(scale) * g["w"]} for g in gradients]
+    (a, _), (b, state) = run(make(), gradients), run(make(), scaled)
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_allclose(x["w"], y["w"], atol=1e-3)
+    assert all(np.isfinite(x).all() for x in go.metrics(state).values())
+
+
+def numbers(tree):
+    return sum(x.size for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(("blocks", "fraction", "slots"), [(12, 1 / 12, 1), (10, 0.4, 4), (6, 0.0, 0)])
+def test_state_is_r_m_plus_n_and_the_slots_share_of_mn_a_block(blocks, fraction, slots):
+    m, n, r = 16, 40, 4
+    tx = go.as_matrices(go.unbiased_low_rank(muon_rule(), r, 5, fraction))
+    half = {"a": jnp.zeros((blocks // 2, m, n)), "b": jnp.zeros((blocks // 2, n, m))}
+    state = jax.eval_shape(tx.init, half)
+    q = slots / blocks
+    formula = blocks * (r * (m + n) + q * m * n)
+    small = numbers((state.low.count, state.low.refreshes, state.low.key, state.low.captured, state.index))
+    assert numbers(state) - small == formula + (0 if slots else 1)  # `slots` is the scalar 0 without slots
+    assert small == 3 + 2 + (slots or 1)
+
+
+def test_only_slots_hold_full_size_momentum_once_for_each_group():
+    m, n = 16, 40
+    params = {f"layer_{i}": {"kernel": jnp.zeros((m, n))} for i in range(12)}
+    state = jax.eval_shape(go.gum(0.1, rank=4, full_rank_fraction=1 / 6).init, params)
+    full_size = [x for x in jax.tree.leaves(state) if x.ndim >= 2 and x.shape[-2:] in ((m, n), (n, m))]
+    assert [x.shape for x in full_size] == [(2, m, n)]
+
+
+def test_gradients_and_updates_are_never_concatenated():
+    """No operation of the compiled step gathers the blocks of several leaves into one array."""
+    layers, m, n = 8, 32, 64
+    params = {f"layer_{i}": {"kernel": jnp.zeros((m, n))} for i in range(layers)}
+    tx = go.gum(0.1, rank=4, full_rank_fraction=1 / 4)
+    state = jax.eval_shape(tx.init, params)
+    text = jax.jit(tx.update, donate_argnums=1).lower(params, state, params).compile().as_text()
+    sizes = []
+    for shape, operation in re.findall(r"= f32\[([\d,]+)\]\S* ([\w-]+)\(", text):
+        if operation not in ("parameter", "get-tuple-element", "tuple"):
+            sizes.append(int(np.prod([int(d) for d in shape.split(",")])))
+    assert max(sizes) == 2 * m * n  # the two slots
+
+
+def test_a_stack_of_layers_is_updated_without_a_copy_of_all_of_it_but_the_step():
+    """Beside its step, one stacked leaf costs its coordinates and slots, not its size again."""
+    blocks, m, n = 16, 64, 128
+    params = {"kernel": jnp.zeros((blocks, m, n))}
+    tx = go.gum(0.1, rank=4, full_rank_fraction=1 / 16)
+    state = jax.eval_shape(tx.init, params)
+
+    def step(gradients, state, params):
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    compiled = jax.jit(step, donate_argnums=(1, 2)).lower(params, state, params).compile()
+    whole, coordinates, slots = 4 * blocks * m * n, 4 * blocks * 4 * n, 4 * m * n
+    # The step, as the result of a product, stands alone on CPU; the rest is of the size of the state.
+    assert compiled.memory_analysis().temp_size_in_bytes < whole + 4 * (coordinates + slots)
