@@ -1,4 +1,4 @@
-"""Compare optimizers on the default corpus: the same grid of learning rates for each, three seeds of the best.
+"""Compare optimizers on the default corpus: one grid of learning rates for all, three seeds of each best.
 
     python benchmarks/corpus_comparison.py
 
@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+
 from corpus import Corpus  # noqa: E402
 from llama import SIZES  # noqa: E402
 from training import OPTIMIZERS, Settings, Trainer  # noqa: E402

@@ -121,7 +121,9 @@ class Corpus:
         """
         windows = (len(self.train) - 1) // length
         places = np.arange(step * batch, (step + 1) * batch)
-        order = {e: np.random.default_rng((seed, int(e))).permutation(windows) for e in set(places // windows)}
+        order = {
+            e: np.random.default_rng((seed, int(e))).permutation(windows) for e in set(places // windows)
+        }
         starts = [order[place // windows][place % windows] * length for place in places]
         return np.stack([self.train[s : s + length + 1] for s in starts]).astype(np.int32)
 

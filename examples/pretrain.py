@@ -19,6 +19,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
 from corpus import Corpus, CorpusError
 from llama import SIZES
 from training import OPTIMIZERS, RunDirectory, RunError, Settings, StopSignal, Trainer, train

@@ -8,16 +8,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import gum_optax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from corpus import Corpus
 from flax import nnx
-from llama import SIZES, Llama
 from tqdm import tqdm
+
+import gum_optax
+
+from corpus import Corpus
+from llama import SIZES, Llama
 
 VALIDATION_BATCHES = 32
 

@@ -14,13 +14,17 @@ def _is_traced(value: Any) -> bool:
     return isinstance(value, jax.core.Tracer)
 
 
-def check_integer(name: str, value: Any, *, at_least: int) -> int:
-    """A Python or NumPy integer of at least `at_least`: it decides shapes, so it cannot be traced."""
+def _refuse_traced(name: str, value: Any) -> None:
     if _is_traced(value):
         raise TypeError(
             f"{name} decides shapes or control flow and cannot be a traced value; under"
             f" optax.inject_hyperparams pass static_args={name!r}."
         )
+
+
+def check_integer(name: str, value: Any, *, at_least: int) -> int:
+    """A Python or NumPy integer of at least `at_least`: it decides shapes, so it cannot be traced."""
+    _refuse_traced(name, value)
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}.")
     if value < at_least:
@@ -45,11 +49,7 @@ def check_number(name: str, value: Any, *, at_least: float, below: float | None 
 
 def check_fraction(name: str, value: Any) -> float:
     """A Python number in `[0, 1]`: it decides how many slots are allocated."""
-    if _is_traced(value):
-        raise TypeError(
-            f"{name} decides shapes and cannot be a traced value; under"
-            f" optax.inject_hyperparams pass static_args={name!r}."
-        )
+    _refuse_traced(name, value)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}.")
     fraction = float(value)

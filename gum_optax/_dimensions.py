@@ -73,7 +73,9 @@ def _axes(axes: Any, where: str, ndim: int) -> tuple[int, ...]:
     """Non-negative axes from one axis or several."""
     given = [int(axis) for axis in ((axes,) if isinstance(axes, numbers.Integral) else axes)]
     if any(not -ndim <= axis < ndim for axis in given):
-        raise ValueError(f"dimension numbers of leaf {where} name axes {tuple(given)}, but it has {ndim} axes.")
+        raise ValueError(
+            f"dimension numbers of leaf {where} name axes {tuple(given)}, but it has {ndim} axes."
+        )
     return tuple(axis % ndim for axis in given)
 
 

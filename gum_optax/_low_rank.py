@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int, UInt32
 
 from ._checks import check_function, check_integer, check_matrix_leaf, check_rule
-from ._sampling import key_data, stream
+from ._sampling import check_key, key_data, stream
 from ._subspace import SubspaceFinder, exact_matmul, lift, project, random_subspace, subspace_iteration
 from ._trees import map_with_place, merge, split
 
@@ -135,7 +135,7 @@ def low_rank(
     check_function("find_subspace", find_subspace, "gum_optax.svd_subspace")
     check_function("carry", carry, "gum_optax.keep")
     check_function("residual", residual, "gum_optax.drop")
-    data = key_data(key)
+    check_key(key)
 
     def split_by_rank(tree):
         return split(tree, [leaf.shape[-2] > rank for leaf in jax.tree.leaves(tree)])
@@ -144,6 +144,7 @@ def low_rank(
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
             check_matrix_leaf(path, leaf)
         low, full = split_by_rank(params)
+        data = key_data(key)
 
         def start(place, g):
             shape = (*g.shape[:-1], rank)

@@ -63,14 +63,9 @@ def muon(
     References:
       Jordan et al., https://kellerjordan.github.io/posts/muon; Liu et al., arXiv 2502.16982.
     """
+    rule = _muon_rule(momentum, orthogonalizer, nesterov)
     return matrices_and_others(
-        _muon_rule(momentum, orthogonalizer, nesterov),
-        learning_rate,
-        weight_decay=weight_decay,
-        weight_decay_mask=weight_decay_mask,
-        weight_dimension_numbers=weight_dimension_numbers,
-        others=others,
-        consistent_rms=consistent_rms,
+        rule, learning_rate, consistent_rms, weight_decay, weight_decay_mask, weight_dimension_numbers, others
     )
 
 
@@ -120,13 +115,7 @@ def galore_muon(
         key=key,
     )
     return matrices_and_others(
-        rule,
-        learning_rate,
-        weight_decay=weight_decay,
-        weight_decay_mask=weight_decay_mask,
-        weight_dimension_numbers=weight_dimension_numbers,
-        others=others,
-        consistent_rms=consistent_rms,
+        rule, learning_rate, consistent_rms, weight_decay, weight_decay_mask, weight_dimension_numbers, others
     )
 
 
@@ -185,11 +174,5 @@ def gum(
         key=key,
     )
     return matrices_and_others(
-        rule,
-        learning_rate,
-        weight_decay=weight_decay,
-        weight_decay_mask=weight_decay_mask,
-        weight_dimension_numbers=weight_dimension_numbers,
-        others=others,
-        consistent_rms=consistent_rms,
+        rule, learning_rate, consistent_rms, weight_decay, weight_decay_mask, weight_dimension_numbers, others
     )

@@ -47,12 +47,11 @@ def skip_non_finite(inner: optax.GradientTransformation) -> optax.GradientTransf
 def matrices_and_others(
     rule: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
-    *,
+    consistent_rms: Any = 0.2,
     weight_decay: Any = 0.0,
     weight_decay_mask: Any = None,
     weight_dimension_numbers: WeightDimensionNumbers = None,
     others: optax.GradientTransformation | None = None,
-    consistent_rms: Any = 0.2,
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer from a rule over `(blocks, m, n)`: the arguments that all optimizers share.
 
@@ -61,6 +60,7 @@ def matrices_and_others(
     Args:
       rule: gives the step of the matrices, still pointing up the gradient, unscaled.
       learning_rate: `η`, a number or a schedule.
+      consistent_rms: see `scale_by_shape`.
       weight_decay: `λ`, decoupled, for matrices and for the default `others`.
       weight_decay_mask: a tree of booleans, or a function from the parameters to one, as in
         `optax.adamw`.
@@ -68,7 +68,6 @@ def matrices_and_others(
         `optax.contrib.MuonDimensionNumbers`, `None` at leaves that are not matrices. Default:
         `hidden_matrices`.
       others: the transformation of all leaves that are not matrices. Default: AdamW.
-      consistent_rms: see `scale_by_shape`.
 
     Raises:
       TypeError, ValueError: an argument out of range or of the wrong type; at `init`, dimension

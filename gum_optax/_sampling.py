@@ -1,5 +1,6 @@
 """The draw: which blocks of a group run at full rank in a period."""
 
+import numbers
 import zlib
 from typing import Any
 
@@ -11,27 +12,40 @@ from jaxtyping import Array, Int, PRNGKeyArray, UInt32
 _IMPLEMENTATION = "threefry2x32"
 
 
-def key_data(key: Any) -> UInt32[Array, "2"]:
-    """Raw threefry key data from an integer seed, a typed JAX key or a raw `uint32[2]` key.
+def _is_typed(key: Any) -> bool:
+    return isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+
+
+def _is_seed(key: Any) -> bool:
+    if isinstance(key, jax.Array):
+        return key.shape == () and jnp.issubdtype(key.dtype, jnp.integer)
+    return isinstance(key, numbers.Integral) and not isinstance(key, bool)
+
+
+def check_key(key: Any) -> None:
+    """An integer seed, a typed JAX key or a raw `uint32[2]` key; computes nothing.
+
+    An optimizer may be made before `jax.distributed.initialize`, which must come before any computation.
 
     Raises:
       TypeError: `key` is none of these, or a typed key of another generator.
     """
-    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    if _is_typed(key):
         if str(jax.random.key_impl(key)) not in (_IMPLEMENTATION, "fry"):
             raise TypeError(f"key must be a threefry2x32 key, got {key!r}; use jax.random.key(seed).")
-        if key.ndim:
+        if key.shape:
             raise TypeError(f"key must be one key, got shape {key.shape}; vmap over several.")
+    elif not _is_seed(key) and not (jnp.shape(key) == (2,) and jnp.result_type(key) == jnp.uint32):
+        raise TypeError(f"key must be an integer seed or a JAX key such as jax.random.key(0), got {key!r}.")
+
+
+def key_data(key: Any) -> UInt32[Array, "2"]:
+    """Raw threefry key data, as it stands in the state, from what `check_key` lets pass."""
+    if _is_typed(key):
         return jax.random.key_data(key)
-    if (
-        not isinstance(key, bool)
-        and jnp.shape(key) == ()
-        and jnp.issubdtype(jnp.result_type(key), jnp.integer)
-    ):
+    if _is_seed(key):
         return jax.random.key_data(jax.random.key(key, impl=_IMPLEMENTATION))
-    if jnp.shape(key) == (2,) and jnp.result_type(key) == jnp.uint32:
-        return jnp.asarray(key)
-    raise TypeError(f"key must be an integer seed or a JAX key such as jax.random.key(0), got {key!r}.")
+    return jnp.asarray(key)
 
 
 def stream(key: UInt32[Array, "2"], period: Int[Array, ""], place: int) -> PRNGKeyArray:

@@ -5,13 +5,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float
 
 from ._checks import check_fraction, check_function, check_integer, check_matrix_leaf, check_rule
 from ._low_rank import LowRankState, low_rank, restart
-from ._sampling import draw, key_data
+from ._sampling import check_key, draw
 from ._slots import Group, groups_of, put, take
 from ._subspace import SubspaceFinder, lift, outside, project, subspace_iteration
 from ._trees import is_hole, merge, split
@@ -46,11 +45,6 @@ def low_variance(q: float) -> Weights:
     orthogonalizer it is still not always the better one (`examples/linear_regression.py`).
     """
     return Weights(low=1.0, inside=1.0, outside=1 / q)
-
-
-# Where nothing is sampled. One ordinary leaf, not an empty dict: `optax.tree.map_params` calls `init`
-# with a leafless tree and compares structures.
-NO_SLOTS = np.zeros((), np.int32)
 
 
 class UnbiasedLowRankState(NamedTuple):
@@ -116,7 +110,7 @@ def unbiased_low_rank(
     fraction = check_fraction("full_rank_fraction", full_rank_fraction)
     check_function("find_subspace", find_subspace, "gum_optax.svd_subspace")
     check_function("compensation", compensation, "gum_optax.complement")
-    data = key_data(key)
+    check_key(key)
 
     def plan(tree) -> tuple[dict[str, Group], list[bool], Any]:
         """The sampled groups, which leaves are projected, and the rule of those."""
@@ -127,7 +121,7 @@ def unbiased_low_rank(
         leaves, treedef = jax.tree.flatten(tree)
         weights = treedef.unflatten([weight.get(place, 1.0) for place in range(len(leaves))])
         fed = optax.chain(_weighted(weights), inner)
-        rule = low_rank(fed, rank, period, find_subspace=find_subspace, carry=restart, key=data)
+        rule = low_rank(fed, rank, period, find_subspace=find_subspace, carry=restart, key=key)
         return sampled, [chosen[place] for place in range(len(leaves))], rule
 
     def fresh_slots(sampled):
@@ -143,8 +137,10 @@ def unbiased_low_rank(
         sampled, chosen, rule = plan(params)
         low, full = split(params, chosen)
         low_state = rule.init(low)
-        index = draws(sampled, low_state) if sampled else NO_SLOTS
-        slots = fresh_slots(sampled) if sampled else NO_SLOTS
+        # Where nothing is sampled, one ordinary leaf and not an empty dict: `optax.tree.map_params` calls
+        # `init` with a leafless tree and compares structures.
+        index = draws(sampled, low_state) if sampled else jnp.zeros((), jnp.int32)
+        slots = fresh_slots(sampled) if sampled else jnp.zeros((), jnp.int32)
         return UnbiasedLowRankState(low_state, inner.init(full), index, slots)
 
     def update(updates, state, params=None, **extra_args):
@@ -155,7 +151,7 @@ def unbiased_low_rank(
         full_steps, full_state = inner.update(full, state.full, None, **extra_args)
         steps = merge(steps, full_steps)
         if not sampled:
-            return steps, UnbiasedLowRankState(low_state, full_state, NO_SLOTS, NO_SLOTS)
+            return steps, UnbiasedLowRankState(low_state, full_state, state.index, state.slots)
 
         index = draws(sampled, state.low)
         gradients = jax.tree.leaves(updates)

@@ -12,9 +12,10 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax.training.train_state import TrainState
-from helpers import run
 
 import gum_optax as go
+
+from helpers import run
 
 OPTIMIZERS = {
     "muon": (go.muon, {}),

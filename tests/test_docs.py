@@ -5,16 +5,17 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
-from helpers import run
 
 import gum_optax as go
+
+from helpers import run
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
 
 def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    return [body for name, body in re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL) if name == language]
 
 
 def test_write_your_own_runs():

@@ -125,7 +125,7 @@ def test_sigterm_saves_and_resume_goes_on_to_the_bit_within_a_period(whole, text
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 0
     stopped = len(losses(out))
-    assert 3 <= stopped
+    assert stopped >= 3
     if stopped < 30:  # a fast machine may have finished before the signal came
         assert f"Stopped and saved at step {stopped} of 30" in printed
     assert pretrain.main([*TINY, "--steps", "30", "--text", str(text), "--out", str(out), "--resume"]) == 0

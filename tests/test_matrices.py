@@ -7,13 +7,14 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import muon_rule, run
 from hypothesis import given
 from hypothesis import strategies as st
 from optax.contrib import MuonDimensionNumbers as Dims
 
 import gum_optax as go
 from gum_optax._dimensions import LAST_TWO, names_of
+
+from helpers import muon_rule, run
 
 SPLIT_OUTPUT, SPLIT_INPUT = Dims(-3, (-2, -1)), Dims((-3, -2), -1)
 

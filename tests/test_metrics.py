@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from helpers import run
 
 import gum_optax as go
+
+from helpers import run
 
 
 def test_metrics_are_what_the_last_step_did(rng):

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import jordan, msign
 
 import gum_optax as go
+
+from oracles import jordan, msign
 
 express = functools.partial(go.newton_schulz, coefficients=go.POLAR_EXPRESS)
 ALL = {"jordan": go.newton_schulz, "polar_express": express, "polar": go.polar}

@@ -4,9 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import muon_rule, run, sequence, trees
 
 import gum_optax as go
+
+from helpers import muon_rule, run, sequence, trees
 
 STEPS, RANK, PERIOD = 7, 3, 3
 
@@ -81,7 +82,7 @@ def test_the_raw_residual_with_an_identity_inside_is_the_gradient(gradients):
 
 
 def test_rotated_linear_momentum_is_the_projection_of_a_momentum_that_lies_in_both_subspaces():
-    """With gradients of rank at most r in one fixed subspace, rotating loses nothing: it is plain momentum."""
+    """With gradients in one fixed subspace of dimension r, rotating loses nothing: plain momentum."""
     rng = np.random.default_rng(6)
     basis = np.linalg.qr(rng.normal(size=(6, RANK)))[0]
     sequence_in_subspace = [{"w": np.float32(basis @ rng.normal(size=(RANK, 9)))} for _ in range(STEPS)]

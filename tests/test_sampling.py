@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import muon_rule, run
 from hypothesis import given
 from hypothesis import strategies as st
 
 import gum_optax as go
+
+from helpers import muon_rule, run
 
 KEY = np.asarray([0, 7], np.uint32)
 

@@ -4,12 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
 import gum_optax as go
 from gum_optax._subspace import orthonormalize, outside
+
+from helpers import sequence
 
 FINDERS = {"svd": go.svd_subspace, "iteration": go.subspace_iteration, "random": go.random_subspace}
 KEY = jax.random.key(0)

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import gum_optax as go
+
 from helpers import muon_rule, run, sequence, trees
 from oracles import galore_muon_steps, gum_steps, muon_steps, sumo_like_steps
 

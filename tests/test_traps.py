@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import muon_rule, run, sequence
 
 import gum_optax as go
+
+from helpers import muon_rule, run, sequence
 
 OPTIMIZERS = {
     "muon": lambda **kw: go.muon(0.1, **kw),
