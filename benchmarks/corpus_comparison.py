@@ -3,7 +3,7 @@
     python benchmarks/corpus_comparison.py
 
 Every finished run is written to `docs/results/comparison.json` at once; started again, the script does
-only what is missing. Speed is measured apart, round-robin in one process: run `--speed` on a quiet machine.
+only what is missing. Speed is measured last, round-robin in one process; `--speed` measures it alone.
 """
 
 import argparse
@@ -171,6 +171,8 @@ def plot(results: Results, rows: list[dict[str, Any]], path: Path) -> None:
             label = f"{name} (lr {lr:g})" if seed == SEEDS[0] else None
             curve.plot(*zip(*points, strict=True), "-", color=line.get_color(), alpha=0.7, label=label)
     grid.set(xscale="log", xlabel="learning rate", ylabel="final validation loss", title="the grid, seed 0")
+    grid.set_xticks(GRID, [f"{lr:g}" for lr in GRID], minor=False)
+    grid.set_xticks([], minor=True)
     curve.set(xlabel="tokens", ylabel="validation loss", title="the best rate, three seeds")
     for axes in (grid, curve):
         axes.legend()
@@ -188,9 +190,7 @@ def main() -> None:
     optimizers = options.optimizers.split(",")
     corpus = Corpus(None, SIZES[MODEL].vocabulary)
     results = Results(options.out / "comparison.json")
-    if options.speed:
-        speed(corpus, results, optimizers)
-    else:
+    if not options.speed:
         wanted = [(name, lr, SEEDS[0]) for lr in GRID for name in optimizers]
         for grid_done in (False, True):
             if grid_done:
@@ -205,6 +205,8 @@ def main() -> None:
                     print(
                         f"{name} lr={lr:g} seed={seed}: {record['val_loss']:.4f} ({took:.0f} s)", flush=True
                     )
+    if options.speed or any(name not in results.data.get("speed", {}) for name in optimizers):
+        speed(corpus, results, optimizers)
     rows = summarize(results, optimizers)
     write_table(rows, options.out / "comparison.md")
     if rows:

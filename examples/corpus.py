@@ -87,7 +87,6 @@ class Corpus:
 
     @staticmethod
     def _write(folder: Path, documents: list[str], vocabulary: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         tokenizer = train_tokenizer(documents, vocabulary)
         end = tokenizer.token_to_id(END)
         encoded = [[*e.ids, end] for e in tokenizer.encode_batch(documents)]
@@ -96,10 +95,10 @@ class Corpus:
             "train": [ids for i, ids in enumerate(encoded) if i % every],
             "validation": encoded[::every],
         }
-        _replace(folder / "tokenizer.json", lambda part: tokenizer.save(str(part)))
+        replace_file(folder / "tokenizer.json", lambda part: tokenizer.save(str(part)))
         for name, ids in parts.items():  # validation.npy is last: with it the folder is complete
             flat = np.array([i for document in ids for i in document], np.uint16)
-            _replace(folder / f"{name}.npy", lambda part, flat=flat: np.save(part, flat))
+            replace_file(folder / f"{name}.npy", lambda part, flat=flat: np.save(part, flat))
 
     def require(self, length: int, batch: int) -> None:
         """Refuse a text that is too short for one batch of training and one window of validation."""
@@ -136,8 +135,9 @@ class Corpus:
         return rows.reshape(-1, batch, length + 1)
 
 
-def _replace(path: Path, write) -> None:
+def replace_file(path: Path, write) -> None:
     """Write beside `path`, then rename: a stopped run leaves no half file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{os.getpid()}-{path.name}")
     write(part)
     os.replace(part, path)

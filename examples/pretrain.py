@@ -158,26 +158,43 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def run_one(
-    settings: Settings, corpus: Corpus, out: Path, options: argparse.Namespace, stop: StopSignal
+    settings: Settings, corpus: Corpus, directory: RunDirectory, options: argparse.Namespace, stop: StopSignal
 ) -> tuple[dict[str, Any], list[dict[str, Any]], bool]:
     """Train one optimizer; its row of the table, its records, and whether it reached the end."""
-    directory = RunDirectory(out, settings, resume=options.resume and (out / "settings.json").exists())
     print(f"{settings.optimizer}: compiling the step of {settings.model} ...", flush=True)
     trainer = Trainer(settings, corpus)
+    directory.open()
     directory.restore(trainer)
     every = options.eval_every or max(1, settings.steps // 10)
     for _ in train(trainer, directory, stop, evaluate_every=every, save_every=options.save_every):
         pass
     records = directory.records()
     row = summary_of(trainer, records)
-    plot_losses({settings.optimizer: records}, out / "loss.png")
-    (out / "summary.json").write_text(json.dumps(row, indent=1))
+    plot_losses({settings.optimizer: records}, directory.path / "loss.png")
+    (directory.path / "summary.json").write_text(json.dumps(row, indent=1))
     finished = trainer.step == settings.steps
     if finished:
         text = trainer.sample(PROMPT if options.text is None else corpus.opening())
-        (out / "sample.txt").write_text(text)
+        (directory.path / "sample.txt").write_text(text)
         print(f"\nA sample of {settings.optimizer}:\n{text}\n")
     return row, records, finished
+
+
+def directories(options: argparse.Namespace, corpus: Corpus, out: Path) -> dict[str, RunDirectory]:
+    """The directory of each optimizer's run, all of them claimed before any is trained."""
+    names = options.compare or [options.optimizer]
+    if options.compare and (out / "settings.json").exists():
+        raise RunError(f"{out} holds a single run; give a new directory as --out.")
+    places = {name: out / name if options.compare else out for name in names}
+    started = [name for name, place in places.items() if (place / "settings.json").exists()]
+    if options.resume and not started:
+        raise RunError(f"There is no run in {out} to resume; leave out --resume to start one.")
+    return {
+        name: RunDirectory(
+            place, settings_of(options, name, corpus), resume=options.resume and name in started
+        )
+        for name, place in places.items()
+    }
 
 
 def run(options: argparse.Namespace) -> int:
@@ -185,17 +202,13 @@ def run(options: argparse.Namespace) -> int:
         raise RunError("--resume needs the directory of the run to go on with: give --out DIR.")
     corpus = Corpus(options.text, SIZES[options.model].vocabulary)
     corpus.require(options.seq, options.batch)
-    names = options.compare or [options.optimizer]
     out = options.out or free_directory("compare" if options.compare else options.optimizer)
-    if options.compare and options.resume and not out.is_dir():
-        raise RunError(f"There is no comparison in {out} to resume; leave out --resume to start one.")
+    claimed = directories(options, corpus, out)
     stop = StopSignal()
     rows, curves = [], {}
-    for name in names:
-        place = out / name if options.compare else out
-        if options.resume and not options.compare and not (place / "settings.json").exists():
-            raise RunError(f"There is no run in {place} to resume; leave out --resume to start one.")
-        row, records, finished = run_one(settings_of(options, name, corpus), corpus, place, options, stop)
+    for name, directory in claimed.items():
+        settings = settings_of(options, name, corpus)
+        row, records, finished = run_one(settings, corpus, directory, options, stop)
         if not finished:
             at = f"Stopped and saved at step {len(records)} of {options.steps}"
             print(f"{at}; go on with the same command and --resume --out {out}")
@@ -217,6 +230,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (CorpusError, RunError) as error:
         print(f"pretrain.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("pretrain.py: Interrupted; what the last checkpoint holds can be resumed.", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import gum_optax
 
-from corpus import Corpus
+from corpus import Corpus, replace_file
 from llama import SIZES, Llama
 
 VALIDATION_BATCHES = 32
@@ -74,10 +74,10 @@ def _gum(s: Settings, schedule: optax.Schedule) -> optax.GradientTransformation:
 
 # Each with its default learning rate, the best of docs/results/comparison.json.
 OPTIMIZERS: dict[str, tuple[Callable[[Settings, optax.Schedule], optax.GradientTransformation], float]] = {
-    "adamw": (_adamw, 3e-3),
-    "muon": (_muon, 3e-3),
-    "galore_muon": (_galore_muon, 3e-3),
-    "gum": (_gum, 3e-3),
+    "adamw": (_adamw, 6e-3),
+    "muon": (_muon, 1.2e-2),
+    "galore_muon": (_galore_muon, 1.2e-2),
+    "gum": (_gum, 1.2e-2),
 }
 
 
@@ -123,10 +123,11 @@ class Trainer:
         s = self.settings
         tokens = self.corpus.batch(self.step, batch=s.batch, length=s.seq, seed=s.seed)
         start = time.perf_counter()
-        self.state, loss, metrics = self.compiled(self.state, tokens)
+        state, loss, metrics = self.compiled(self.state, tokens)
         loss, metrics = jax.device_get((loss, metrics))
+        # Only now is the step done: a failure while waiting must not leave a state of another step.
+        self.state, self.step = state, self.step + 1
         self.seconds += time.perf_counter() - start
-        self.step += 1
         record = {"step": self.step, "train_loss": float(loss), "tokens": self.step * s.batch * s.seq}
         return record | {"seconds": self.seconds} | {name: x.item() for name, x in metrics.items()}
 
@@ -169,20 +170,26 @@ class RunDirectory:
         self.path = path.absolute()
         self.settings_file = self.path / "settings.json"
         self.metrics_file = self.path / "metrics.jsonl"
-        self._claim(dataclasses.asdict(settings), resume)
+        try:
+            self._claim(dataclasses.asdict(settings), resume)
+        except OSError as error:
+            raise RunError(f"{self.path} can't be used: {error.strerror}; give another --out.") from None
+
+    def open(self) -> None:
+        """Start the checkpoints; until here nothing but the settings is written."""
         options = ocp.CheckpointManagerOptions(max_to_keep=2)
         self.checkpoints = ocp.CheckpointManager(self.path / "checkpoints", options=options)
 
     def _claim(self, asked: dict[str, Any], resume: bool) -> None:
         if not self.settings_file.exists():
-            if resume:
-                raise RunError(f"There is no run in {self.path} to resume; leave out --resume to start one.")
-            if self.path.is_dir() and any(self.path.iterdir()):
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
                 raise RunError(f"{self.path} holds other files; give a new directory as --out.")
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.settings_file.write_text(json.dumps(asked, indent=1))
+            replace_file(self.settings_file, lambda part: part.write_text(json.dumps(asked, indent=1)))
             return
-        held = json.loads(self.settings_file.read_text())
+        try:
+            held = json.loads(self.settings_file.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise RunError(f"{self.settings_file} is damaged; give a new directory as --out.") from None
         different = [f"{k}={held.get(k)!r} (asked {v!r})" for k, v in asked.items() if held.get(k) != v]
         if different:
             raise RunError(f"{self.path} holds another run, with {', '.join(different)}; give a new --out.")
@@ -253,6 +260,6 @@ def train(
                 if trainer.step % save_every == 0:
                     directory.save(trainer)
                 yield record
+        directory.save(trainer)  # not after an error: what is in memory then may be half a step
     finally:
-        directory.save(trainer)
         directory.close()

@@ -43,6 +43,8 @@ def dimension_numbers(spec: WeightDimensionNumbers, tree: Any) -> list[MuonDimen
       TypeError: an entry is neither dimension numbers nor `None`.
     """
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    if not paths:
+        return []
     if spec is None:
         spec = LAST_TWO
     elif callable(spec):
@@ -71,7 +73,13 @@ def dimension_numbers(spec: WeightDimensionNumbers, tree: Any) -> list[MuonDimen
 
 def _axes(axes: Any, where: str, ndim: int) -> tuple[int, ...]:
     """Non-negative axes from one axis or several."""
-    given = [int(axis) for axis in ((axes,) if isinstance(axes, numbers.Integral) else axes)]
+    given = axes if isinstance(axes, tuple | list) else (axes,)
+    if not all(isinstance(axis, numbers.Integral) and not isinstance(axis, bool) for axis in given):
+        raise TypeError(
+            f"dimension numbers of leaf {where} must be an axis or a tuple of axes, got {axes!r};"
+            " name its reduction axis and its output axis by integers."
+        )
+    given = [int(axis) for axis in given]
     if any(not -ndim <= axis < ndim for axis in given):
         raise ValueError(
             f"dimension numbers of leaf {where} name axes {tuple(given)}, but it has {ndim} axes."
@@ -133,6 +141,6 @@ def view_of(path: Any, leaf: Any, entry: MuonDimensionNumbers | None, *, wide: b
 def views_of(spec: WeightDimensionNumbers, tree: Any, *, wide: bool) -> Any:
     """A tree of `View`s over the leaves of `tree`."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    entries = dimension_numbers(spec, tree) if leaves else []
+    entries = dimension_numbers(spec, tree)
     views = [view_of(*leaf, entry, wide=wide) for leaf, entry in zip(leaves, entries, strict=True)]
     return treedef.unflatten(views)

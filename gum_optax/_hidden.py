@@ -9,48 +9,77 @@ from optax.contrib import MuonDimensionNumbers
 
 from ._dimensions import LAST_TWO, names_of
 
-# Parts of a path that say "not a hidden matrix". Matched against each name along the path, lower case;
-# `head` only as the last word of a name, so that `MultiHeadDotProductAttention` and `heads` do not match.
-_EMBEDDING = r"emb|^wte$|^wpe$"
-_HEAD = r"(^|_)(lm_?)?head(_?\d+)?$|^lm_?head|logits|unembed|classifier|readout"
-_NORM = r"norm|(^|_)ln(_|\d|$)"
-_BIAS = r"(^|_)bias$"
-_NOT_HIDDEN = re.compile("|".join((_EMBEDDING, _HEAD, _NORM, _BIAS)))
-# Names of vectors, which are two-axis leaves in a stack of layers.
+Names = tuple[str, ...]
+Shape = tuple[int, ...]
+
+_WORD = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+")
+# Words that name a layer between tokens and features; "embed" and what begins with "emb" do so as well.
+_EDGES = frozenset({"wte", "wpe", "cls", "logits", "classifier", "readout", "lmhead"})
+# Leaves that are vectors, and have two axes in a stack of layers.
 _VECTORS = frozenset({"b", "scale", "gamma", "beta"})
 
 # Children of an attention module whose kernels `flax.linen.DenseGeneral` and `nnx.LinearGeneral` give
-# three axes or more: (embed, heads, head_dim) for the first three, (heads, head_dim, embed) for the output.
+# split heads: (embed, heads, head_dim), fused (embed, 3, heads, head_dim), output (heads, head_dim, embed).
 _INPUTS = frozenset({"query", "key", "value", "q", "k", "v", "q_proj", "k_proj", "v_proj", "wq", "wk", "wv"})
+_FUSED = frozenset({"qkv", "kv", "qkv_proj", "kv_proj", "wqkv", "wkv"})
 _OUTPUTS = frozenset({"out", "o", "out_proj", "o_proj", "wo", "attention_output"})
-_SPLIT_OUTPUT = MuonDimensionNumbers(reduction_axis=-3, output_axis=(-2, -1))
-_SPLIT_INPUT = MuonDimensionNumbers(reduction_axis=(-3, -2), output_axis=-1)
+_SPLIT_INPUT = MuonDimensionNumbers(reduction_axis=-3, output_axis=(-2, -1))
+_SPLIT_FUSED = MuonDimensionNumbers(reduction_axis=-4, output_axis=(-3, -2, -1))
+_SPLIT_OUTPUT = MuonDimensionNumbers(reduction_axis=(-3, -2), output_axis=-1)
 
 
-def _is_general(inputs: list[tuple[int, ...]], output: tuple[int, ...] | None) -> bool:
-    """Whether attention kernels of three axes have split heads, rather than being a stack of matrices.
+def _words(name: str) -> list[str]:
+    """`MultiHeadAttention_0` is multi, head, attention."""
+    return [word.lower() for word in _WORD.findall(name)]
 
-    Split: the inputs are (embed, heads, head_dim), the output (heads, head_dim, embed). A stack is
-    (layers, embed, features) and (layers, features, embed). Without both sides to compare, split.
+
+def _is_hidden(names: Names) -> bool:
+    """Whether no part of the path names an embedding, a head, a norm or a bias."""
+    for name in names:
+        words = _words(name)
+        if any("embed" in word or word.startswith("emb") or word in _EDGES for word in words):
+            return False
+        if words and words[-1] == "head":  # `lm_head`, `ClassificationHead_0`, not `MultiHeadAttention`
+            return False
+    # A norm or a bias is the leaf or the module that holds it; `PreNormBlock` may hold matrices.
+    near = [word for name in names[-2:] for word in _words(name)]
+    if any(word.endswith("norm") or word in ("ln", "bias") for word in near):
+        return False
+    return not names or names[-1].lower() not in _VECTORS
+
+
+def _is_split_pair(kernel: Shape, output: Shape, embed: int) -> bool:
+    """Whether an input kernel and the output kernel of its module agree on the head's size and the width."""
+    return len(kernel) >= -embed and kernel[embed] == output[-1] and kernel[-1] == output[-2]
+
+
+def _attention_entry(names: Names, shapes: dict[Names, Shape]) -> MuonDimensionNumbers | None:
+    """The dimension numbers of an attention kernel with split heads, `None` for any other leaf.
+
+    A stack of plain matrices, `(layers, embed, features)`, has as many axes; what tells them apart is the
+    other side of the same module, then the bias, which has the output's axes, and for want of both
+    that a model is wider than it has heads, where a stack is less deep than a model is wide.
     """
-    if output is None or not inputs:
-        return True
-    return all(i[-3] == output[-1] and i[-1] == output[-2] for i in inputs)
-
-
-def _attention_modules(shapes: dict[tuple[str, ...], tuple[int, ...]]) -> dict[tuple[str, ...], bool]:
-    """For each module that holds kernels of both kinds of name: are its three-axis kernels split?"""
-    inputs: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
-    outputs: dict[tuple[str, ...], tuple[int, ...]] = {}
-    for names, shape in shapes.items():
-        if len(names) < 2 or names[-1] != "kernel" or len(shape) < 3:
-            continue
-        module, child = names[:-2], names[-2].lower()
-        if child in _INPUTS:
-            inputs.setdefault(module, []).append(shape)
-        elif child in _OUTPUTS:
-            outputs[module] = shape
-    return {m: _is_general(inputs.get(m, []), outputs.get(m)) for m in inputs | outputs}
+    shape = shapes[names]
+    if len(names) < 2 or names[-1] != "kernel" or len(shape) < 3:
+        return None
+    module, child = names[:-2], names[-2].lower()
+    beside = {n[-2].lower(): s for n, s in shapes.items() if n[:-2] == module and n[-1] == "kernel"}
+    outputs = [s for name, s in beside.items() if name in _OUTPUTS and len(s) >= 3]
+    if child in _OUTPUTS:
+        inputs = [s for name, s in beside.items() if name in _INPUTS and len(s) >= 3]
+        fused = [s for name, s in beside.items() if name in _FUSED and len(s) >= 4]
+        pairs = [_is_split_pair(s, shape, -3) for s in inputs] + [_is_split_pair(s, shape, -4) for s in fused]
+        return _SPLIT_OUTPUT if any(pairs) else None
+    embed, entry = (-3, _SPLIT_INPUT) if child in _INPUTS else (-4, _SPLIT_FUSED)
+    if child not in _INPUTS | _FUSED or len(shape) < -embed:
+        return None
+    if outputs:
+        return entry if any(_is_split_pair(shape, output, embed) for output in outputs) else None
+    bias = shapes.get((*names[:-1], "bias"))
+    if bias is not None:
+        return entry if bias == shape[:embed] + shape[embed + 1 :] else None
+    return entry if shape[embed] > shape[-2] else None
 
 
 def hidden_matrices(params: Any) -> Any:
@@ -73,23 +102,10 @@ def hidden_matrices(params: Any) -> Any:
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     shapes = {names_of(path): jnp.shape(leaf) for path, leaf in leaves}
-    split_heads = _attention_modules(shapes)
 
-    def entry(path, leaf):
-        names = names_of(path)
-        shape = jnp.shape(leaf)
-        if len(shape) < 2 or 0 in shape:
+    def entry(names):
+        if len(shapes[names]) < 2 or 0 in shapes[names] or not _is_hidden(names):
             return None
-        lowered = [name.lower() for name in names]
-        if any(_NOT_HIDDEN.search(name) for name in lowered) or (lowered and lowered[-1] in _VECTORS):
-            return None
-        # Four axes or more cannot be a plain stack of attention matrices, so heads are split there.
-        if len(shape) > 3 or split_heads.get(names[:-2], False):
-            child = lowered[-2] if len(lowered) > 1 and lowered[-1] == "kernel" else ""
-            if len(shape) > 2 and child in _INPUTS:
-                return _SPLIT_OUTPUT
-            if len(shape) > 2 and child in _OUTPUTS:
-                return _SPLIT_INPUT
-        return LAST_TWO
+        return _attention_entry(names, shapes) or LAST_TWO
 
-    return treedef.unflatten([entry(path, leaf) for path, leaf in leaves])
+    return treedef.unflatten([entry(names_of(path)) for path, _ in leaves])

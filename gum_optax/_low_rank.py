@@ -157,7 +157,7 @@ def low_rank(
             captured=jnp.zeros((), jnp.float32),
             projectors=map_with_place(start, low),
             low=inner.init(jax.tree.map(lambda g: zero_coordinates(g, rank), low)),
-            full=inner.init(full),
+            full=inner.init(float32_zeros(full)),
         )
 
     def update(updates, state, params=None, **extra_args):
@@ -180,7 +180,7 @@ def low_rank(
         inner_state = jax.lax.cond(due, carried, lambda: state.low)
         steps, inner_state = inner.update(coordinates, inner_state, None, **extra_args)
         steps = jax.tree.map(residual, low, projectors, coordinates, steps)
-        full_steps, full_state = inner.update(full, state.full, None, **extra_args)
+        full_steps, full_state = inner.update(as_float32(full), state.full, None, **extra_args)
         new_state = LowRankState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             refreshes=state.refreshes + due,
@@ -193,6 +193,16 @@ def low_rank(
         return merge(steps, full_steps), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def float32_zeros(tree: Any) -> Any:
+    """What `inner.init` sees of unprojected leaves: its accumulators are float32 whatever the model is."""
+    return jax.tree.map(lambda g: jnp.zeros(g.shape, jnp.float32), tree)
+
+
+def as_float32(tree: Any) -> Any:
+    """What `inner.update` sees of unprojected leaves."""
+    return jax.tree.map(lambda g: g.astype(jnp.float32), tree)
 
 
 def zero_coordinates(g: Float[Array, "*b m n"], rank: int) -> Float[Array, "*b r n"]:

@@ -19,10 +19,14 @@ from ._subspace import SubspaceFinder, subspace_iteration
 from ._unbiased import Compensation, complement, unbiased_low_rank
 
 
+def _chosen(choice: Any, default: Any) -> Any:
+    return default if choice is None else choice
+
+
 def _muon_rule(momentum: Any, orthogonalizer: Orthogonalizer | None, nesterov: bool = False):
     """Muon's rule: `R ← β R + G,  step = NS(R)`, heavy ball in float32."""
     check_number("momentum", momentum, at_least=0, below=1)
-    method = check_function("orthogonalizer", orthogonalizer or newton_schulz, "gum_optax.polar")
+    method = check_function("orthogonalizer", _chosen(orthogonalizer, newton_schulz), "gum_optax.polar")
     trace = optax.trace(momentum, nesterov=nesterov, accumulator_dtype=jnp.float32)
     return optax.chain(trace, orthogonalize(method))
 
@@ -111,7 +115,7 @@ def galore_muon(
         _muon_rule(momentum, orthogonalizer),
         rank,
         period,
-        find_subspace=find_subspace or subspace_iteration,
+        find_subspace=_chosen(find_subspace, subspace_iteration),
         key=key,
     )
     return matrices_and_others(
@@ -169,8 +173,8 @@ def gum(
         rank,
         period,
         full_rank_fraction,
-        find_subspace=find_subspace or subspace_iteration,
-        compensation=compensation or complement,
+        find_subspace=_chosen(find_subspace, subspace_iteration),
+        compensation=_chosen(compensation, complement),
         key=key,
     )
     return matrices_and_others(

@@ -41,6 +41,8 @@ def metrics(state: Any) -> dict[str, Scalar | Array]:
         if isinstance(node, SkipNonFiniteState):
             found["skipped_steps"] = node.skipped
         elif isinstance(node, LowRankState):
+            if not jax.tree.leaves(node.projectors):
+                continue  # nothing is projected, so nothing is lost
             found["captured_energy"] = node.captured
             found["residual_share"] = jnp.sqrt(jnp.clip(1 - node.captured, 0))
             found["refresh_count"] = node.refreshes

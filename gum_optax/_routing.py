@@ -27,6 +27,10 @@ def skip_non_finite(inner: optax.GradientTransformation) -> optax.GradientTransf
 
     Unlike `optax.apply_if_finite` it never gives up and applies one, and it selects instead of
     branching, so that the state is still updated in place. Updates come back in the parameters' dtype.
+
+    The clock of the periods stops with the rest of the state, so that a skipped refresh comes a step
+    later. Under `vmap` over runs with their own gradients the clocks may therefore differ, and every
+    refresh is computed on every step.
     """
     inner = optax.with_extra_args_support(inner)
 
@@ -74,37 +78,40 @@ def matrices_and_others(
         numbers that do not fit a leaf, or a complex or integer matrix.
     """
     check_number("weight_decay", weight_decay, at_least=0)
+    if consistent_rms is not None:
+        check_number("consistent_rms", consistent_rms, at_least=0)
     if not callable(learning_rate):
         check_number("learning_rate", learning_rate, at_least=0)
+    check_rule("others", optax.identity() if others is None else others)
     spec = hidden_matrices if weight_dimension_numbers is None else weight_dimension_numbers
     # Without decay no parameters are needed, and `params=None` is fine.
-    no_decay = isinstance(weight_decay, (int, float)) and weight_decay == 0
-    decay = [] if no_decay else [optax.add_decayed_weights(weight_decay, weight_decay_mask)]
-    if others is None:
-        adam = optax.adamw(learning_rate, weight_decay=weight_decay, mask=weight_decay_mask)
-        others = optax.adam(learning_rate) if no_decay else adam
-    check_rule("others", others)
+    decays = not (isinstance(weight_decay, int | float) and weight_decay == 0)
 
-    def labels(tree):
+    def routed(tree):
+        """The transformation for one tree; functions of the parameters see it whole, without holes."""
         treedef = jax.tree.structure(tree)
-        if not treedef.num_leaves:
-            return tree
         entries = dimension_numbers(spec, tree)
-        return treedef.unflatten(["others" if entry is None else "matrices" for entry in entries])
-
-    matrices = optax.chain(
-        as_matrices(rule, spec),
-        scale_by_shape(spec, consistent_rms),
-        *decay,
-        optax.scale_by_learning_rate(learning_rate),
-    )
-    routed = optax.partition({"matrices": matrices, "others": others}, labels)
+        dims = treedef.unflatten(entries)
+        mask = weight_decay_mask(tree) if callable(weight_decay_mask) else weight_decay_mask
+        matrices = optax.chain(
+            as_matrices(rule, dims),
+            scale_by_shape(dims, consistent_rms),
+            optax.add_decayed_weights(weight_decay, mask) if decays else optax.identity(),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+        adamw = optax.adamw(learning_rate, weight_decay=weight_decay, mask=mask)
+        adam = adamw if decays else optax.adam(learning_rate)
+        labels = treedef.unflatten(["others" if entry is None else "matrices" for entry in entries])
+        return optax.partition({"matrices": matrices, "others": adam if others is None else others}, labels)
 
     def init(params):
         # Before optax masks anything away: an error then names the leaf's own path.
-        flags = [label == "matrices" for label in jax.tree.leaves(labels(params))]
-        if flags:
-            views_of(spec, split(params, flags)[0], wide=True)
-        return routed.init(params)
+        entries = dimension_numbers(spec, params)
+        chosen, _ = split(params, [entry is not None for entry in entries])
+        views_of(jax.tree.structure(params).unflatten(entries), chosen, wide=True)
+        return routed(params).init(params)
 
-    return skip_non_finite(optax.GradientTransformationExtraArgs(init, routed.update))
+    def update(updates, state, params=None, **extra_args):
+        return routed(updates).update(updates, state, params, **extra_args)
+
+    return skip_non_finite(optax.GradientTransformationExtraArgs(init, update))

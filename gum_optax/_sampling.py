@@ -19,7 +19,8 @@ def _is_typed(key: Any) -> bool:
 def _is_seed(key: Any) -> bool:
     if isinstance(key, jax.Array):
         return key.shape == () and jnp.issubdtype(key.dtype, jnp.integer)
-    return isinstance(key, numbers.Integral) and not isinstance(key, bool)
+    # What a 64-bit seed of `jax.random.key` can be.
+    return isinstance(key, numbers.Integral) and not isinstance(key, bool) and abs(int(key)) < 2**63
 
 
 def check_key(key: Any) -> None:
@@ -35,17 +36,17 @@ def check_key(key: Any) -> None:
             raise TypeError(f"key must be a threefry2x32 key, got {key!r}; use jax.random.key(seed).")
         if key.shape:
             raise TypeError(f"key must be one key, got shape {key.shape}; vmap over several.")
-    elif not _is_seed(key) and not (jnp.shape(key) == (2,) and jnp.result_type(key) == jnp.uint32):
+    elif not _is_seed(key) and not (hasattr(key, "dtype") and key.dtype == jnp.uint32 and key.shape == (2,)):
         raise TypeError(f"key must be an integer seed or a JAX key such as jax.random.key(0), got {key!r}.")
 
 
 def key_data(key: Any) -> UInt32[Array, "2"]:
-    """Raw threefry key data, as it stands in the state, from what `check_key` lets pass."""
+    """Raw threefry key data from what `check_key` lets pass: a copy, since the state may be donated."""
     if _is_typed(key):
-        return jax.random.key_data(key)
+        return jnp.array(jax.random.key_data(key), copy=True)
     if _is_seed(key):
         return jax.random.key_data(jax.random.key(key, impl=_IMPLEMENTATION))
-    return jnp.asarray(key)
+    return jnp.array(key, copy=True)
 
 
 def stream(key: UInt32[Array, "2"], period: Int[Array, ""], place: int) -> PRNGKeyArray:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 class Group(NamedTuple):
     """The blocks of one shape; which leaves hold them, how many there are, how many get a slot."""
 
-    name: str  # its shape, "64x256": stable across processes and gradient dtypes
+    name: str  # its shape, "64x256": stable across processes and the dtypes of gradients
     shape: tuple[int, int]
     places: tuple[int, ...]  # positions of its leaves in the flattened tree
     sizes: tuple[int, ...]  # blocks of each of these leaves
@@ -61,18 +61,18 @@ def _as_blocks(x: Array) -> Array:
 
 
 def take(leaves: Sequence[Any], index: Int[Array, "k"], group: Group) -> Any:
-    """The blocks at `index`, counted over the group's leaves: a tree of `(k, ...)` arrays.
+    """The blocks at `index`, counted over the group's leaves: a tree of float32 `(k, ...)` arrays.
 
     `leaves` has one entry a leaf of the group: an array `(*, m, n)` or a tuple of such arrays.
     """
     blocked = [jax.tree.map(_as_blocks, leaf) for leaf in leaves]
     if len(blocked) == 1:
-        return jax.tree.map(lambda x: jnp.take(x, index, axis=0, mode="clip"), blocked[0])
+        return jax.tree.map(lambda x: jnp.take(x, index, axis=0, mode="clip").astype(jnp.float32), blocked[0])
     starts = [sum(group.sizes[:i]) for i in range(len(group.sizes))]
 
     def read(leaf):
         return lambda local: jax.tree.map(
-            lambda x: jax.lax.dynamic_index_in_dim(x, local, keepdims=False), leaf
+            lambda x: jax.lax.dynamic_index_in_dim(x, local, keepdims=False).astype(jnp.float32), leaf
         )
 
     def one(i):

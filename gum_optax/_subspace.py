@@ -18,8 +18,8 @@ _CLEAN_PASSES = 2
 # Added to the spectrum of G Gᵀ, relative to its trace: the same eigenvectors, but directions that G
 # does not see (rank-deficient, zero) keep their column of the previous subspace. Bounds Y's condition by 1e5.
 _FLOOR = 1e-5
-# A residual below this many roundings of G is rounding: see `outside`.
-_ROUNDINGS = 8.0
+# The rounding of two float32 products, in units of float32's eps (measured: 1.3): see `outside`.
+_PRODUCT_ROUNDINGS = 8.0
 
 
 def exact_matmul(a: Float[Array, "*b i j"], b: Float[Array, "*b j k"]) -> Float[Array, "*b i k"]:
@@ -28,8 +28,8 @@ def exact_matmul(a: Float[Array, "*b i j"], b: Float[Array, "*b j k"]) -> Float[
 
 
 def project(p: Float[Array, "*b m r"], g: Float[Array, "*b m n"]) -> Float[Array, "*b r n"]:
-    """The coordinates of `g` in the subspace: `R = Pᵀ G`."""
-    return p.mT @ g
+    """The coordinates of `g` in the subspace: `R = Pᵀ G`, in float32."""
+    return (p.mT @ g).astype(jnp.float32)
 
 
 def lift(p: Float[Array, "*b m r"], x: Float[Array, "*b r n"]) -> Float[Array, "*b m n"]:
@@ -45,13 +45,21 @@ def frobenius(x: Float[Array, "*b m n"]) -> Float[Array, "*b 1 1"]:
     return largest * jnp.sqrt(jnp.sum(scaled * scaled, axis=(-2, -1), keepdims=True))
 
 
-def outside(p: Float[Array, "*b m r"], g: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
-    """The residual `G - P Pᵀ G`, and exactly zero where it is only the rounding of `G`.
+def outside(
+    p: Float[Array, "*b m r"], g: Float[Array, "*b m n"], eps: float | None = None
+) -> Float[Array, "*b m n"]:
+    """The residual `G - P Pᵀ G`, and exactly zero where it is only rounding of `G`.
 
     An orthogonalizer would lift that rounding to a full-size random step. Projecting twice makes the
     error relative to the residual itself, not to `G`.
+
+    Args:
+      p: orthonormal columns.
+      g: the gradient.
+      eps: of the dtype that the gradient was computed in, where that is coarser than `g`'s.
     """
-    rounding = _ROUNDINGS * float(jnp.finfo(g.dtype).eps)
+    stored = float(jnp.finfo(g.dtype).eps) if eps is None else eps
+    rounding = stored + _PRODUCT_ROUNDINGS * float(jnp.finfo(jnp.float32).eps)
     whole = frobenius(g)
     g = g.astype(jnp.float32)
     for _ in range(2):
@@ -82,11 +90,13 @@ def svd_subspace(
 ) -> Float[Array, "*b m r"]:
     """The top `r` left singular vectors of the gradient: `P = U[:, :r]`, `G = U Σ Vᵀ`.
 
-    Exact, and slow: its cost grows with `m² n`, and on accelerators it runs on one core.
+    Exact, and slow: its cost grows with `m² n`, whatever the rank.
     (GaLore, arXiv 2403.03507, Algorithm 2; GUM, arXiv 2510.17802, Algorithm 2.)
     """
     del key
-    u, _, _ = jnp.linalg.svd(gradient.astype(jnp.float32), full_matrices=False)
+    # More columns than `min(m, n)` can only be completed from the null space.
+    complete = previous.shape[-1] > gradient.shape[-1]
+    u, _, _ = jnp.linalg.svd(gradient.astype(jnp.float32), full_matrices=complete)
     return u[..., : previous.shape[-1]]
 
 

@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float
 
 from ._checks import check_fraction, check_function, check_integer, check_matrix_leaf, check_rule
-from ._low_rank import LowRankState, low_rank, restart
+from ._low_rank import LowRankState, as_float32, float32_zeros, low_rank, restart
 from ._sampling import check_key, draw
 from ._slots import Group, groups_of, put, take
 from ._subspace import SubspaceFinder, lift, outside, project, subspace_iteration
@@ -41,8 +41,8 @@ def complement(q: float) -> Weights:
 def low_variance(q: float) -> Weights:
     """`PᵀG` in the subspace, `(G - (1-q) P PᵀG)/q = P PᵀG + (G - P PᵀG)/q` at full rank.
 
-    Variance of the estimate: `(1-q)/q |G - P PᵀG|²`, always the smaller one; under momentum and an
-    orthogonalizer it is still not always the better one (`examples/linear_regression.py`).
+    Variance of the estimate: `(1-q)/q |G - P PᵀG|²`, never more than `complement`'s. Under an
+    orthogonalizer that says little: its sampled blocks spend their step on the subspace too.
     """
     return Weights(low=1.0, inside=1.0, outside=1 / q)
 
@@ -141,14 +141,14 @@ def unbiased_low_rank(
         # `init` with a leafless tree and compares structures.
         index = draws(sampled, low_state) if sampled else jnp.zeros((), jnp.int32)
         slots = fresh_slots(sampled) if sampled else jnp.zeros((), jnp.int32)
-        return UnbiasedLowRankState(low_state, inner.init(full), index, slots)
+        return UnbiasedLowRankState(low_state, inner.init(float32_zeros(full)), index, slots)
 
     def update(updates, state, params=None, **extra_args):
         del params
         sampled, chosen, rule = plan(updates)
         low, full = split(updates, chosen)
         steps, low_state = rule.update(low, state.low, None, **extra_args)
-        full_steps, full_state = inner.update(full, state.full, None, **extra_args)
+        full_steps, full_state = inner.update(as_float32(full), state.full, None, **extra_args)
         steps = merge(steps, full_steps)
         if not sampled:
             return steps, UnbiasedLowRankState(low_state, full_state, state.index, state.slots)
@@ -160,7 +160,8 @@ def unbiased_low_rank(
         for name, group in sampled.items():
             pairs = [(gradients[place], projectors[place]) for place in group.places]
             g, p = take(pairs, index[name], group)
-            fed[name] = _full_rank_input(g, p, compensation(group.fraction))
+            eps = max(float(jnp.finfo(gradients[place].dtype).eps) for place in group.places)
+            fed[name] = _full_rank_input(g, p, compensation(group.fraction), eps)
         due = state.low.count % period == 0
         slots = jax.lax.cond(due, lambda: fresh_slots(sampled), lambda: state.slots)
         slot_steps: Any
@@ -187,8 +188,8 @@ def _weighted(weights: Any) -> optax.GradientTransformation:
 
 
 def _full_rank_input(
-    g: Float[Array, "k m n"], p: Float[Array, "k m r"], weights: Weights
+    g: Float[Array, "k m n"], p: Float[Array, "k m r"], weights: Weights, eps: float
 ) -> Float[Array, "k m n"]:
     """`inside · P PᵀG + outside · (G - P PᵀG)`."""
-    fed = weights.outside * outside(p, g)
+    fed = weights.outside * outside(p, g, eps)
     return fed + weights.inside * lift(p, project(p, g)) if weights.inside else fed

@@ -40,6 +40,9 @@ ARGUMENTS = [
     ({"key": 0.5}, TypeError, "key must be an integer seed or a JAX key such as jax.random.key"),
     ({"key": jax.random.key(0, impl="rbg")}, TypeError, "key must be a threefry2x32 key"),
     ({"key": jax.random.split(jax.random.key(0))}, TypeError, "key must be one key"),
+    ({"key": [0, 1]}, TypeError, "key must be an integer seed or a JAX key such as jax.random.key"),
+    ({"key": 2**70}, TypeError, "key must be an integer seed or a JAX key such as jax.random.key"),
+    ({"orthogonalizer": 0}, TypeError, "orthogonalizer must be a function such as gum_optax.polar, got 0"),
     ({"others": "adamw"}, TypeError, "others must be an optax.GradientTransformation such as"),
 ]
 
@@ -78,6 +81,9 @@ LEAVES = [
     (jnp.ones((3, 4)), Dims(0, ()), ValueError, "without two matrix axes"),
     (jnp.ones((3, 4)), Dims(0, 2), ValueError, "name axes (2,), but it has 2 axes"),
     (jnp.ones((3, 4)), Dims(-3, 1), ValueError, "name axes (-3,), but it has 2 axes"),
+    (jnp.ones((3, 4)), Dims(None, 1), TypeError, "must be an axis or a tuple of axes, got None"),
+    (jnp.ones((3, 4)), Dims(0, 0.5), TypeError, "must be an axis or a tuple of axes, got 0.5"),
+    (jnp.ones((3, 4, 5)), Dims((0, 1.7), 2), TypeError, "must be an axis or a tuple of axes, got (0, 1.7)"),
     (jnp.ones((3, 4)), "last two", TypeError, "must be optax.contrib.MuonDimensionNumbers or None"),
 ]
 

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -40,7 +41,18 @@ TINY = [
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
+    """A cache of the tests' own; of compiled steps too, since most runs here compile the same one."""
+    path = tmp_path_factory.mktemp("cache")
+    jax.config.update("jax_compilation_cache_dir", str(path / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    yield path
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+def environment_of(cache):
+    """The same for a process of its own."""
+    own = {"XDG_CACHE_HOME": str(cache), "JAX_COMPILATION_CACHE_DIR": str(cache / "jax")}
+    return os.environ | own | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +94,7 @@ def whole(tmp_path_factory, text, cache):
     """One run of 30 steps without interruption: its directory and what it printed."""
     out = tmp_path_factory.mktemp("whole") / "run"
     command = [sys.executable, str(ROOT / "examples" / "pretrain.py"), *TINY, "--steps", "30"]
-    environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
+    environment = environment_of(cache)
     done = subprocess.run(
         [*command, "--text", str(text), "--out", str(out)],
         capture_output=True, text=True, check=True, env=environment,
@@ -112,22 +124,28 @@ def test_a_run_leaves_metrics_plot_sample_table_and_checkpoints(whole):
     assert (out / "checkpoints" / "30").is_dir()
 
 
-def test_sigterm_saves_and_resume_goes_on_to_the_bit_within_a_period(whole, text, tmp_path, cache):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda n: n.name)
+def test_a_stopped_run_goes_on_to_the_bit_within_a_period(whole, text, tmp_path, cache, number):
+    """SIGTERM and Ctrl-C save the step that they come in; after SIGKILL the last regular save counts."""
     out = tmp_path / "run"
     command = [sys.executable, str(ROOT / "examples" / "pretrain.py"), *TINY, "--steps", "30"]
-    command += ["--text", str(text), "--out", str(out)]
-    environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    command += ["--text", str(text), "--out", str(out), "--save-every", "5"]
+    environment = environment_of(cache)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    # SIGKILL once the save of step 5 stands; the others as soon as there is something to save.
+    sign = out / "checkpoints" / "5" if number == signal.SIGKILL else out / "metrics.jsonl"
     deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and not ((out / "metrics.jsonl").exists() and len(losses(out)) >= 3):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGTERM)
-    printed, _ = process.communicate(timeout=120)
-    assert process.returncode == 0
+    while time.monotonic() < deadline and process.poll() is None and not (sign.exists() and records(out)):
+        time.sleep(0.002)
+    process.send_signal(number)
+    printed, errors = process.communicate(timeout=120)
     stopped = len(losses(out))
-    assert stopped >= 3
-    if stopped < 30:  # a fast machine may have finished before the signal came
+    if number != signal.SIGKILL:
+        assert process.returncode == 0, errors
         assert f"Stopped and saved at step {stopped} of 30" in printed
+    assert 0 < stopped < 30
     assert pretrain.main([*TINY, "--steps", "30", "--text", str(text), "--out", str(out), "--resume"]) == 0
     assert losses(out) == losses(whole[0])
 
@@ -176,6 +194,10 @@ def test_compare_starts_each_from_the_same_weights_on_the_same_data(text, tmp_pa
     assert state["galore_muon"] < state["gum"] < state["muon"] < state["adamw"]
     assert (out / "loss.png").exists()
     assert "tokens/s" in capsys.readouterr().out
+    # A comparison resumes too; what is finished is read, not trained again.
+    lines = (out / "gum" / "metrics.jsonl").read_text()
+    assert pretrain.main([*arguments, "--compare", "muon,gum", "--resume"]) == 0
+    assert (out / "gum" / "metrics.jsonl").read_text() == lines
 
 
 MISTAKES = [
@@ -188,6 +210,13 @@ MISTAKES = [
     (["--out", "held"], "held holds other files; give a new directory as --out."),
     (["--out", "other"], "holds another run, with steps=7 (asked 30)"),
     (["--out", "other", "--steps", "7"], "holds this run already; add --resume to go on"),
+    (
+        ["--compare", "adamw,gum", "--out", "other"],
+        "other holds a single run; give a new",
+    ),
+    (["--out", "short.txt"], "short.txt holds other files"),
+    (["--out", "short.txt/run"], "short.txt/run can't be used"),
+    (["--out", "damaged"], "damaged/settings.json is damaged; give a new directory as --out."),
     (["--optimizer", "adamm"], "invalid choice: 'adamm'"),
     (["--compare", "adamw,sgd"], "must be different names out of adamw, muon, galore_muon, gum"),
     (["--steps", "0"], "argument --steps: must be a whole number of at least 1, got 0"),
@@ -209,6 +238,8 @@ def test_a_mistake_is_answered_with_one_clear_sentence(
     Path("empty.txt").write_text(" \n\n ")
     Path("binary.txt").write_bytes(b"\xff\xfe\x00\xd8")
     Path("held").mkdir()
+    Path("damaged").mkdir()
+    Path("damaged/settings.json").write_text('{"optim')
     Path("held/file").touch()
     Path("other").mkdir()
     options = pretrain.parser().parse_args([*TINY, "--steps", "7"])
@@ -276,7 +307,11 @@ def test_the_comparison_does_only_what_is_missing(tmp_path, monkeypatch):
     class Words:
         name = "words"
 
+    def fake_speed(words, results, optimizers):
+        results.data["speed"] = {name: {"step_ms": 1.0, "tokens_per_second": 1024.0} for name in optimizers}
+
     monkeypatch.setattr(corpus_comparison, "run", fake_run)
+    monkeypatch.setattr(corpus_comparison, "speed", fake_speed)
     monkeypatch.setattr(corpus_comparison, "Corpus", lambda *_: Words())
     arguments = ["corpus_comparison.py", "--optimizers", "adamw,gum", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", arguments)
@@ -284,7 +319,7 @@ def test_the_comparison_does_only_what_is_missing(tmp_path, monkeypatch):
     grid, seeds = len(corpus_comparison.GRID), len(corpus_comparison.SEEDS)
     assert len(calls) == 2 * (grid + seeds - 1)
     table = (tmp_path / "comparison.md").read_text()
-    assert "| `adamw` | 0.003 | 5.0100 ± 0.0100 | 1.0 | 2.0 | not measured |" in table
+    assert "| `adamw` | 0.003 | 5.0100 ± 0.0100 | 1.0 | 2.0 | 1024 |" in table
     stored = json.loads((tmp_path / "comparison.json").read_text())
     stored["runs"].pop(3)
     (tmp_path / "comparison.json").write_text(json.dumps(stored))

@@ -16,7 +16,8 @@ from gum_optax._dimensions import LAST_TWO, names_of
 
 from helpers import muon_rule, run
 
-SPLIT_OUTPUT, SPLIT_INPUT = Dims(-3, (-2, -1)), Dims((-3, -2), -1)
+SPLIT_INPUT, SPLIT_OUTPUT = Dims(-3, (-2, -1)), Dims((-3, -2), -1)
+SPLIT_FUSED = Dims(-4, (-3, -2, -1))
 
 
 def seen_by(inner_shapes):
@@ -116,10 +117,10 @@ class LinenModel(nn.Module):
 
 
 LINEN_MATRICES = {
-    "layers/attention/query/kernel": SPLIT_OUTPUT,
-    "layers/attention/key/kernel": SPLIT_OUTPUT,
-    "layers/attention/value/kernel": SPLIT_OUTPUT,
-    "layers/attention/out/kernel": SPLIT_INPUT,
+    "layers/attention/query/kernel": SPLIT_INPUT,
+    "layers/attention/key/kernel": SPLIT_INPUT,
+    "layers/attention/value/kernel": SPLIT_INPUT,
+    "layers/attention/out/kernel": SPLIT_OUTPUT,
     "layers/up/kernel": LAST_TWO,
     "layers/down/kernel": LAST_TWO,
 }
@@ -143,7 +144,7 @@ class NnxModel(nnx.Module):
         self.attention = nnx.MultiHeadAttention(num_heads=2, in_features=6, decode=False, rngs=rngs)
         self.norm = nnx.LayerNorm(6, rngs=rngs)
         self.up = nnx.Linear(6, 10, rngs=rngs)
-        self.experts = nnx.vmap(lambda rngs: nnx.Linear(6, 10, rngs=rngs))(nnx.Rngs(0).fork(split=3))
+        self.experts = nnx.vmap(lambda rngs: nnx.Linear(6, 10, rngs=rngs))(nnx.Rngs(0).split(3))
         self.head = nnx.Linear(6, 11, rngs=rngs)
 
     def __call__(self, tokens):
@@ -154,10 +155,10 @@ class NnxModel(nnx.Module):
 
 
 NNX_MATRICES = {
-    "attention/query/kernel": SPLIT_OUTPUT,
-    "attention/key/kernel": SPLIT_OUTPUT,
-    "attention/value/kernel": SPLIT_OUTPUT,
-    "attention/out/kernel": SPLIT_INPUT,
+    "attention/query/kernel": SPLIT_INPUT,
+    "attention/key/kernel": SPLIT_INPUT,
+    "attention/value/kernel": SPLIT_INPUT,
+    "attention/out/kernel": SPLIT_OUTPUT,
     "up/kernel": LAST_TWO,
     "experts/kernel": LAST_TWO,
 }
@@ -191,23 +192,60 @@ def test_nnx_optimizer_trains(make):
     assert moved["norm"]["scale"]
 
 
-def test_a_stack_of_plain_attention_matrices_is_not_taken_for_split_heads():
-    """`nn.Dense` queries scanned over layers have three axes too; the output kernel tells them apart."""
-    stack = {"query": {"kernel": jnp.zeros((5, 6, 6))}, "out": {"kernel": jnp.zeros((5, 6, 6))}}
-    grouped = {"q_proj": {"kernel": jnp.zeros((5, 6, 6))}, "k_proj": {"kernel": jnp.zeros((5, 6, 2))}}
-    grouped["o_proj"] = {"kernel": jnp.zeros((5, 6, 6))}
-    heads = {"query": {"kernel": jnp.zeros((6, 2, 3))}, "key": {"kernel": jnp.zeros((6, 1, 3))}}
-    heads["out"] = {"kernel": jnp.zeros((2, 3, 6))}
-    assert set(entries({"attention": stack}).values()) == {LAST_TWO}
-    assert set(entries({"attention": grouped}).values()) == {LAST_TWO}
-    assert set(entries({"attention": heads}).values()) == {SPLIT_OUTPUT, SPLIT_INPUT}
+def shaped(**shapes):
+    """Path to shape as a tree; `__` separates names."""
+    tree: dict = {}
+    for path, shape in shapes.items():
+        *parents, last = path.split("__")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return tree
+
+
+PLAIN, SPLIT = {LAST_TWO}, {SPLIT_INPUT, SPLIT_OUTPUT}
+ATTENTION = {
+    "split": (shaped(a__query__kernel=(6, 2, 3), a__out__kernel=(2, 3, 6)), SPLIT),
+    "grouped_queries": (
+        shaped(a__query__kernel=(6, 2, 3), a__key__kernel=(6, 1, 3), a__out__kernel=(2, 3, 6)),
+        SPLIT,
+    ),
+    "split_and_scanned": (shaped(a__q_proj__kernel=(4, 6, 2, 3), a__o_proj__kernel=(4, 2, 3, 6)), SPLIT),
+    "fused": (
+        shaped(a__qkv__kernel=(6, 3, 2, 3), a__out__kernel=(2, 3, 6)),
+        {SPLIT_FUSED, SPLIT_OUTPUT},
+    ),
+    "split_without_output": (shaped(a__query__kernel=(6, 2, 3)), {SPLIT_INPUT}),
+    "split_with_bias": (
+        {"a": {"query": shaped(kernel=(6, 7, 3), bias=(7, 3))}},
+        {SPLIT_INPUT, None},
+    ),
+    "stack": (shaped(a__query__kernel=(5, 6, 6), a__out__kernel=(5, 6, 6)), PLAIN),
+    "stack_of_grouped_queries": (
+        shaped(a__q__kernel=(5, 6, 6), a__k__kernel=(5, 6, 2), a__o__kernel=(5, 6, 6)),
+        PLAIN,
+    ),
+    "stack_of_stacks": (shaped(a__query__kernel=(2, 5, 6, 6), a__out__kernel=(2, 5, 6, 6)), PLAIN),
+    "stack_without_output": (shaped(a__query__kernel=(5, 8, 8)), PLAIN),
+    "stack_with_bias": ({"a": {"query": shaped(kernel=(9, 6, 6), bias=(9, 6))}}, PLAIN | {None}),
+    "feed_forward_stack": (shaped(mlp__wi__kernel=(5, 6, 9), mlp__wo__kernel=(5, 9, 6)), PLAIN),
+    "convolution": (shaped(attn_1__q__kernel=(1, 1, 6, 6)), PLAIN),
+}
+
+
+@pytest.mark.parametrize(("tree", "expected"), ATTENTION.values(), ids=ATTENTION)
+def test_split_heads_are_told_from_stacks_of_plain_matrices(tree, expected):
+    """`nn.Dense` queries scanned over layers have three axes too; the other side tells them apart."""
+    assert set(entries(tree).values()) == expected
 
 
 @pytest.mark.parametrize(
     "path",
     ["embed/embedding", "wte/embedding", "pos_emb", "lm_head/kernel", "head/kernel", "logits_dense/kernel",
      "decoder/decoder_norm/scale", "ln_f/scale", "layers/pre_attention_norm/scale", "layers/mlp/bias",
-     "relative_position_bias", "classifier/kernel", "unembed/kernel", "layers/b"],
+     "relative_position_bias", "classifier/kernel", "unembed/kernel", "layers/b", "cls",
+     "ClassificationHead_0/kernel", "ValueHead_0/Dense_0/kernel", "MLMHead_0/kernel", "LayerNorm_0/scale"],
 )  # fmt: skip
 def test_embeddings_heads_norms_and_biases_are_never_matrices(path):
     tree = leaf = jnp.zeros((4, 6))
@@ -220,7 +258,8 @@ def test_embeddings_heads_norms_and_biases_are_never_matrices(path):
 @pytest.mark.parametrize(
     "path",
     ["MultiHeadDotProductAttention_0/out_kernel", "heads/kernel", "layers/0/mlp/wi/kernel", "Dense_0/kernel",
-     "router/gate/kernel", "conv/kernel", "self_attention/c_attn/kernel"],
+     "router/gate/kernel", "conv/kernel", "self_attention/c_attn/kernel", "PreNormBlock_0/Dense_0/kernel",
+     "NormalizingFlow_0/Dense_0/kernel", "ensemble/Dense_0/kernel", "members/w"],
 )  # fmt: skip
 def test_names_that_only_look_like_a_head_or_a_norm_are_matrices(path):
     tree = jnp.zeros((4, 6))
@@ -238,7 +277,11 @@ def test_the_users_dimension_numbers_decide(rng):
     """Scanned on axis 1, as MaxText stacks layers: one stack of 5 blocks, not 3 matrices of (5, 4)."""
     g = {"kernel": np.float32(rng.normal(size=(3, 5, 4))), "embedding": np.float32(rng.normal(size=(7, 3)))}
     tree = {"kernel": Dims(0, 2), "embedding": None}
-    for spec in (tree, lambda params: tree):
+
+    def by_path(params):  # sees every leaf, as at `init`
+        return {name: Dims(0, 2) if leaf.ndim == 3 else None for name, leaf in params.items()}
+
+    for spec in (tree, by_path):
         updates, _ = run(
             go.muon(1.0, momentum=0.0, orthogonalizer=go.polar, weight_dimension_numbers=spec), [g]
         )
@@ -258,7 +301,11 @@ def test_weight_decay_is_decoupled_masked_and_shared_with_the_default_others(rng
     params = {"a": {"kernel": jnp.ones((3, 4))}, "b": {"kernel": jnp.ones((3, 4))}, "bias": jnp.ones(4)}
     zeros = jax.tree.map(jnp.zeros_like, params)
     mask = {"a": {"kernel": True}, "b": {"kernel": False}, "bias": True}
-    for given_mask in (mask, lambda tree: jax.tree.map(lambda _: True, tree)):
+
+    def all_leaves(tree):
+        return {"a": {"kernel": tree["a"]["kernel"].ndim == 2}, "b": {"kernel": True}, "bias": True}
+
+    for given_mask in (mask, all_leaves):
         updates, _ = run(go.gum(0.1, rank=2, weight_decay=0.5, weight_decay_mask=given_mask), [zeros], params)
         np.testing.assert_allclose(updates[0]["a"]["kernel"], -0.05, rtol=1e-6)
         np.testing.assert_allclose(updates[0]["b"]["kernel"], 0 if given_mask is mask else -0.05, rtol=1e-6)

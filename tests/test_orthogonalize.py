@@ -46,6 +46,14 @@ def test_polar_is_the_polar_factor(shape, seed):
         np.testing.assert_allclose(go.polar(jnp.float32(x)), msign(x), atol=2e-3)
 
 
+def test_polar_is_exact_at_real_sizes_and_condition_1e5(rng):
+    u, v = orthonormal(rng, 256, 256), orthonormal(rng, 1024, 256)
+    x = jnp.asarray(u * np.geomspace(1, 1e-5, 256, dtype=np.float32) @ v.T)
+    assert np.linalg.norm(go.polar(x) - u @ v.T) / 16 < 5e-3  # rounding of x itself, times its condition
+    low = jnp.asarray(u[:, :32] @ v[:, :32].T)
+    np.testing.assert_allclose(go.polar(low), low, atol=1e-5)
+
+
 def test_polar_is_exact_at_condition_1e4_and_cuts_the_null_space(rng):
     singular = np.float32([1, 1e-1, 1e-2, 1e-3, 1e-4])
     u, v = orthonormal(rng, 8, 5), orthonormal(rng, 12, 5)

@@ -95,14 +95,10 @@ def test_muon_is_optax_muon():
     gradients = trees({"wide": sequence(rng, (6, 9), 4), "tall": sequence(rng, (9, 6), 4)})
     params = {name: jnp.ones_like(g) for name, g in gradients[0].items()}
     for rms in (0.2, None):
-        for nesterov in (False, True):
-            ours = go.muon(0.1, momentum=0.9, nesterov=nesterov, consistent_rms=rms, weight_decay=0.01)
-            theirs = optax.contrib.muon(
-                0.1, beta=0.9, nesterov=nesterov, consistent_rms=rms, weight_decay=0.01
-            )
-            (a, _), (b, _) = run(ours, gradients, params), run(theirs, gradients, params)
-            for x, y in zip(a, b, strict=True):
-                for name in x:
-                    if not nesterov:  # optax mixes Nesterov's two terms with bias correction
-                        np.testing.assert_allclose(x[name], y[name], atol=5e-5)
-                    assert np.isfinite(x[name]).all()
+        # Without Nesterov: optax corrects the bias of its two terms apart, which changes their mix.
+        ours = go.muon(0.1, momentum=0.9, consistent_rms=rms, weight_decay=0.01)
+        theirs = optax.contrib.muon(0.1, beta=0.9, nesterov=False, consistent_rms=rms, weight_decay=0.01)
+        (a, _), (b, _) = run(ours, gradients, params), run(theirs, gradients, params)
+        for x, y in zip(a, b, strict=True):
+            for name in x:
+                np.testing.assert_allclose(x[name], y[name], atol=5e-5)
