@@ -72,12 +72,37 @@ def _gum(s: Settings, schedule: optax.Schedule) -> optax.GradientTransformation:
     )
 
 
-# Each with its default learning rate, the best of docs/results/comparison.json.
+def _galore(s: Settings, schedule: optax.Schedule) -> optax.GradientTransformation:
+    return gum_optax.galore(
+        schedule, s.rank, s.period, weight_decay=s.weight_decay, others=_adamw(s, schedule)
+    )
+
+
+def _sumo(s: Settings, schedule: optax.Schedule) -> optax.GradientTransformation:
+    return gum_optax.sumo(
+        schedule, s.rank, s.period, key=s.seed, weight_decay=s.weight_decay, others=_adamw(s, schedule)
+    )
+
+
+def _swan(s: Settings, schedule: optax.Schedule) -> optax.GradientTransformation:
+    return gum_optax.swan(schedule, weight_decay=s.weight_decay, others=_adamw(s, schedule))
+
+
+def _sinkgd(s: Settings, schedule: optax.Schedule) -> optax.GradientTransformation:
+    return gum_optax.sinkgd(schedule, weight_decay=s.weight_decay, others=_adamw(s, schedule))
+
+
+# Each with its default learning rate: of the first four the best of docs/results/comparison.json, of the
+# others the paper's, or Muon's where the paper gives none (SUMO); those are not tuned here.
 OPTIMIZERS: dict[str, tuple[Callable[[Settings, optax.Schedule], optax.GradientTransformation], float]] = {
     "adamw": (_adamw, 6e-3),
     "muon": (_muon, 1.2e-2),
     "galore_muon": (_galore_muon, 1.2e-2),
     "gum": (_gum, 1.2e-2),
+    "galore": (_galore, 1e-2),
+    "sumo": (_sumo, 1.2e-2),
+    "swan": (_swan, 2e-2),
+    "sinkgd": (_sinkgd, 2e-2),
 }
 
 

@@ -1,6 +1,9 @@
 """Memory-efficient matrix optimizers for JAX, as compositions of optax transformations."""
 
 from ._dimensions import LAST_TWO as LAST_TWO
+from ._full_rank import muon as muon
+from ._full_rank import sinkgd as sinkgd
+from ._full_rank import swan as swan
 from ._hidden import hidden_matrices as hidden_matrices
 from ._low_rank import LowRankState as LowRankState
 from ._low_rank import add_raw as add_raw
@@ -10,20 +13,33 @@ from ._low_rank import low_rank as low_rank
 from ._low_rank import restart as restart
 from ._low_rank import rotate as rotate
 from ._matrices import as_matrices as as_matrices
+from ._normalize import multi_norm as multi_norm
+from ._normalize import normalize as normalize
+from ._normalize import sinkhorn as sinkhorn
+from ._normalize import standardize_rows as standardize_rows
+from ._normalize import unit_columns as unit_columns
+from ._normalize import unit_frobenius as unit_frobenius
+from ._normalize import unit_rows as unit_rows
+from ._normalize import whiten as whiten
+from ._optimizers import galore as galore
 from ._optimizers import galore_muon as galore_muon
 from ._optimizers import gum as gum
-from ._optimizers import muon as muon
+from ._optimizers import sumo as sumo
 from ._orthogonalize import JORDAN as JORDAN
 from ._orthogonalize import POLAR_EXPRESS as POLAR_EXPRESS
 from ._orthogonalize import newton_schulz as newton_schulz
 from ._orthogonalize import orthogonalize as orthogonalize
 from ._orthogonalize import polar as polar
+from ._orthogonalize import polar_by_products as polar_by_products
 from ._report import metrics as metrics
 from ._routing import SkipNonFiniteState as SkipNonFiniteState
 from ._routing import skip_non_finite as skip_non_finite
 from ._sampling import draw as draw
+from ._scaling import LimitNormGrowthState as LimitNormGrowthState
+from ._scaling import limit_norm_growth as limit_norm_growth
 from ._scaling import scale_by_shape as scale_by_shape
 from ._subspace import random_subspace as random_subspace
+from ._subspace import randomized_svd as randomized_svd
 from ._subspace import subspace_iteration as subspace_iteration
 from ._subspace import svd_subspace as svd_subspace
 from ._unbiased import UnbiasedLowRankState as UnbiasedLowRankState

@@ -39,10 +39,14 @@ def keep(inner: Any, state: Any, coordinates: Any, rotation: Any) -> Any:
 def rotate(inner: Any, state: Any, coordinates: Any, rotation: Any) -> Any:
     """Every accumulator follows the subspace: `M ← (P_newᵀ P_old) M` (SUMO).
 
-    Right for what is linear in the gradient, such as `optax.trace`; a second moment is not.
+    Right for what is linear in the gradient, such as `optax.trace`; a second moment is not. Leaves of
+    inner's state that do not have the coordinates' shape, such as norms, stay as they are.
     """
-    del coordinates
-    return optax.tree.map_params(inner, lambda m, q: exact_matmul(q, m).astype(m.dtype), state, rotation)
+
+    def follow(m, q, r):
+        return exact_matmul(q, m).astype(m.dtype) if m.shape == r.shape else m
+
+    return optax.tree.map_params(inner, follow, state, rotation, coordinates)
 
 
 def restart(inner: Any, state: Any, coordinates: Any, rotation: Any) -> Any:

@@ -1,76 +1,18 @@
-"""The optimizers: each a rule for the matrices, and AdamW for the rest.
-
-A choice is a function, but its default here is `None`: `optax.inject_hyperparams` takes every function
-among the arguments, defaults too, for a schedule.
-"""
+"""Optimizers in a subspace: each a rule for the matrices, and AdamW for the rest."""
 
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from ._checks import check_function, check_number
 from ._dimensions import WeightDimensionNumbers
-from ._low_rank import low_rank
-from ._orthogonalize import Orthogonalizer, newton_schulz, orthogonalize
-from ._routing import matrices_and_others
-from ._subspace import SubspaceFinder, subspace_iteration
+from ._full_rank import chosen, muon_rule
+from ._low_rank import Residual, add_raw, low_rank, rotate
+from ._orthogonalize import Orthogonalizer, polar
+from ._routing import by_constant, by_shape, matrices_and_others
+from ._scaling import limit_norm_growth
+from ._subspace import SubspaceFinder, randomized_svd, subspace_iteration
 from ._unbiased import Compensation, complement, unbiased_low_rank
-
-
-def _chosen(choice: Any, default: Any) -> Any:
-    return default if choice is None else choice
-
-
-def _muon_rule(momentum: Any, orthogonalizer: Orthogonalizer | None, nesterov: bool = False):
-    """Muon's rule: `R ← β R + G,  step = NS(R)`, heavy ball in float32."""
-    check_number("momentum", momentum, at_least=0, below=1)
-    method = check_function("orthogonalizer", _chosen(orthogonalizer, newton_schulz), "gum_optax.polar")
-    trace = optax.trace(momentum, nesterov=nesterov, accumulator_dtype=jnp.float32)
-    return optax.chain(trace, orthogonalize(method))
-
-
-def muon(
-    learning_rate: optax.ScalarOrSchedule,
-    *,
-    momentum: float = 0.95,
-    nesterov: bool = False,
-    orthogonalizer: Orthogonalizer | None = None,
-    consistent_rms: float | None = 0.2,
-    weight_decay: float = 0.0,
-    weight_decay_mask: Any = None,
-    weight_dimension_numbers: WeightDimensionNumbers = None,
-    others: optax.GradientTransformation | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    """Muon: momentum, orthogonalized.
-
-        R ← β R + G,   step = NS(R)   (with `nesterov`: NS(G + β R))
-
-    State: one full-size momentum a matrix, `m n` numbers.
-
-    Args:
-      learning_rate: a number or a schedule; about AdamW's with `consistent_rms`.
-      momentum: `β` in `[0, 1)`; 0.95 as in Jordan's.
-      nesterov: look ahead, as Jordan's code does.
-      orthogonalizer: `newton_schulz` (the default), `polar`, or any function `(*, m, n) -> (*, m, n)`.
-      consistent_rms: step times `0.2 √max(fan_in, fan_out)` (Moonlight); `None`: times
-        `√max(1, fan_out/fan_in)` (Jordan).
-      weight_decay, weight_decay_mask, weight_dimension_numbers, others: as in all optimizers of this
-        library: decoupled decay, its mask, which leaves are matrices along which axes (default:
-        `hidden_matrices`), and the rule of all other leaves (default: AdamW at `learning_rate`).
-
-    Raises:
-      TypeError, ValueError: an argument out of range or of the wrong type; at `init`, dimension
-        numbers that do not fit a leaf, or a complex or integer matrix.
-
-    References:
-      Jordan et al., https://kellerjordan.github.io/posts/muon; Liu et al., arXiv 2502.16982.
-    """
-    rule = _muon_rule(momentum, orthogonalizer, nesterov)
-    return matrices_and_others(
-        rule, learning_rate, consistent_rms, weight_decay, weight_decay_mask, weight_dimension_numbers, others
-    )
 
 
 def galore_muon(
@@ -112,14 +54,20 @@ def galore_muon(
       Zhao et al., GaLore, arXiv 2403.03507, Algorithm 2; Pan et al., arXiv 2510.17802, section 3.
     """
     rule = low_rank(
-        _muon_rule(momentum, orthogonalizer),
+        muon_rule(momentum, orthogonalizer),
         rank,
         period,
-        find_subspace=_chosen(find_subspace, subspace_iteration),
+        find_subspace=chosen(find_subspace, subspace_iteration),
         key=key,
     )
     return matrices_and_others(
-        rule, learning_rate, consistent_rms, weight_decay, weight_decay_mask, weight_dimension_numbers, others
+        rule,
+        learning_rate,
+        by_shape(consistent_rms),
+        weight_decay,
+        weight_decay_mask,
+        weight_dimension_numbers,
+        others,
     )
 
 
@@ -169,14 +117,137 @@ def gum(
       Pan et al., Unbiased Gradient Low-Rank Projection, arXiv 2510.17802, Algorithm 2.
     """
     rule = unbiased_low_rank(
-        _muon_rule(momentum, orthogonalizer),
+        muon_rule(momentum, orthogonalizer),
         rank,
         period,
         full_rank_fraction,
-        find_subspace=_chosen(find_subspace, subspace_iteration),
-        compensation=_chosen(compensation, complement),
+        find_subspace=chosen(find_subspace, subspace_iteration),
+        compensation=chosen(compensation, complement),
         key=key,
     )
     return matrices_and_others(
-        rule, learning_rate, consistent_rms, weight_decay, weight_decay_mask, weight_dimension_numbers, others
+        rule,
+        learning_rate,
+        by_shape(consistent_rms),
+        weight_decay,
+        weight_decay_mask,
+        weight_dimension_numbers,
+        others,
+    )
+
+
+def galore(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int = 128,
+    period: int = 200,
+    *,
+    key: int | jax.Array = 0,
+    scale: float = 0.25,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    find_subspace: SubspaceFinder | None = None,
+    weight_decay: float = 0.0,
+    weight_decay_mask: Any = None,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+    others: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """GaLore: Adam in the top singular subspace of the gradient.
+
+        every K steps   P ← top r left singular vectors of G        (the moments are kept as they are)
+        every step      R = PᵀG,   step = α P Adam(R)
+
+    State: `m r + 2 r n` numbers a matrix. What lies outside the subspace is lost.
+
+    Args:
+      learning_rate: a number or a schedule; 0.01 in the paper's C4 runs.
+      rank: `r`; matrices with `m <= rank` run Adam on the full matrix.
+      period: `K`; 200 in the paper.
+      key: an integer seed or a JAX key, for finders that draw.
+      scale: `α`; 0.25 in the paper.
+      b1, b2, eps: Adam's.
+      find_subspace: `subspace_iteration` (the default), `svd_subspace` (the paper's).
+      weight_decay, weight_decay_mask, weight_dimension_numbers, others: as in `muon`.
+
+    Raises:
+      TypeError, ValueError: as `galore_muon`; also `scale` below 0.
+
+    References:
+      Zhao et al., GaLore, arXiv 2403.03507, Algorithm 2.
+    """
+    finder = chosen(find_subspace, subspace_iteration)
+    rule = low_rank(optax.scale_by_adam(b1, b2, eps), rank, period, find_subspace=finder, key=key)
+    return matrices_and_others(
+        rule,
+        learning_rate,
+        by_constant(scale),
+        weight_decay,
+        weight_decay_mask,
+        weight_dimension_numbers,
+        others,
+    )
+
+
+def sumo(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int = 128,
+    period: int = 200,
+    *,
+    key: int | jax.Array = 0,
+    momentum: float = 0.95,
+    find_subspace: SubspaceFinder | None = None,
+    orthogonalizer: Orthogonalizer | None = None,
+    residual: Residual | None = None,
+    norm_growth: float = 1.1,
+    consistent_rms: float | None = 0.2,
+    weight_decay: float = 0.0,
+    weight_decay_mask: Any = None,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+    others: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """SUMO: exactly orthogonalized momentum in a subspace, rotated with it.
+
+        every K steps   Q' ← r leading left singular vectors of G;   M ← (Q'ᵀQ) M;   Q ← Q'
+        every step      M ← μ M + QᵀG,   O = msign(M), its norm growing by at most 1.1 a step
+                        step = Q O + (G - Q QᵀG)
+
+    State: `r (m + n)` numbers a matrix, and one for its norm. The residual is added raw, as printed: its
+    size is the gradient's, not the step's.
+
+    Args:
+      learning_rate: a number or a schedule. The paper leaves open whether the shape factor applies.
+      rank: `r`; matrices with `m <= rank` are not projected.
+      period: `K`; 250 in the paper's headline.
+      key: an integer seed or a JAX key, for finders that draw.
+      find_subspace: `randomized_svd` (the default), `svd_subspace`, ...
+      orthogonalizer: `polar` (the default), or `polar_by_products` on accelerators.
+      residual: `add_raw` (the default, the printed form) or `drop` (the other form in circulation).
+      norm_growth: the limiter's ratio.
+      momentum, consistent_rms, weight_decay, weight_decay_mask, weight_dimension_numbers, others: as
+        in `muon`.
+
+    Raises:
+      TypeError, ValueError: as `galore_muon`; also `norm_growth` below 1.
+
+    References:
+      Refael et al., SUMO, arXiv 2505.24749, Algorithm 1.
+    """
+    inner = optax.chain(muon_rule(momentum, chosen(orthogonalizer, polar)), limit_norm_growth(norm_growth))
+    rule = low_rank(
+        inner,
+        rank,
+        period,
+        find_subspace=chosen(find_subspace, randomized_svd),
+        carry=rotate,
+        residual=chosen(residual, add_raw),
+        key=key,
+    )
+    return matrices_and_others(
+        rule,
+        learning_rate,
+        by_shape(consistent_rms),
+        weight_decay,
+        weight_decay_mask,
+        weight_dimension_numbers,
+        others,
     )

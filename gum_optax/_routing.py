@@ -1,5 +1,6 @@
 """Matrices to one rule, all other leaves to another, and no step on a gradient that is not finite."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,22 @@ from ._hidden import hidden_matrices
 from ._matrices import as_matrices
 from ._scaling import scale_by_shape
 from ._trees import split
+
+# From the dimension numbers of a tree to the transformation that scales its steps.
+Scaling = Callable[[Any], optax.GradientTransformation]
+
+
+def by_shape(consistent_rms: Any) -> Scaling:
+    """`scale_by_shape`, checked before there is a tree."""
+    if consistent_rms is not None:
+        check_number("consistent_rms", consistent_rms, at_least=0)
+    return lambda dims: scale_by_shape(dims, consistent_rms)
+
+
+def by_constant(scale: Any) -> Scaling:
+    """The same factor for every matrix."""
+    check_number("scale", scale, at_least=0)
+    return lambda dims: optax.scale(scale)
 
 
 class SkipNonFiniteState(NamedTuple):
@@ -51,20 +68,23 @@ def skip_non_finite(inner: optax.GradientTransformation) -> optax.GradientTransf
 def matrices_and_others(
     rule: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
-    consistent_rms: Any = 0.2,
+    scaling: Scaling,
     weight_decay: Any = 0.0,
     weight_decay_mask: Any = None,
     weight_dimension_numbers: WeightDimensionNumbers = None,
     others: optax.GradientTransformation | None = None,
+    *,
+    wide: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer from a rule over `(blocks, m, n)`: the arguments that all optimizers share.
 
-        matrices:   W ← W - η (shape factor · rule(G) + λ W)          others:   AdamW at the same η
+        matrices:   W ← W - η (scaling(rule(G)) + λ W)          others:   AdamW at the same η
 
     Args:
       rule: gives the step of the matrices, still pointing up the gradient, unscaled.
       learning_rate: `η`, a number or a schedule.
-      consistent_rms: see `scale_by_shape`.
+      scaling: from dimension numbers to the transformation that scales the step in the model's own axes,
+        `by_shape(consistent_rms)` or `by_constant(scale)`.
       weight_decay: `λ`, decoupled, for matrices and for the default `others`.
       weight_decay_mask: a tree of booleans, or a function from the parameters to one, as in
         `optax.adamw`.
@@ -72,14 +92,13 @@ def matrices_and_others(
         `optax.contrib.MuonDimensionNumbers`, `None` at leaves that are not matrices. Default:
         `hidden_matrices`.
       others: the transformation of all leaves that are not matrices. Default: AdamW.
+      wide: as in `as_matrices`; False for rules that tell fan-in from fan-out.
 
     Raises:
       TypeError, ValueError: an argument out of range or of the wrong type; at `init`, dimension
         numbers that do not fit a leaf, or a complex or integer matrix.
     """
     check_number("weight_decay", weight_decay, at_least=0)
-    if consistent_rms is not None:
-        check_number("consistent_rms", consistent_rms, at_least=0)
     if not callable(learning_rate):
         check_number("learning_rate", learning_rate, at_least=0)
     check_rule("others", optax.identity() if others is None else others)
@@ -94,8 +113,8 @@ def matrices_and_others(
         dims = treedef.unflatten(entries)
         mask = weight_decay_mask(tree) if callable(weight_decay_mask) else weight_decay_mask
         matrices = optax.chain(
-            as_matrices(rule, dims),
-            scale_by_shape(dims, consistent_rms),
+            as_matrices(rule, dims, wide=wide),
+            scaling(dims),
             optax.add_decayed_weights(weight_decay, mask) if decays else optax.identity(),
             optax.scale_by_learning_rate(learning_rate),
         )

@@ -1,6 +1,6 @@
-"""The size of a step, from the shape of the weight."""
+"""The size of a step: from the shape of the weight, and from the step before."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ import optax
 
 from ._checks import check_number
 from ._dimensions import WeightDimensionNumbers, views_of
+from ._norms import frobenius, inverse
 
 
 def scale_by_shape(
@@ -43,3 +44,46 @@ def scale_by_shape(
         return jax.tree.map(lambda u, view: jnp.asarray(factor(view), u.dtype) * u, updates, views)
 
     return optax.stateless(scale)
+
+
+class LimitNormGrowthState(NamedTuple):
+    """State of `limit_norm_growth`."""
+
+    norms: Any  # a leaf (*,) float32: the norm of each block's last step, 0 before the first
+
+
+def limit_norm_growth(ratio: Any = 1.1) -> optax.GradientTransformation:
+    """Let the norm of each block's step grow by at most `ratio` from one step to the next.
+
+        if |O| > ratio |O_prev|:   O ← O ratio |O_prev| / |O|
+
+    A first step, and one after a zero step, is not limited. After an exact orthogonalizer of a momentum of
+    full rank it never acts: the norm is always `√r`. (SUMO, arXiv 2505.24749, Algorithm 1, ratio 1.1.)
+
+    Args:
+      ratio: at least 1.
+
+    Raises:
+      TypeError, ValueError: `ratio` is not a number of at least 1.
+    """
+    check_number("ratio", ratio, at_least=1)
+
+    def init(params):
+        return LimitNormGrowthState(jax.tree.map(lambda x: jnp.zeros(x.shape[:-2], jnp.float32), params))
+
+    def update(updates, state, params=None):
+        del params
+
+        def limited(o, previous):
+            norm = frobenius(o)[..., 0, 0]
+            return jnp.where(previous > 0, jnp.minimum(norm, ratio * previous), norm)
+
+        norms = jax.tree.map(limited, updates, state.norms)
+        steps = jax.tree.map(
+            lambda o, norm: (o * (norm[..., None, None] * inverse(frobenius(o)))).astype(o.dtype),
+            updates,
+            norms,
+        )
+        return steps, LimitNormGrowthState(norms)
+
+    return optax.GradientTransformation(init, update)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from ._norms import frobenius
+
 # (key, gradient, previous) -> projector, its r = previous.shape[-1] columns orthonormal.
 SubspaceFinder = Callable[
     [PRNGKeyArray, Float[Array, "*b m n"], Float[Array, "*b m r"]], Float[Array, "*b m r"]
@@ -35,14 +37,6 @@ def project(p: Float[Array, "*b m r"], g: Float[Array, "*b m n"]) -> Float[Array
 def lift(p: Float[Array, "*b m r"], x: Float[Array, "*b r n"]) -> Float[Array, "*b m n"]:
     """From coordinates back to the full matrix: `P X`."""
     return p @ x
-
-
-def frobenius(x: Float[Array, "*b m n"]) -> Float[Array, "*b 1 1"]:
-    """`|x|_F` in float32, with no overflow or underflow of the squares."""
-    x = x.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
-    scaled = x / jnp.where(largest > 0, largest, 1)
-    return largest * jnp.sqrt(jnp.sum(scaled * scaled, axis=(-2, -1), keepdims=True))
 
 
 def outside(
@@ -120,14 +114,50 @@ def subspace_iteration(
       iterations: power steps; one follows a slowly moving subspace, two also start well from nothing.
     """
     del key
-    norm = frobenius(gradient)
-    scale = jnp.where(norm > 0, norm, 1)
     p = previous
     for _ in range(iterations):
-        # Divide on the small side: G itself is read twice and never copied.
-        coordinates = project(p, gradient) / scale
-        p = orthonormalize((gradient @ coordinates.mT) / scale + _FLOOR * p)
+        p = _power_step(gradient, p)
     return p
+
+
+def _power_step(g: Float[Array, "*b m n"], p: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:
+    """`orthonormalize((G Gᵀ / |G|² + δ I) P)`."""
+    norm = frobenius(g)
+    scale = jnp.where(norm > 0, norm, 1)
+    # Divide on the small side: G itself is read twice and never copied.
+    coordinates = project(p, g) / scale
+    return orthonormalize((g @ coordinates.mT) / scale + _FLOOR * p)
+
+
+def randomized_svd(
+    key: PRNGKeyArray,
+    gradient: Float[Array, "*b m n"],
+    previous: Float[Array, "*b m r"],
+    oversampling: int = 8,
+    power_iterations: int = 2,
+) -> Float[Array, "*b m r"]:
+    """The top `r` left singular vectors, found afresh from a random subspace that is a little larger.
+
+        Q uniform, r + oversampling columns;   repeat:   Q ← orthonormalize((G Gᵀ / |G|² + δ I) Q)
+        P = Q V[:, :r],   V the eigenvectors of (QᵀG)(QᵀG)ᵀ
+
+    Args:
+      key: of the random start.
+      gradient: `(*, m, n)`.
+      previous: `(*, m, r)`; only its shape is used.
+      oversampling: extra columns; 5 to 10 in Halko et al., arXiv 0909.4061, section 4.2.
+      power_iterations: steps with `G Gᵀ`; 1 to 2 there (section 4.5).
+    """
+    m, r = previous.shape[-2:]
+    columns = min(m, r + oversampling)
+    q = orthonormalize(jax.random.normal(key, (*previous.shape[:-1], columns), jnp.float32))
+    for _ in range(power_iterations):
+        q = _power_step(gradient, q)
+    b = project(q, gradient)
+    norm = frobenius(b)
+    b = b / jnp.where(norm > 0, norm, 1)
+    _, v = jnp.linalg.eigh(exact_matmul(b, b.mT))  # ascending
+    return exact_matmul(q, v[..., ::-1][..., :r])
 
 
 def random_subspace(

@@ -79,3 +79,60 @@ def sumo_like_steps(gradients, rank, period, momentum, step=jordan, find=top_lef
         r = momentum * r + p.T @ g
         out.append(g - p @ (p.T @ g - step(r)))
     return out
+
+
+def adam_steps(gradients, b1=0.9, b2=0.999, eps=1e-8):
+    """Adam's step with bias correction (Kingma and Ba)."""
+    mu, nu, out = 0.0, 0.0, []
+    for t, g in enumerate(gradients, start=1):
+        mu, nu = b1 * mu + (1 - b1) * g, b2 * nu + (1 - b2) * g**2
+        out.append(mu / (1 - b1**t) / (np.sqrt(nu / (1 - b2**t)) + eps))
+    return out
+
+
+def galore_steps(gradients, rank, period, scale=0.25, find=top_left):
+    """GaLore, arXiv 2403.03507, Algorithm 2, with the moments kept when the subspace changes."""
+    projectors, coordinates, p = [], [], None
+    for t, g in enumerate(gradients):
+        if t % period == 0:
+            p = find(g, rank)
+        projectors.append(p)
+        coordinates.append(p.T @ g)
+    return [scale * p @ s for p, s in zip(projectors, adam_steps(coordinates), strict=True)]
+
+
+def sumo_steps(gradients, rank, period, momentum, ratio=1.1, raw=True, find=top_left):
+    """SUMO, arXiv 2505.24749, Algorithm 1, limiter included."""
+    q, m, norm, out = None, 0.0, 0.0, []
+    for t, g in enumerate(gradients):
+        if t % period == 0:
+            new = find(g, rank)
+            m = 0.0 if q is None else (new.T @ q) @ m
+            q = new
+        m = momentum * m + q.T @ g
+        o = msign(m)
+        size = np.linalg.norm(o)
+        if norm and size > ratio * norm:
+            o = o * ratio * norm / size
+        norm = np.linalg.norm(o)
+        out.append(q @ o + (g - q @ (q.T @ g) if raw else 0.0))
+    return out
+
+
+def sinkgd_step(g, rounds=5):
+    """Of a matrix with the outputs as rows (arXiv 2502.06742, Algorithm 3), by whole matrices."""
+    m, n = g.shape
+    for _ in range(rounds):
+        g = g / np.linalg.norm(g, axis=1, keepdims=True) * np.sqrt(n)
+        g = g / np.linalg.norm(g, axis=0, keepdims=True) * np.sqrt(m)
+    return g
+
+
+def swan_step(g):
+    """Of a matrix with the outputs as rows (arXiv 2412.13148, Algorithm 1), whitening exact."""
+    g = (g - g.mean(axis=1, keepdims=True)) / g.std(axis=1, keepdims=True)
+    values, vectors = np.linalg.eigh(g @ g.T)
+    keep = values > 1e-9 * values[-1]
+    root = (vectors[:, keep] / np.sqrt(values[keep])) @ vectors[:, keep].T
+    o = root @ g
+    return o * np.linalg.norm(g) / np.linalg.norm(o)

@@ -1,6 +1,7 @@
 """What a user of optax and Flax expects of every optimizer, whatever its mathematics."""
 
 import functools
+import inspect
 
 import chex
 import flax.linen as nn
@@ -21,8 +22,14 @@ OPTIMIZERS = {
     "muon": (go.muon, {}),
     "galore_muon": (go.galore_muon, {"rank": 2, "period": 3}),
     "gum": (go.gum, {"rank": 2, "period": 3, "full_rank_fraction": 0.3}),
+    "galore": (go.galore, {"rank": 2, "period": 3}),
+    "sumo": (go.sumo, {"rank": 2, "period": 3}),
+    "swan": (go.swan, {}),
+    "sinkgd": (go.sinkgd, {"rounds": 3}),
 }
-STATIC = ("rank", "period", "full_rank_fraction")
+STATIC = ("rank", "period", "full_rank_fraction", "rounds")
+# What inject_hyperparams may trace, of what each optimizer has.
+NUMBERS = {"momentum": 0.8, "consistent_rms": 0.3, "scale": 0.2, "b1": 0.8, "norm_growth": 1.2}
 
 
 @pytest.fixture(params=OPTIMIZERS)
@@ -73,11 +80,13 @@ def test_state_holds_arrays_only_none_empty_none_a_typed_key_and_float32_momentu
         assert leaf.size, path
         assert not jnp.issubdtype(leaf.dtype, jax.dtypes.extended), path
     matrices = state.inner.inner_states["matrices"]
-    assert {x.dtype for x in jax.tree.leaves(matrices) if x.ndim > 1} == {jnp.dtype("float32")}
+    assert {x.dtype for x in jax.tree.leaves(matrices) if x.ndim > 1} <= {jnp.dtype("float32")}
 
 
-@pytest.mark.parametrize("params_dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("gradient_dtype", [jnp.float32, jnp.bfloat16])
+DTYPES = [(jnp.float32, jnp.bfloat16), (jnp.bfloat16, jnp.float32), (jnp.float16, jnp.bfloat16)]
+
+
+@pytest.mark.parametrize(("params_dtype", "gradient_dtype"), DTYPES)
 def test_updates_come_back_in_the_dtype_of_the_parameters(tx, params_dtype, gradient_dtype):
     params = tree(dtype=params_dtype)
     gradients = [tree(seed, gradient_dtype) for seed in (1, 2)]
@@ -163,7 +172,9 @@ def test_map_params_reaches_every_leaf_that_mirrors_a_parameter(tx):
 
 
 def test_inject_hyperparams_traces_all_but_the_arguments_that_decide_shapes(factory):
-    numbers = {"learning_rate": 0.1, "momentum": 0.8, "weight_decay": 0.01, "consistent_rms": 0.3}
+    takes = inspect.signature(factory.func).parameters
+    numbers = {"learning_rate": 0.1, "weight_decay": 0.01}
+    numbers |= {name: value for name, value in NUMBERS.items() if name in takes}
     expected, _ = run(factory(**numbers), GRADIENTS, tree())
     static = [name for name in STATIC if name in factory.keywords]
     injected = optax.inject_hyperparams(factory.func, static_args=static)
@@ -175,7 +186,7 @@ def test_inject_hyperparams_traces_all_but_the_arguments_that_decide_shapes(fact
     scheduled = injected(**numbers | {"learning_rate": lambda count: 0.1 / (count + 1)}, **factory.keywords)
     updates, _ = run(scheduled, GRADIENTS, tree())
     chex.assert_trees_all_close(updates[0], expected[0], atol=1e-4)
-    chex.assert_trees_all_close(updates[1]["stack"], expected[1]["stack"] / 2, atol=1e-2)
+    chex.assert_trees_all_close(updates[1]["stack"], expected[1]["stack"] / 2, atol=1e-4)
 
 
 def test_a_schedule_is_a_learning_rate(factory):
@@ -191,7 +202,6 @@ WRAPPERS = {
     "masked": lambda tx: optax.masked(tx, lambda p: jax.tree.map(lambda _: True, p)),
     "partition": lambda tx: optax.partition({"all": tx}, lambda p: jax.tree.map(lambda _: "all", p)),
     "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
-    "named_chain": lambda tx: optax.named_chain(("tx", tx)),
     "multi_steps_of_one": lambda tx: optax.MultiSteps(tx, 1).gradient_transformation(),
 }
 
@@ -254,7 +264,7 @@ def test_orbax_and_flax_serialization_bring_the_state_back_to_the_bit(tx, tmp_pa
 
 def test_linen_train_state(tx):
     model = nn.Dense(5)
-    x = jnp.ones((2, 4))
+    x = jax.random.normal(jax.random.key(1), (6, 4))
     state = TrainState.create(apply_fn=model.apply, params=model.init(jax.random.key(0), x)["params"], tx=tx)
 
     @jax.jit
@@ -271,7 +281,7 @@ def test_linen_train_state(tx):
 
 def test_it_descends(tx):
     """The sign convention: added, the update goes down."""
-    params = {"kernel": jnp.ones((4, 7))}
+    params = {"kernel": jax.random.normal(jax.random.key(1), (4, 7))}
     updates, _ = run(tx, [params], params)
     assert float(jnp.vdot(updates[0]["kernel"], params["kernel"])) < 0
 

@@ -1,0 +1,128 @@
+"""Normalizers: from a gradient to a step of element RMS one, with no state."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from ._checks import check_function, check_integer
+from ._norms import frobenius, inverse
+from ._orthogonalize import Orthogonalizer, polar
+
+Normalizer = Callable[[Float[Array, "*b m n"]], Float[Array, "*b m n"]]
+
+
+def sinkhorn(x: Float[Array, "*b m n"], rounds: int = 5) -> Float[Array, "*b m n"]:
+    """Rows to ℓ2-norm `√n`, then columns to `√m`, `rounds` times.
+
+        X = diag(ρ) G diag(κ),   ρ ← ρ √n / |rows of X|,   κ ← κ √m / |columns of X|
+
+    Only the vectors `ρ` and `κ` change, in float32: `O(m + n)` scratch, and the matrix is written once.
+    The element RMS is 1 afterwards. Rows and columns of zeros stay zero.
+    (Scetbon et al., SinkGD, arXiv 2502.06742, Algorithm 3; 5 rounds as there.)
+    """
+    m, n = x.shape[-2:]
+    g = x.astype(jnp.float32)
+    # The first scaling of rows makes the squares safe from 1e-30 to 1e30; the rows are normalized next.
+    row = inverse(jnp.max(jnp.abs(g), axis=-1, keepdims=True))
+    column = jnp.ones_like(g[..., :1, :])
+
+    def one_round(_, scales):
+        row, column = scales
+        squares = jnp.sum(jnp.square(g * row * column), axis=-1, keepdims=True)
+        row = row * n**0.5 * inverse(jnp.sqrt(squares))
+        squares = jnp.sum(jnp.square(g * row * column), axis=-2, keepdims=True)
+        return row, column * m**0.5 * inverse(jnp.sqrt(squares))
+
+    # A loop: unrolled, XLA would share `g * row * column` between two sums, and write it out.
+    row, column = jax.lax.fori_loop(0, rounds, one_round, (row, column))
+    return (g * row * column).astype(x.dtype)
+
+
+def standardize_rows(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
+    """Each row minus its mean, over its standard deviation; constant rows go to zero.
+
+    (Ma et al., SWAN, arXiv 2412.13148, GradNorm.)
+    """
+    g = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(g), axis=-1, keepdims=True)
+    g = g * inverse(largest)
+    centred = g - jnp.mean(g, axis=-1, keepdims=True)
+    deviation = jnp.sqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True))
+    # A constant row leaves the rounding of its mean, which is no signal.
+    deviation = jnp.where(deviation > 4 * jnp.finfo(jnp.float32).eps, deviation, 0)
+    return (centred * inverse(deviation)).astype(x.dtype)
+
+
+def unit_rows(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
+    """Every row to ℓ2-norm `√n`: the maximizer of `<x, z>` over `maxᵢ |zᵢ| <= √n`."""
+    g = x.astype(jnp.float32)
+    g = g * inverse(jnp.max(jnp.abs(g), axis=-1, keepdims=True))
+    return (g * inverse(jnp.sqrt(jnp.mean(g * g, axis=-1, keepdims=True)))).astype(x.dtype)
+
+
+def unit_columns(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
+    """Every column to ℓ2-norm `√m`."""
+    return unit_rows(x.mT).mT
+
+
+def unit_frobenius(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
+    """The whole matrix to Frobenius norm `√(m n)`: normalized SGD."""
+    m, n = x.shape[-2:]
+    norm = frobenius(x)
+    return (x.astype(jnp.float32) * (inverse(norm) * (m * n) ** 0.5)).astype(x.dtype)
+
+
+def whiten(x: Float[Array, "*b m n"], method: Orthogonalizer = polar) -> Float[Array, "*b m n"]:
+    """The polar factor at the Frobenius norm of `x`: `O |x|_F / |O|_F`, `O = method(x)`.
+
+    (Ma et al., SWAN, arXiv 2412.13148, GradWhitening.)
+    """
+    o = method(x)
+    return (o.astype(jnp.float32) * (frobenius(x) * inverse(frobenius(o)))).astype(x.dtype)
+
+
+def multi_norm(projections: Sequence[Normalizer], rounds: int = 1) -> Normalizer:
+    """Normalize with respect to several norms, one projection after the other.
+
+        repeat `rounds` times, for each norm gᵢ in turn:   x ← argmax { <x, z> : gᵢ(z) <= 1 }
+
+    `sinkhorn` is `multi_norm((unit_rows, unit_columns), 5)`, SWAN is `(standardize_rows, whiten)`, and one
+    projection alone is SignSGD (`jnp.sign`), normalized SGD (`unit_frobenius`) or Muon without momentum
+    (`whiten`, up to its scale).
+
+    Raises:
+      TypeError, ValueError: no projections, one that is not a function, or `rounds` below 1.
+
+    References:
+      Scetbon et al., Gradient Multi-Normalization, arXiv 2502.06742, Algorithm 1.
+    """
+    projections = tuple(projections)
+    if not projections:
+        raise ValueError("projections must hold at least one function such as gum_optax.unit_rows, got none.")
+    for projection in projections:
+        check_function("projections", projection, "gum_optax.unit_rows")
+    check_integer("rounds", rounds, at_least=1)
+
+    def normalized(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
+        for _ in range(rounds):
+            for projection in projections:
+                x = projection(x)
+        return x
+
+    return normalized
+
+
+def normalize(method: Normalizer) -> optax.GradientTransformation:
+    """Replace each matrix by its normalized form: `step = method(g)`. No state.
+
+    Args:
+      method: `sinkhorn`, `standardize_rows`, a `multi_norm`, or any function `(*, m, n) -> (*, m, n)`.
+
+    Raises:
+      TypeError: `method` is not a function.
+    """
+    check_function("method", method, "gum_optax.sinkhorn")
+    return optax.stateless(lambda updates, params: jax.tree.map(method, updates))

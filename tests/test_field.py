@@ -1,0 +1,220 @@
+"""GaLore, SUMO, SWAN and SinkGD against their oracles and against each other."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_trajectories import LEAVES, oracle
+
+import gum_optax as go
+
+from helpers import run, sequence, trees
+from oracles import galore_steps, sinkgd_step, sumo_steps, swan_step
+
+STEPS, RANK, PERIOD = 9, 3, 4
+# A dict of leaves that `hidden_matrices` takes for matrices, and no scale but the optimizer's own.
+PLAIN = {"find_subspace": go.svd_subspace}
+
+
+@pytest.fixture(scope="module")
+def leaves():
+    rng = np.random.default_rng(1)
+    return {name: sequence(rng, shape, STEPS) for name, shape in LEAVES.items()}
+
+
+def steps_of(tx, leaves):
+    """What a descent at learning rate one took off."""
+    updates, _ = run(tx, trees(leaves))
+    return {name: [-u[name] for u in updates] for name in leaves}
+
+
+def test_galore_is_its_algorithm(leaves):
+    steps = steps_of(go.galore(1.0, RANK, PERIOD, **PLAIN), leaves)
+    for name, gradients in leaves.items():
+        expected = oracle(galore_steps, gradients, RANK, PERIOD)
+        np.testing.assert_allclose(steps[name], expected, rtol=0, atol=2e-4)
+
+
+def test_galore_is_optax_galore_step_by_step_on_square_matrices():
+    rng = np.random.default_rng(2)
+    gradients = trees({"a": sequence(rng, (7, 7), STEPS), "c": sequence(rng, (5, 5), STEPS)})
+    params = {name: jnp.ones_like(g) for name, g in gradients[0].items()}
+    ours = go.galore(0.1, RANK, PERIOD, scale=0.25, weight_decay=0.01, **PLAIN)
+    theirs = optax.contrib.galore(0.1, RANK, PERIOD, scale=0.25, weight_decay=0.01)
+    (a, _), (b, _) = run(ours, gradients, params), run(theirs, gradients, params)
+    for x, y in zip(a, b, strict=True):
+        for name in x:
+            np.testing.assert_allclose(x[name], y[name], atol=2e-6)
+
+
+@pytest.mark.parametrize("raw", [True, False], ids=["raw_residual", "no_residual"])
+def test_sumo_is_its_algorithm(leaves, raw):
+    residual = go.add_raw if raw else go.drop
+    tx = go.sumo(1.0, RANK, PERIOD, momentum=0.9, residual=residual, **PLAIN)
+    steps = steps_of(tx, leaves)
+    for name, gradients in leaves.items():
+        expected = oracle(sumo_steps, gradients, RANK, PERIOD, 0.9, raw=raw)
+        scale = 0.2 * np.sqrt(max(gradients[0].shape[-2:]))
+        np.testing.assert_allclose(np.asarray(steps[name]) / scale, expected, rtol=0, atol=1e-3)
+
+
+def test_the_limiter_acts_when_a_norm_grows_and_never_on_a_full_rank_orthogonal_step():
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(2, 4, 6))
+    limiter = go.limit_norm_growth(1.1)
+    norms = [1.0, 5.0, 5.0, 0.5, 0.0, 9.0]
+    expected, previous = [], 0.0
+    for norm in norms:
+        previous = min(norm, 1.1 * previous) if previous else norm
+        expected.append(previous)
+    unit = np.float32(x / np.linalg.norm(x, axis=(1, 2), keepdims=True))
+    updates, _ = run(limiter, [np.float32(norm) * unit for norm in norms])
+    np.testing.assert_allclose([np.linalg.norm(u[0]) for u in updates], expected, rtol=1e-5)
+    orthogonal = [np.asarray(go.polar(jnp.float32(rng.normal(size=(2, 4, 6))))) for _ in range(3)]
+    updates, _ = run(limiter, orthogonal)
+    np.testing.assert_allclose(updates, orthogonal, rtol=1e-5)
+
+
+@pytest.mark.parametrize("extreme", [1e-30, 1.0, 1e30])
+def test_sinkgd_is_its_algorithm_with_the_outputs_as_rows(leaves, extreme):
+    first = {name: [np.float32(extreme) * gradients[0]] for name, gradients in leaves.items()}
+    steps = steps_of(go.sinkgd(1.0), first)
+    for name, gradients in leaves.items():
+        kernel = np.float64(gradients[0])  # (fan_in, fan_out): the outputs are columns
+        blocks = kernel.reshape(-1, *kernel.shape[-2:])
+        expected = np.stack([sinkgd_step(b.T).T for b in blocks]).reshape(kernel.shape)
+        np.testing.assert_allclose(steps[name][0] / 0.05, expected, rtol=0, atol=1e-4)
+
+
+def test_swan_is_its_algorithm_with_the_outputs_as_rows(leaves):
+    first = {name: [gradients[0]] for name, gradients in leaves.items()}
+    steps = steps_of(go.swan(1.0, orthogonalizer=go.polar), first)
+    for name, gradients in leaves.items():
+        kernel = np.float64(gradients[0])
+        blocks = kernel.reshape(-1, *kernel.shape[-2:])
+        expected = np.stack([swan_step(b.T).T for b in blocks]).reshape(kernel.shape)
+        np.testing.assert_allclose(steps[name][0] / 0.05, expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("make", [go.swan, go.sinkgd])
+def test_stateless_means_a_step_count_at_most(make):
+    state = make(1.0).init({"kernel": jnp.ones((4, 6))})
+    assert sum(x.size for x in jax.tree.leaves(state.inner.inner_states["matrices"])) == 0
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 2**16))
+def test_sinkhorn_is_multi_norm_of_rows_and_columns(m, n, seed):
+    x = jnp.float32(np.random.default_rng(seed).normal(size=(m, n)))
+    alternating = go.multi_norm((go.unit_rows, go.unit_columns), 5)
+    np.testing.assert_allclose(go.sinkhorn(x), alternating(x), atol=1e-4)
+    np.testing.assert_allclose(np.sqrt(np.mean(np.square(go.sinkhorn(x)))), 1, rtol=1e-4)
+
+
+def test_single_norms_are_the_named_optimizers(rng):
+    x = jnp.float32(rng.normal(size=(4, 6)))
+    np.testing.assert_array_equal(go.multi_norm((jnp.sign,))(x), jnp.sign(x))  # SignSGD
+    np.testing.assert_allclose(
+        go.multi_norm((go.unit_frobenius,))(x), x / jnp.sqrt(jnp.mean(x * x)), rtol=1e-5
+    )
+    muon = go.multi_norm((functools.partial(go.whiten, method=go.newton_schulz),))(x)
+    orthogonal = go.newton_schulz(x)
+    np.testing.assert_allclose(
+        muon / jnp.linalg.norm(muon), orthogonal / jnp.linalg.norm(orthogonal), atol=1e-6
+    )
+    swan = go.multi_norm((go.standardize_rows, go.whiten))(x)
+    np.testing.assert_allclose(swan, swan_step(np.float64(x)), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "method", [go.sinkhorn, go.standardize_rows, go.unit_rows, go.unit_columns, go.unit_frobenius, go.whiten]
+)
+def test_normalizers_keep_zero_rows_and_columns_and_are_scale_free_but_for_whitening(rng, method):
+    x = rng.normal(size=(5, 7)).astype(np.float32)
+    x[1] = 0
+    if method is not go.standardize_rows:  # which subtracts each row's mean from its zeros
+        x[:, 2] = 0
+    out = np.asarray(method(jnp.asarray(x)))
+    assert not out[x == 0].any() or method is go.whiten
+    np.testing.assert_allclose(out[1], 0, atol=0 if method is not go.whiten else 1e-6)
+    if method is not go.whiten:  # it keeps the norm of what it is given
+        for scale in (1e-30, 1e30):
+            np.testing.assert_allclose(method(jnp.float32(scale) * x), out, atol=1e-4)
+    np.testing.assert_array_equal(method(jnp.zeros((3, 4))), 0)
+    assert method(jnp.ones((3, 4), jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_sinkhorn_writes_the_matrix_once():
+    """Scratch is vectors: the compiled function has no temporary of the matrix's size."""
+    compiled = jax.jit(go.sinkhorn).lower(jax.ShapeDtypeStruct((256, 512), jnp.float32)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 20 * 4 * (256 + 512)
+
+
+def test_randomized_svd_captures_what_the_svd_captures_from_a_random_start(rng):
+    u = np.linalg.qr(rng.normal(size=(48, 48)))[0]
+    v = np.linalg.qr(rng.normal(size=(96, 48)))[0]
+    g = jnp.float32(u * (1.0 + np.arange(48)) ** -0.7 @ v.T)
+    p0 = jnp.zeros((48, 8))
+
+    def captured(p):
+        return float(jnp.sum((p.mT @ g) ** 2))
+
+    p = go.randomized_svd(jax.random.key(1), g, p0)
+    assert captured(p) > 0.99 * captured(go.svd_subspace(jax.random.key(1), g, p0))
+    np.testing.assert_allclose(p.mT @ p, np.eye(8), atol=5e-6)
+    other = go.randomized_svd(jax.random.key(2), g, p0)
+    assert (p != other).any()
+    # Ordered: the first columns alone are a good subspace of their number.
+    first = go.svd_subspace(jax.random.key(1), g, jnp.zeros((48, 2)))
+    assert captured(p[:, :2]) > 0.99 * captured(first)
+
+
+def test_polar_by_products_is_exact_at_condition_1e5_where_the_gram_matrix_is_not(rng):
+    u, v = (np.linalg.qr(rng.normal(size=(n, 64)))[0] for n in (64, 256))
+    x = np.float32(u * np.geomspace(1, 1e-5, 64) @ v.T)
+    left, _, right = np.linalg.svd(np.float64(x), full_matrices=False)
+    exact = left @ right
+
+    def distance(y):
+        return np.linalg.norm(y - exact) / np.linalg.norm(exact)
+
+    assert distance(go.polar_by_products(jnp.asarray(x))) < 1.5e-3
+    assert distance(go.polar(jnp.asarray(x))) < 1.5e-3
+    values, vectors = np.linalg.eigh(x @ x.T)
+    by_gram = (vectors / np.sqrt(np.maximum(values, 1e-12))) @ vectors.T @ x
+    assert distance(by_gram) > 0.1
+
+
+BASES = {"sgd": optax.identity, "momentum": lambda: optax.trace(0.9)}
+BASES |= {"adam": optax.scale_by_adam, "lion": optax.scale_by_lion}
+
+
+@pytest.mark.parametrize("base", BASES.values(), ids=BASES)
+def test_the_paradigm_takes_any_base(base):
+    rng = np.random.default_rng(5)
+    gradients = [{"w": g} for g in sequence(rng, (6, 4, 7), 5)]
+    updates, state = run(go.as_matrices(go.unbiased_low_rank(base(), 2, 2, 0.34)), gradients)
+    assert all(np.isfinite(u["w"]).all() and u["w"].any() for u in updates)
+    # Sampled blocks step outside the subspace, the others inside it.
+    p, step = state.low.projectors["w"], updates[-1]["w"]
+    out = np.linalg.norm(step - p @ (p.mT @ step), axis=(1, 2)) / np.linalg.norm(step, axis=(1, 2))
+    sampled = np.asarray(state.index["4x7"])
+    assert (out[sampled] > 0.5).all()
+    assert (np.delete(out, sampled) < 1e-5).all()
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(ValueError, match="scale must be at least 0, got -1"):
+        go.galore(1.0, scale=-1)
+    with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
+        go.sinkgd(1.0, rounds=0)
+    with pytest.raises(ValueError, match=r"ratio must be at least 1, got 0\.5"):
+        go.sumo(1.0, norm_growth=0.5)
+    with pytest.raises(ValueError, match="projections must hold at least one function"):
+        go.multi_norm(())
+    with pytest.raises(TypeError, match="orthogonalizer must be a function"):
+        go.swan(1.0, orthogonalizer="polar")
