@@ -16,7 +16,7 @@ from flax.training.train_state import TrainState
 
 import gum_optax as go
 
-from helpers import run
+from helpers import AMPLIFIED, run
 
 OPTIMIZERS = {
     "muon": (go.muon, {}),
@@ -57,7 +57,7 @@ def tree(seed=0, dtype=jnp.float32):
 GRADIENTS = [tree(seed) for seed in range(1, 6)]
 
 
-def assert_same_steps(a, b, atol=1e-5):
+def assert_same_steps(a, b, atol=AMPLIFIED):
     for x, y in zip(a, b, strict=True):
         chex.assert_trees_all_close(x, y, atol=atol)
 
@@ -139,7 +139,7 @@ def test_scan_is_the_loop(tx):
 
     _, updates = jax.jit(lambda: jax.lax.scan(body, tx.init(params), stacked))()
     for i, u in enumerate(expected):
-        chex.assert_trees_all_close(jax.tree.map(lambda x, i=i: x[i], updates), u, atol=1e-4)
+        chex.assert_trees_all_close(jax.tree.map(lambda x, i=i: x[i], updates), u, atol=AMPLIFIED)
 
 
 def test_donation_and_a_second_compilation_are_not_needed(tx):
@@ -180,13 +180,13 @@ def test_inject_hyperparams_traces_all_but_the_arguments_that_decide_shapes(fact
     injected = optax.inject_hyperparams(factory.func, static_args=static)
     tx = injected(**numbers, **factory.keywords)
     updates, state = run(tx, GRADIENTS, tree())
-    assert_same_steps(updates, expected, atol=1e-4)
+    assert_same_steps(updates, expected, atol=AMPLIFIED)
     assert set(numbers) <= set(state.hyperparams)
     # A schedule is a function of the count, and a changed number needs no new compilation.
     scheduled = injected(**numbers | {"learning_rate": lambda count: 0.1 / (count + 1)}, **factory.keywords)
     updates, _ = run(scheduled, GRADIENTS, tree())
-    chex.assert_trees_all_close(updates[0], expected[0], atol=1e-4)
-    chex.assert_trees_all_close(updates[1]["stack"], expected[1]["stack"] / 2, atol=1e-4)
+    chex.assert_trees_all_close(updates[0], expected[0], atol=AMPLIFIED)
+    chex.assert_trees_all_close(updates[1]["stack"], expected[1]["stack"] / 2, atol=AMPLIFIED)
 
 
 def test_a_schedule_is_a_learning_rate(factory):
@@ -210,7 +210,7 @@ WRAPPERS = {
 def test_wrappers_of_optax_change_nothing(tx, wrap):
     expected, _ = run(tx, GRADIENTS, tree())
     updates, state = run(wrap(tx), GRADIENTS, tree())
-    assert_same_steps(updates, expected, atol=1e-4)
+    assert_same_steps(updates, expected, atol=AMPLIFIED)
     assert "skipped_steps" in go.metrics(state)
 
 
@@ -218,7 +218,7 @@ def test_multi_steps_feeds_the_mean(tx):
     wrapped = optax.MultiSteps(tx, 2).gradient_transformation()
     updates, _ = run(wrapped, [g for g in GRADIENTS for _ in range(2)], tree())
     expected, _ = run(tx, GRADIENTS, tree())
-    assert_same_steps(updates[1::2], expected, atol=1e-4)
+    assert_same_steps(updates[1::2], expected, atol=AMPLIFIED)
 
 
 def test_seeds_can_be_vmapped_through_the_whole_optimizer():
@@ -236,7 +236,7 @@ def test_seeds_can_be_vmapped_through_the_whole_optimizer():
     for seed in range(2):
         updates, _ = run(factory(0.1, key=seed), GRADIENTS[:2])
         chex.assert_trees_all_close(
-            jax.tree.map(lambda x, seed=seed: x[seed], together), updates[-1], atol=1e-4
+            jax.tree.map(lambda x, seed=seed: x[seed], together), updates[-1], atol=AMPLIFIED
         )
 
 

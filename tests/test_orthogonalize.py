@@ -11,17 +11,13 @@ from hypothesis import strategies as st
 
 import gum_optax as go
 
+from helpers import AMPLIFIED
 from oracles import jordan, msign
 
 express = functools.partial(go.newton_schulz, coefficients=go.POLAR_EXPRESS)
 ALL = {"jordan": go.newton_schulz, "polar_express": express, "polar": go.polar}
 SHAPES = st.tuples(st.integers(1, 7), st.integers(1, 7))
 SEEDS = st.integers(0, 2**16)
-
-
-# The slope at zero multiplies rounding with the small singular values: 3.4445⁵ = 485 for Jordan's five
-# steps, and 485 roundings of float32 are 6e-5.
-AMPLIFIED = 1.5e-4
 
 
 def orthonormal(rng, rows, columns):
