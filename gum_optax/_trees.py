@@ -8,6 +8,7 @@ import optax
 
 
 def is_hole(x: Any) -> bool:
+    """Whether a leaf's place is empty."""
     return isinstance(x, optax.MaskedNode)
 
 

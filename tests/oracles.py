@@ -68,19 +68,6 @@ def gum_steps(gradients, rank, period, momentum, q, sampled, weights=None, step=
     return out
 
 
-def sumo_like_steps(gradients, rank, period, momentum, step=jordan, find=top_left):
-    """Momentum rotated into the new subspace, the raw residual added (arXiv 2505.24749, Algorithm 1)."""
-    r, p, out = 0.0, None, []
-    for t, g in enumerate(gradients):
-        if t % period == 0:
-            new = find(g, rank)
-            r = 0.0 if p is None else (new.T @ p) @ r
-            p = new
-        r = momentum * r + p.T @ g
-        out.append(g - p @ (p.T @ g - step(r)))
-    return out
-
-
 def adam_steps(gradients, b1=0.9, b2=0.999, eps=1e-8):
     """Adam's step with bias correction (Kingma and Ba)."""
     mu, nu, out = 0.0, 0.0, []
@@ -101,7 +88,7 @@ def galore_steps(gradients, rank, period, scale=0.25, find=top_left):
     return [scale * p @ s for p, s in zip(projectors, adam_steps(coordinates), strict=True)]
 
 
-def sumo_steps(gradients, rank, period, momentum, ratio=1.1, raw=True, find=top_left):
+def sumo_steps(gradients, rank, period, momentum, step=msign, ratio=1.1, raw=True, find=top_left):
     """SUMO, arXiv 2505.24749, Algorithm 1, limiter included."""
     q, m, norm, out = None, 0.0, 0.0, []
     for t, g in enumerate(gradients):
@@ -110,7 +97,7 @@ def sumo_steps(gradients, rank, period, momentum, ratio=1.1, raw=True, find=top_
             m = 0.0 if q is None else (new.T @ q) @ m
             q = new
         m = momentum * m + q.T @ g
-        o = msign(m)
+        o = step(m)
         size = np.linalg.norm(o)
         if norm and size > ratio * norm:
             o = o * ratio * norm / size
