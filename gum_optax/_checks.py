@@ -65,6 +65,16 @@ def check_function(name: str, value: Any, example: str) -> Callable[..., Any]:
     return value
 
 
+def check_residual(value: Any) -> Any:
+    """A choice of what becomes of the residual, or a rule for it."""
+    if not (callable(value) or (hasattr(value, "init") and hasattr(value, "update"))):
+        raise TypeError(
+            "residual must be a function such as gum_optax.drop, or an optax.GradientTransformation such as"
+            f" optax.identity(), got {value!r}."
+        )
+    return value
+
+
 def check_rule(name: str, value: Any) -> Any:
     """An optax transformation: anything with `init` and `update`."""
     if not (hasattr(value, "init") and hasattr(value, "update")):

@@ -12,7 +12,7 @@ import optax
 
 from ._checks import check_function, check_integer, check_number
 from ._dimensions import WeightDimensionNumbers
-from ._normalize import Normalizer, multi_norm, normalize, sinkhorn, standardize_rows, whiten
+from ._normalize import multi_norm, normalize, outputs_first, sinkhorn, standardize_rows, whiten
 from ._orthogonalize import POLAR_EXPRESS, Orthogonalizer, newton_schulz, orthogonalize
 from ._routing import by_constant, by_shape, matrices_and_others
 
@@ -67,20 +67,8 @@ def muon(
       Jordan et al., https://kellerjordan.github.io/posts/muon; Liu et al., arXiv 2502.16982.
     """
     rule = muon_rule(momentum, orthogonalizer, nesterov)
-    return matrices_and_others(
-        rule,
-        learning_rate,
-        by_shape(consistent_rms),
-        weight_decay,
-        weight_decay_mask,
-        weight_dimension_numbers,
-        others,
-    )
-
-
-def _outputs_first(method: Normalizer) -> optax.GradientTransformation:
-    """Normalize with the layer's outputs as rows, as the papers do; a Flax kernel has them as columns."""
-    return normalize(lambda g: method(g.mT).mT)
+    shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
+    return matrices_and_others(rule, learning_rate, by_shape(consistent_rms), *shared)
 
 
 def swan(
@@ -112,17 +100,9 @@ def swan(
     """
     express = functools.partial(newton_schulz, coefficients=POLAR_EXPRESS)
     method = check_function("orthogonalizer", chosen(orthogonalizer, express), "gum_optax.polar")
-    rule = _outputs_first(multi_norm((standardize_rows, functools.partial(whiten, method=method))))
-    return matrices_and_others(
-        rule,
-        learning_rate,
-        by_constant(scale),
-        weight_decay,
-        weight_decay_mask,
-        weight_dimension_numbers,
-        others,
-        wide=False,
-    )
+    rule = normalize(outputs_first(multi_norm((standardize_rows, functools.partial(whiten, method=method)))))
+    shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
+    return matrices_and_others(rule, learning_rate, by_constant(scale), *shared, wide=False)
 
 
 def sinkgd(
@@ -152,13 +132,7 @@ def sinkgd(
       Scetbon et al., SinkGD, arXiv 2502.06742, Algorithm 4.
     """
     check_integer("rounds", rounds, at_least=1)
-    return matrices_and_others(
-        _outputs_first(functools.partial(sinkhorn, rounds=rounds)),
-        learning_rate,
-        by_constant(scale),
-        weight_decay,
-        weight_decay_mask,
-        weight_dimension_numbers,
-        others,
-        wide=False,
-    )
+    # A Flax kernel has the outputs as columns, the paper's matrices as rows.
+    rule = normalize(functools.partial(sinkhorn, rounds=rounds, first=-2))
+    shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
+    return matrices_and_others(rule, learning_rate, by_constant(scale), *shared, wide=False)

@@ -33,14 +33,21 @@ def _words(name: str) -> list[str]:
     return [word.lower() for word in _WORD.findall(name)]
 
 
-def _is_hidden(names: Names) -> bool:
-    """Whether no part of the path names an embedding, a head, a norm or a bias."""
+def is_edge(names: Names) -> bool:
+    """Whether a part of the path names an embedding or a head."""
     for name in names:
         words = _words(name)
         if any("embed" in word or word.startswith("emb") or word in _EDGES for word in words):
-            return False
+            return True
         if words and words[-1] == "head":  # `lm_head`, `ClassificationHead_0`, not `MultiHeadAttention`
-            return False
+            return True
+    return False
+
+
+def _is_hidden(names: Names) -> bool:
+    """Whether no part of the path names an embedding, a head, a norm or a bias."""
+    if is_edge(names):
+        return False
     # A norm or a bias is the leaf or the module that holds it; `PreNormBlock` may hold matrices.
     near = [word for name in names[-2:] for word in _words(name)]
     if any(word.endswith("norm") or word in ("ln", "bias") for word in near):

@@ -1,5 +1,6 @@
 """A rule run on the coordinates of the gradient in a slowly changing subspace."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,8 +10,9 @@ import optax
 from jaxtyping import Array, Float, Int, UInt32
 
 from ._checks import check_function, check_integer, check_matrix_leaf, check_rule
+from ._residuals import Residual, drop, stepping
 from ._sampling import check_key, key_data, stream
-from ._subspace import SubspaceFinder, exact_matmul, lift, project, random_subspace, subspace_iteration
+from ._subspace import SubspaceFinder, exact_matmul, project, random_subspace, subspace_iteration
 from ._trees import map_with_place, merge, split
 
 
@@ -24,6 +26,7 @@ class LowRankState(NamedTuple):
     projectors: Any  # a leaf (*, m, r) float32, orthonormal columns
     low: Any  # state of `inner` over (*, r, n) leaves
     full: Any  # state of `inner` over the unprojected leaves (*, m, n)
+    outside: Any  # state of `residual` over the projected leaves (*, m, n), where that is a rule
 
 
 # Carries: (inner, its state, coordinates, rotation P_newᵀ P_old) -> its state for the new subspace.
@@ -49,35 +52,27 @@ def rotate(inner: Any, state: Any, coordinates: Any, rotation: Any) -> Any:
     return optax.tree.map_params(inner, follow, state, rotation, coordinates)
 
 
+def rotate_first_moment(inner: Any, state: Any, coordinates: Any, rotation: Any) -> Any:
+    """Adam's mean follows the subspace, `M ← (P_newᵀ P_old) M`; its squares stay as they are (GoLore).
+
+    For an inner rule whose state has one field `mu`, as those of `optax.scale_by_adam` and its kin.
+
+    Raises:
+      ValueError: there is no such field.
+    """
+    del inner, coordinates
+    mean = optax.tree.get(state, "mu")
+    if mean is None:
+        raise ValueError(
+            f"rotate_first_moment needs a state with a field mu, got {type(state).__name__}; use rotate."
+        )
+    return optax.tree.set(state, mu=jax.tree.map(exact_matmul, rotation, mean))
+
+
 def restart(inner: Any, state: Any, coordinates: Any, rotation: Any) -> Any:
     """The state starts again from `inner.init` (GUM)."""
     del state, rotation
     return inner.init(coordinates)
-
-
-# Residuals: (gradient, projector, coordinates R, inner step S) -> the full-size step.
-Residual = Callable[[Array, Array, Array, Array], Array]
-
-
-def drop(
-    g: Float[Array, "*b m n"],
-    p: Float[Array, "*b m r"],
-    r: Float[Array, "*b r n"],
-    s: Float[Array, "*b r n"],
-) -> Float[Array, "*b m n"]:
-    """What lies outside the subspace is dropped: `P S` (GaLore)."""
-    del g, r
-    return lift(p, s)
-
-
-def add_raw(
-    g: Float[Array, "*b m n"],
-    p: Float[Array, "*b m r"],
-    r: Float[Array, "*b r n"],
-    s: Float[Array, "*b r n"],
-) -> Float[Array, "*b m n"]:
-    """What lies outside is added as it is: `P S + (G - P R) = G + P (S - R)` (SUMO, as printed)."""
-    return g + lift(p, s - r)
 
 
 def _captured(coordinates: Any, gradients: Any) -> Float[Array, ""]:
@@ -120,7 +115,9 @@ def low_rank(
       find_subspace: `svd_subspace`, `subspace_iteration`, `random_subspace`, or any function
         `(key, gradient, previous) -> projector` with orthonormal columns.
       carry: what happens to inner's state at a refresh: `keep`, `rotate` or `restart`.
-      residual: what happens to the gradient outside the subspace: `drop` or `add_raw`.
+      residual: what happens to the gradient outside the subspace: `drop`, `add_raw`, or any rule, whose
+        step from `G - P R` is added: `optax.stateless(sign)` is FRUGAL, for instance. It is passed
+        `coordinates` (R) and `steps` (S) as extra arguments.
       key: an integer seed or a JAX key, for finders that draw.
 
     Returns:
@@ -138,7 +135,7 @@ def low_rank(
     period = check_integer("period", period, at_least=1)
     check_function("find_subspace", find_subspace, "gum_optax.svd_subspace")
     check_function("carry", carry, "gum_optax.keep")
-    check_function("residual", residual, "gum_optax.drop")
+    step_from = stepping(residual)
     check_key(key)
 
     def split_by_rank(tree):
@@ -154,14 +151,20 @@ def low_rank(
             shape = (*g.shape[:-1], rank)
             return random_subspace(stream(data, jnp.int32(0), place), g, jnp.zeros(shape, jnp.float32))
 
+        coordinates = jax.tree.map(lambda g: zero_coordinates(g, rank), low)
+        inner_state = inner.init(coordinates)
+        # A carry that does not fit inner says so here, and not at the first refresh.
+        rotation = jax.tree.map(lambda r: jnp.zeros((*r.shape[:-2], rank, rank)), coordinates)
+        jax.eval_shape(functools.partial(carry, inner), inner_state, coordinates, rotation)
         return LowRankState(
             count=jnp.zeros((), jnp.int32),
             refreshes=jnp.zeros((), jnp.int32),
             key=data,
             captured=jnp.zeros((), jnp.float32),
             projectors=map_with_place(start, low),
-            low=inner.init(jax.tree.map(lambda g: zero_coordinates(g, rank), low)),
+            low=inner_state,
             full=inner.init(float32_zeros(full)),
+            outside=step_from.init(float32_zeros(low)),
         )
 
     def update(updates, state, params=None, **extra_args):
@@ -183,7 +186,8 @@ def low_rank(
 
         inner_state = jax.lax.cond(due, carried, lambda: state.low)
         steps, inner_state = inner.update(coordinates, inner_state, None, **extra_args)
-        steps = jax.tree.map(residual, low, projectors, coordinates, steps)
+        told = {"projectors": projectors, "coordinates": coordinates, "steps": steps, **extra_args}
+        steps, outside_state = step_from.update(low, state.outside, None, **told)
         full_steps, full_state = inner.update(as_float32(full), state.full, None, **extra_args)
         new_state = LowRankState(
             count=jnp.asarray(optax.safe_increment(state.count)),
@@ -193,6 +197,7 @@ def low_rank(
             projectors=projectors,
             low=inner_state,
             full=full_state,
+            outside=outside_state,
         )
         return merge(steps, full_steps), new_state
 

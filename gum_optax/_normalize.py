@@ -9,35 +9,41 @@ from jaxtyping import Array, Float
 
 from ._checks import check_function, check_integer
 from ._norms import frobenius, inverse
-from ._orthogonalize import Orthogonalizer, polar
+from ._orthogonalize import Orthogonalizer, newton_schulz, polar
 
 Normalizer = Callable[[Float[Array, "*b m n"]], Float[Array, "*b m n"]]
 
 
-def sinkhorn(x: Float[Array, "*b m n"], rounds: int = 5) -> Float[Array, "*b m n"]:
+def sinkhorn(x: Float[Array, "*b m n"], rounds: int = 5, first: int = -1) -> Float[Array, "*b m n"]:
     """Rows to ℓ2-norm `√n`, then columns to `√m`, `rounds` times.
 
-        X = diag(ρ) G diag(κ),   ρ ← ρ √n / |rows of X|,   κ ← κ √m / |columns of X|
+        X = diag(ρ) G diag(κ),   repeat:   ρ ← √n / |rows of G diag(κ)|,   κ ← √m / |columns of diag(ρ) G|
 
     Only the vectors `ρ` and `κ` change, in float32: `O(m + n)` scratch, and the matrix is written once.
     The element RMS is 1 afterwards. Rows and columns of zeros stay zero.
     (Scetbon et al., SinkGD, arXiv 2502.06742, Algorithm 3; 5 rounds as there.)
+
+    Args:
+      x: the gradient.
+      rounds: 5 in the paper.
+      first: the axis summed over first; -2 begins with the columns, where those are the outputs.
     """
-    m, n = x.shape[-2:]
+    second = -3 - first
     g = x.astype(jnp.float32)
-    # The first scaling of rows makes the squares safe from 1e-30 to 1e30; the rows are normalized next.
-    row = inverse(jnp.max(jnp.abs(g), axis=-1, keepdims=True))
-    column = jnp.ones_like(g[..., :1, :])
+    # Rows divided by their largest entry: squares are then safe from 1e-30 to 1e30.
+    unit = inverse(jnp.max(jnp.abs(g), axis=first, keepdims=True))
 
     def one_round(_, scales):
-        row, column = scales
-        squares = jnp.sum(jnp.square(g * row * column), axis=-1, keepdims=True)
-        row = row * n**0.5 * inverse(jnp.sqrt(squares))
-        squares = jnp.sum(jnp.square(g * row * column), axis=-2, keepdims=True)
-        return row, column * m**0.5 * inverse(jnp.sqrt(squares))
+        _, column = scales
+        # Each sum has its own factors: one that both shared would be written out at the matrix's size.
+        squares = jnp.sum(jnp.square(g * column * unit), axis=first, keepdims=True)
+        row = unit * (x.shape[first] ** 0.5 * inverse(jnp.sqrt(squares)))
+        squares = jnp.sum(jnp.square(g * row), axis=second, keepdims=True)
+        return row, x.shape[second] ** 0.5 * inverse(jnp.sqrt(squares))
 
-    # A loop: unrolled, XLA would share `g * row * column` between two sums, and write it out.
-    row, column = jax.lax.fori_loop(0, rounds, one_round, (row, column))
+    # A loop: unrolled, XLA would share more between the sums.
+    start = unit, jnp.ones_like(jnp.max(g, axis=second, keepdims=True))
+    row, column = jax.lax.fori_loop(0, rounds, one_round, start)
     return (g * row * column).astype(x.dtype)
 
 
@@ -84,6 +90,29 @@ def whiten(x: Float[Array, "*b m n"], method: Orthogonalizer = polar) -> Float[A
     return (o.astype(jnp.float32) * (frobenius(x) * inverse(frobenius(o)))).astype(x.dtype)
 
 
+def spectral_lmo(x: Float[Array, "*b m n"], method: Orthogonalizer = newton_schulz) -> Float[Array, "*b m n"]:
+    """`√(m/n) msign(x)`, outputs as rows: the maximizer of `<x, z>` over `|z|_2 <= √(m/n)`, the ball of the
+    operator norm between RMS norms. (Pethick et al., Scion, arXiv 2502.07529, Table 2.)
+    """
+    m, n = x.shape[-2:]
+    return (m / n) ** 0.5 * method(x)
+
+
+def sign_lmo(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
+    """`sign(x) / n`, outputs as rows: the ball of the largest entry (Scion, Table 3)."""
+    return jnp.sign(x) / x.shape[-1]
+
+
+def row_lmo(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
+    """Every row to ℓ2-norm `1/√n`, outputs as rows: the ball of the largest row (Scion, RowNorm)."""
+    return unit_rows(x) / x.shape[-1]
+
+
+def column_lmo(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
+    """Every column to ℓ2-norm `√m`, outputs as rows: the ball of the largest column (Scion, ColNorm)."""
+    return unit_columns(x)
+
+
 def multi_norm(projections: Sequence[Normalizer], rounds: int = 1) -> Normalizer:
     """Normalize with respect to several norms, one projection after the other.
 
@@ -113,6 +142,11 @@ def multi_norm(projections: Sequence[Normalizer], rounds: int = 1) -> Normalizer
         return x
 
     return normalized
+
+
+def outputs_first(method: Normalizer) -> Normalizer:
+    """With the layer's outputs as rows, as the papers have them; a Flax kernel has them as columns."""
+    return lambda g: method(g.mT).mT
 
 
 def normalize(method: Normalizer) -> optax.GradientTransformation:

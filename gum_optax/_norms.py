@@ -9,9 +9,14 @@ def inverse(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0)
 
 
-def frobenius(x: Float[Array, "*b m n"]) -> Float[Array, "*b 1 1"]:
-    """`|x|_F` in float32; the largest entry is divided out before squaring."""
+def norm(x: Float[Array, "*b m n"], axis: int | tuple[int, ...]) -> Float[Array, "..."]:
+    """The ℓ2-norm over `axis`, kept with size 1, in float32; the largest entry is divided out first."""
     x = x.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
+    largest = jnp.max(jnp.abs(x), axis=axis, keepdims=True)
     scaled = x / jnp.where(largest > 0, largest, 1)
-    return largest * jnp.sqrt(jnp.sum(scaled * scaled, axis=(-2, -1), keepdims=True))
+    return largest * jnp.sqrt(jnp.sum(scaled * scaled, axis=axis, keepdims=True))
+
+
+def frobenius(x: Float[Array, "*b m n"]) -> Float[Array, "*b 1 1"]:
+    """`|x|_F` in float32."""
+    return norm(x, (-2, -1))

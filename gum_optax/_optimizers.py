@@ -7,8 +7,9 @@ import optax
 
 from ._dimensions import WeightDimensionNumbers
 from ._full_rank import chosen, muon_rule
-from ._low_rank import Residual, add_raw, low_rank, rotate
+from ._low_rank import low_rank, rotate
 from ._orthogonalize import Orthogonalizer, polar
+from ._residuals import Residual, add_raw
 from ._routing import by_constant, by_shape, matrices_and_others
 from ._scaling import limit_norm_growth
 from ._subspace import SubspaceFinder, randomized_svd, subspace_iteration
@@ -60,15 +61,8 @@ def galore_muon(
         find_subspace=chosen(find_subspace, subspace_iteration),
         key=key,
     )
-    return matrices_and_others(
-        rule,
-        learning_rate,
-        by_shape(consistent_rms),
-        weight_decay,
-        weight_decay_mask,
-        weight_dimension_numbers,
-        others,
-    )
+    shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
+    return matrices_and_others(rule, learning_rate, by_shape(consistent_rms), *shared)
 
 
 def gum(
@@ -125,15 +119,8 @@ def gum(
         compensation=chosen(compensation, complement),
         key=key,
     )
-    return matrices_and_others(
-        rule,
-        learning_rate,
-        by_shape(consistent_rms),
-        weight_decay,
-        weight_decay_mask,
-        weight_dimension_numbers,
-        others,
-    )
+    shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
+    return matrices_and_others(rule, learning_rate, by_shape(consistent_rms), *shared)
 
 
 def galore(
@@ -177,15 +164,8 @@ def galore(
     """
     finder = chosen(find_subspace, subspace_iteration)
     rule = low_rank(optax.scale_by_adam(b1, b2, eps), rank, period, find_subspace=finder, key=key)
-    return matrices_and_others(
-        rule,
-        learning_rate,
-        by_constant(scale),
-        weight_decay,
-        weight_decay_mask,
-        weight_dimension_numbers,
-        others,
-    )
+    shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
+    return matrices_and_others(rule, learning_rate, by_constant(scale), *shared)
 
 
 def sumo(
@@ -242,12 +222,5 @@ def sumo(
         residual=chosen(residual, add_raw),
         key=key,
     )
-    return matrices_and_others(
-        rule,
-        learning_rate,
-        by_shape(consistent_rms),
-        weight_decay,
-        weight_decay_mask,
-        weight_dimension_numbers,
-        others,
-    )
+    shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
+    return matrices_and_others(rule, learning_rate, by_shape(consistent_rms), *shared)

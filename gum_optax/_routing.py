@@ -12,7 +12,7 @@ from ._checks import check_number, check_rule
 from ._dimensions import WeightDimensionNumbers, dimension_numbers, views_of
 from ._hidden import hidden_matrices
 from ._matrices import as_matrices
-from ._scaling import scale_by_shape
+from ._scaling import scale_by_fans, scale_by_shape
 from ._trees import split
 
 # From the dimension numbers of a tree to the transformation that scales its steps.
@@ -24,6 +24,11 @@ def by_shape(consistent_rms: Any) -> Scaling:
     if consistent_rms is not None:
         check_number("consistent_rms", consistent_rms, at_least=0)
     return lambda dims: scale_by_shape(dims, consistent_rms)
+
+
+def by_fan_ratio() -> Scaling:
+    """`√(fan_out / fan_in)`: the step's operator norm between RMS norms is then the learning rate."""
+    return lambda dims: scale_by_fans(dims, lambda fan_in, fan_out: (fan_out / fan_in) ** 0.5)
 
 
 def by_constant(scale: Any) -> Scaling:
@@ -55,7 +60,8 @@ def skip_non_finite(inner: optax.GradientTransformation) -> optax.GradientTransf
         return SkipNonFiniteState(jnp.zeros((), jnp.int32), inner.init(params))
 
     def update(updates, state, params=None, **extra_args):
-        finite = jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(updates)] or [True]).all()
+        # A sum of zeros or NaN, where XLA would write out the booleans of `isfinite(g)`.
+        finite = jnp.stack([jnp.isfinite(jnp.sum(g * 0)) for g in jax.tree.leaves(updates)] or [True]).all()
         steps, new = inner.update(updates, state.inner, params, **extra_args)
         like = updates if params is None else params
         steps = jax.tree.map(lambda s, x: jnp.where(finite, s, 0).astype(jnp.result_type(x)), steps, like)
@@ -63,6 +69,16 @@ def skip_non_finite(inner: optax.GradientTransformation) -> optax.GradientTransf
         return steps, SkipNonFiniteState(state.skipped + ~finite, new)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _decays(weight_decay: Any) -> bool:
+    """Whether parameters are needed; without decay `params=None` is fine. A traced number is not zero."""
+    return not (isinstance(weight_decay, int | float) and weight_decay == 0)
+
+
+def decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransformation:
+    """`optax.add_decayed_weights`, or nothing."""
+    return optax.add_decayed_weights(weight_decay, mask) if _decays(weight_decay) else optax.identity()
 
 
 def matrices_and_others(
@@ -103,8 +119,6 @@ def matrices_and_others(
         check_number("learning_rate", learning_rate, at_least=0)
     check_rule("others", optax.identity() if others is None else others)
     spec = hidden_matrices if weight_dimension_numbers is None else weight_dimension_numbers
-    # Without decay no parameters are needed, and `params=None` is fine.
-    decays = not (isinstance(weight_decay, int | float) and weight_decay == 0)
 
     def routed(tree):
         """The transformation for one tree; functions of the parameters see it whole, without holes."""
@@ -115,11 +129,11 @@ def matrices_and_others(
         matrices = optax.chain(
             as_matrices(rule, dims, wide=wide),
             scaling(dims),
-            optax.add_decayed_weights(weight_decay, mask) if decays else optax.identity(),
+            decayed_weights(weight_decay, mask),
             optax.scale_by_learning_rate(learning_rate),
         )
         adamw = optax.adamw(learning_rate, weight_decay=weight_decay, mask=mask)
-        adam = adamw if decays else optax.adam(learning_rate)
+        adam = adamw if _decays(weight_decay) else optax.adam(learning_rate)
         labels = treedef.unflatten(["others" if entry is None else "matrices" for entry in entries])
         return optax.partition({"matrices": matrices, "others": adam if others is None else others}, labels)
 

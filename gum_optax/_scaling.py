@@ -1,5 +1,6 @@
 """The size of a step: from the shape of the weight, and from the step before."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -33,15 +34,25 @@ def scale_by_shape(
     if consistent_rms is not None:
         check_number("consistent_rms", consistent_rms, at_least=0)
 
-    def factor(view):
+    def factor(fan_in, fan_out):
         if consistent_rms is None:
-            return max(1.0, view.fan_out / view.fan_in) ** 0.5
-        return consistent_rms * max(view.fan_in, view.fan_out) ** 0.5
+            return max(1.0, fan_out / fan_in) ** 0.5
+        return consistent_rms * max(fan_in, fan_out) ** 0.5
+
+    return scale_by_fans(weight_dimension_numbers, factor)
+
+
+def scale_by_fans(
+    weight_dimension_numbers: WeightDimensionNumbers, factor: Callable[[int, int], Any]
+) -> optax.GradientTransformation:
+    """Scale each matrix by `factor(fan_in, fan_out)`."""
 
     def scale(updates, params):
         del params
         views = views_of(weight_dimension_numbers, updates, wide=False)
-        return jax.tree.map(lambda u, view: jnp.asarray(factor(view), u.dtype) * u, updates, views)
+        return jax.tree.map(
+            lambda u, view: jnp.asarray(factor(view.fan_in, view.fan_out), u.dtype) * u, updates, views
+        )
 
     return optax.stateless(scale)
 

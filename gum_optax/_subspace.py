@@ -61,14 +61,15 @@ def outside(
     return jnp.where(frobenius(g) > rounding * whole, g, 0)
 
 
-def orthonormalize(y: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:
+def orthonormalize(y: Float[Array, "*b m r"], shifted_passes: int = 1) -> Float[Array, "*b m r"]:
     """The `Q` of `Y = Q R`, `R` with positive diagonal, by shifted Cholesky-QR.
 
         Y ← Y L⁻ᵀ,   L Lᵀ = YᵀY (+ shift)
 
-    Only `r × r` matrices are factorized, so the columns may stay sharded.
+    Only `r × r` matrices are factorized, so the columns may stay sharded. Each shifted pass lowers the
+    condition of `Y` by up to 1e3; one is enough for 1e6, two for the last bit of float32.
     """
-    for clean in (False,) + (True,) * _CLEAN_PASSES:
+    for clean in (False,) * shifted_passes + (True,) * _CLEAN_PASSES:
         gram = exact_matmul(y.mT, y)
         eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
         if not clean:
@@ -77,6 +78,13 @@ def orthonormalize(y: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:
         inverse = jax.scipy.linalg.solve_triangular(lower, jnp.broadcast_to(eye, gram.shape), lower=True)
         y = exact_matmul(y, inverse.mT)
     return y
+
+
+def regularized(
+    y: Float[Array, "*b m r"], p: Float[Array, "*b m r"], floor: float = _FLOOR
+) -> Float[Array, "*b m r"]:
+    """`Y + δ P`: of full rank where `Y` is not, so that `orthonormalize` can take it. `|Y|` is about one."""
+    return y + floor * p
 
 
 def svd_subspace(
@@ -126,7 +134,7 @@ def _power_step(g: Float[Array, "*b m n"], p: Float[Array, "*b m r"]) -> Float[A
     scale = jnp.where(norm > 0, norm, 1)
     # Divide on the small side: G itself is read twice and never copied.
     coordinates = project(p, g) / scale
-    return orthonormalize((g @ coordinates.mT) / scale + _FLOOR * p)
+    return orthonormalize(regularized((g @ coordinates.mT) / scale, p))
 
 
 def randomized_svd(
@@ -170,3 +178,19 @@ def random_subspace(
     """
     del gradient
     return orthonormalize(jax.random.normal(key, previous.shape, jnp.float32))
+
+
+def dct_columns(m: Float[Array, "*b m n"], rank: int) -> Float[Array, "*b m r"]:
+    """The `r` columns of the orthonormal DCT that see most of the matrix: largest ℓ1 norm of `dᵀM`.
+
+    One fixed basis a size, so that `r` integers say which; no factorization, only a fast transform.
+    (Modoranu et al., arXiv 2505.17967.)
+    """
+    size = m.shape[-2]
+    similarity = jnp.sum(jnp.abs(jax.scipy.fft.dct(m, axis=-2, norm="ortho")), axis=-1)
+    _, chosen = jax.lax.top_k(similarity, rank)
+    # The DCT-II: row i of column j is √(2/m) cos(π j (2i + 1) / 2m), and √(1/m) for j = 0. The angle is
+    # reduced as an integer: float32 would lose the phase of a large j (2i + 1).
+    quarters = (chosen[..., None, :] * (2 * jnp.arange(size)[:, None] + 1)) % (4 * size)
+    waves = jnp.cos(jnp.pi / (2 * size) * quarters.astype(jnp.float32))
+    return waves * jnp.where(chosen[..., None, :] == 0, 1, 2**0.5) / size**0.5

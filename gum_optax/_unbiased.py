@@ -78,8 +78,14 @@ def unbiased_low_rank(
         sampled block      S = inner((G - P PᵀG) / q)      step = S
 
     (the weights are `complement`'s). For a `P` that does not depend on the draw, the mean over draws
-    of what inner is fed, lifted back, is `G`. With a linear inner rule (`optax.identity`,
-    `optax.trace`) the step itself is unbiased; with any other only inner's input is.
+    of what inner is fed, lifted back, is `G`. What inner makes of it is another matter:
+
+    - `optax.identity()` (SGD), `optax.trace` (momentum): linear, so the step itself is unbiased.
+    - `optax.scale_by_adam()`: its mean is; the squares have the estimate's variance in them, and so the
+      step is biased, and smaller where `q` is small.
+    - `optax.scale_by_lion()`, and momentum with `orthogonalize()` (Muon, hence GUM): the momentum is; the
+      sign and the polar factor are not linear, so the step is not. `P` commutes with the polar factor
+      (`msign(P R) = P msign(R)`) but not with the sign.
 
     `k = clip(round(full_rank_fraction · L), 1, L)`, or 0 when the fraction is 0 (then this is
     `low_rank` with `carry=restart`). Blocks with `m <= rank`, and groups with `k = L`, are not

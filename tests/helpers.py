@@ -11,6 +11,25 @@ import gum_optax as go
 # 3.4445⁵ = 485 for Jordan's five steps, and 485 roundings of float32 are 6e-5.
 AMPLIFIED = 1.5e-4
 
+LOW_RANK = {"rank": 2, "period": 3}
+# Every optimizer, with what makes its state small and its periods short.
+OPTIMIZERS = {
+    "muon": (go.muon, {}),
+    "galore_muon": (go.galore_muon, LOW_RANK),
+    "gum": (go.gum, LOW_RANK | {"full_rank_fraction": 0.3}),
+    "galore": (go.galore, LOW_RANK),
+    "sumo": (go.sumo, LOW_RANK),
+    "swan": (go.swan, {}),
+    "sinkgd": (go.sinkgd, {"rounds": 3}),
+    "golore": (go.golore, LOW_RANK | {"random_after": 3}),
+    "fira": (go.fira, LOW_RANK),
+    "frugal": (go.frugal, LOW_RANK),
+    "trion": (go.trion, {"rank": 2}),
+    "dion": (go.dion, {"rank": 2}),
+    "cosmos": (go.cosmos, {"rank": 2}),
+    "scion": (go.scion, {}),
+}
+
 
 def run(tx, gradients, params=None):
     """The jitted updates of `tx` over a list of gradient trees, and the last state."""

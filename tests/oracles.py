@@ -123,3 +123,108 @@ def swan_step(g):
     root = (vectors[:, keep] / np.sqrt(values[keep])) @ vectors[:, keep].T
     o = root @ g
     return o * np.linalg.norm(g) / np.linalg.norm(o)
+
+
+def golore_steps(gradients, projectors, period, scale=0.25, b1=0.9, b2=0.999, eps=1e-8):
+    """GoLore, arXiv 2410.11289: Adam in the given subspaces, its mean rotated into each new one."""
+    mu, nu, out = 0.0, 0.0, []
+    for t, g in enumerate(gradients):
+        p = projectors[t // period]
+        if t and t % period == 0:
+            mu = p.T @ projectors[t // period - 1] @ mu
+        r = p.T @ g
+        mu, nu = b1 * mu + (1 - b1) * r, b2 * nu + (1 - b2) * r**2
+        out.append(scale * p @ (mu / (1 - b1 ** (t + 1)) / (np.sqrt(nu / (1 - b2 ** (t + 1))) + eps)))
+    return out
+
+
+def fira_steps(gradients, rank, period, scale=0.25, growth=1.01, find=top_left):
+    """Fira, arXiv 2410.01623, with the norm of the residual's part limited."""
+    p, projectors, coordinates = None, [], []
+    for t, g in enumerate(gradients):
+        p = find(g, rank) if t % period == 0 else p
+        projectors.append(p)
+        coordinates.append(p.T @ g)
+    out, last = [], 0.0
+    for g, p, r, s in zip(gradients, projectors, coordinates, adam_steps(coordinates), strict=True):
+        rest = (g - p @ r) * np.linalg.norm(s, axis=0) / np.linalg.norm(r, axis=0)
+        size = np.linalg.norm(rest)
+        if last and size > growth * last:
+            rest *= growth * last / size
+        last = np.linalg.norm(rest)
+        out.append(scale * (p @ s + rest))
+    return out
+
+
+def frugal_steps(gradients, rank, period, outside=np.sign, find=top_left):
+    """FRUGAL, arXiv 2411.07837: Adam anew in every period, `outside` of the residual."""
+    out = []
+    for start in range(0, len(gradients), period):
+        span = gradients[start : start + period]
+        p = find(span[0], rank)
+        steps = adam_steps([p.T @ g for g in span])
+        out += [p @ s + outside(g - p @ (p.T @ g)) for g, s in zip(span, steps, strict=True)]
+    return out
+
+
+def dct_matrix(size):
+    """Columns are the orthonormal DCT-II basis."""
+    i, j = np.arange(size)[:, None], np.arange(size)[None, :]
+    d = np.cos(np.pi * j * (2 * i + 1) / (2 * size)) * np.sqrt(2 / size)
+    d[:, 0] = np.sqrt(1 / size)
+    return d
+
+
+def trion_steps(gradients, rank, momentum, step=jordan):
+    """Trion, arXiv 2505.17967."""
+    m, out = 0.0, []
+    d = dct_matrix(len(gradients[0]))
+    for g in gradients:
+        m = m + g
+        p = d[:, np.argsort(-np.abs(d.T @ m).sum(axis=1))[:rank]]
+        r = p.T @ m
+        m = m - (1 - momentum) * p @ r
+        out.append(p @ step(r))
+    return out
+
+
+def dion_steps(gradients, q, momentum):
+    """Dion, arXiv 2504.05295, Algorithm 1, from the given Q."""
+    m, out = 0.0, []
+    for g in gradients:
+        m = m + g
+        p, upper = np.linalg.qr(m @ q)
+        p = p * np.sign(np.diag(upper))  # the signs cancel in P Qᵀ; ours are positive
+        r = m.T @ p
+        m = m - (1 - momentum) * p @ r.T
+        q = r / np.linalg.norm(r, axis=0)
+        out.append(p @ q.T)
+    return out
+
+
+def cosmos_steps(gradients, u, ratio=0.2, b1=0.9, b2=0.96, eps=1e-8, step=jordan):
+    """COSMOS, arXiv 2502.17410, from the given U and S = 0."""
+    rows, columns = gradients[0].shape
+    size = np.sqrt(rows * columns)
+    m, s, v, out = 0.0, np.zeros((u.shape[1],) * 2), 0.0, []
+    for t, g in enumerate(gradients, start=1):
+        m = b1 * m + (1 - b1) * g
+        new, upper = np.linalg.qr(b2 * u @ s + (1 - b2) * g @ g.T @ u)
+        new = new * np.sign(np.diag(upper))
+        s = new.T @ (b2 * u @ s @ u.T + (1 - b2) * g @ g.T) @ new
+        u = new
+        v = b2 * v + (1 - b2) * (u.T @ g) ** 2
+        inside = u @ (u.T @ m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + eps))
+        outside = step(m - u @ (u.T @ m))
+        x = inside + ratio * size * outside / np.linalg.norm(outside)
+        out.append(ratio * size * x / np.linalg.norm(x))
+    return out
+
+
+def ema(gradients, beta):
+    """D ← β D + (1 - β) G."""
+    d, out = 0.0, []
+    for g in gradients:
+        d = beta * d + (1 - beta) * g
+        out.append(d)
+    return out

@@ -1,14 +1,16 @@
 """What the documents say is what happens."""
 
+import inspect
 import re
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 import gum_optax as go
 
-from helpers import run
+from helpers import OPTIMIZERS, run
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -41,6 +43,22 @@ def test_the_readme_has_exactly_the_two_commands_and_ci_runs_the_second():
         "python -m pip install -e '.[test]' && python -m pytest -n 2",
     ]
     assert commands[1] in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+STATE = dict(re.findall(r"^\| `(\w+)` \|.*\| `([^`]*)` \|$", README, re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_state_in_the_table_is_what_init_allocates(name):
+    blocks, m, n, r, slots = 12, 16, 40, 4, 2
+    make, _ = OPTIMIZERS[name]
+    takes = inspect.signature(make).parameters
+    arguments = {"rank": r, "full_rank_fraction": slots / blocks}
+    tx = make(0.1, **{key: value for key, value in arguments.items() if key in takes})
+    state = jax.eval_shape(tx.init, {"kernel": jnp.zeros((blocks, m, n))}).inner.inner_states["matrices"]
+    numbers = sum(x.size for x in jax.tree.leaves(state) if x.ndim >= 2)
+    formula = re.sub(r"(?<=[\w)]) (?=[\w(])", "*", STATE[name].replace("γ/L", f"{slots}/{blocks}"))
+    assert numbers == pytest.approx(blocks * eval(formula, {"m": m, "n": n, "r": r}))
 
 
 def test_every_link_within_the_repository_leads_somewhere():

@@ -148,10 +148,31 @@ def test_normalizers_keep_zero_rows_and_columns_and_are_scale_free_but_for_white
     assert method(jnp.ones((3, 4), jnp.bfloat16)).dtype == jnp.bfloat16
 
 
-def test_sinkhorn_writes_the_matrix_once():
+def scratch(function, *arguments, **options):
+    compiled = jax.jit(function, **options).lower(*arguments).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+VECTORS = 20 * 4 * (256 + 512)  # bytes: a twelfth of the matrix
+
+
+@pytest.mark.parametrize("first", [-1, -2])
+def test_sinkhorn_writes_the_matrix_once(first):
     """Scratch is vectors: the compiled function has no temporary of the matrix's size."""
-    compiled = jax.jit(go.sinkhorn).lower(jax.ShapeDtypeStruct((256, 512), jnp.float32)).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 20 * 4 * (256 + 512)
+    matrix = jax.ShapeDtypeStruct((256, 512), jnp.float32)
+    assert scratch(functools.partial(go.sinkhorn, first=first), matrix) < VECTORS
+
+
+def test_a_whole_step_of_sinkgd_needs_vectors_beside_gradient_and_parameters():
+    tx = go.sinkgd(0.1)
+    params = {"kernel": jax.ShapeDtypeStruct((256, 512), jnp.float32)}
+
+    def step(g, state, params):
+        u, state = tx.update(g, state, params)
+        return optax.apply_updates(params, u), state
+
+    state = jax.eval_shape(tx.init, params)
+    assert scratch(step, params, state, params, donate_argnums=(1, 2)) < VECTORS
 
 
 def test_randomized_svd_captures_what_the_svd_captures_from_a_random_start(rng):

@@ -8,6 +8,8 @@ import pytest
 
 import gum_optax as go
 
+from helpers import muon_rule
+
 L, SLOTS, M, N, RANK, DRAWS = 5, 2, 4, 6, 2, 3000
 Q = SLOTS / L
 COMPENSATIONS = {"complement": go.complement, "low_variance": go.low_variance}
@@ -53,6 +55,22 @@ def test_the_mean_over_draws_is_the_full_rule(problem, compensation, beta):
     # Normal scores of fixed seeds, one for each step and block, the largest of which the test looks at.
     assert np.abs(z).max() < 4.5
     assert (steps.std(0) > 0).all()  # a score of a constant would say nothing
+
+
+NOT_LINEAR = {"adam": optax.scale_by_adam(), "lion": optax.scale_by_lion(), "muon": muon_rule()}
+
+
+@pytest.mark.parametrize("inner", NOT_LINEAR.values(), ids=NOT_LINEAR)
+def test_the_step_of_a_rule_that_is_not_linear_is_biased(problem, inner):
+    """What the documents say of it, with the same score."""
+    steps, _ = estimates(problem, go.complement, inner)
+    state, expected = inner.init(problem[0][0]), []
+    for g in problem[0]:
+        step, state = inner.update(g, state)
+        expected.append(step)
+    steps = np.float64(steps)
+    z = (steps.mean(0) - np.float64(expected)) / (steps.std(0) / np.sqrt(DRAWS))
+    assert np.abs(z).max() > 20
 
 
 @pytest.mark.parametrize("compensation", COMPENSATIONS.values(), ids=COMPENSATIONS)

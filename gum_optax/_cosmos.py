@@ -1,0 +1,80 @@
+"""COSMOS: Adam in the leading eigenspace of the gradient, Muon outside it."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+from ._checks import check_function, check_integer, check_number
+from ._normalize import unit_frobenius
+from ._norms import frobenius, inverse
+from ._orthogonalize import Orthogonalizer, newton_schulz
+from ._per_matrix import per_matrix
+from ._subspace import exact_matmul, lift, orthonormalize, outside, project, random_subspace, regularized
+
+# Second moments hold squares, and those of a gradient larger than this could overflow float32.
+_LARGEST = 1e15
+
+
+class CosmosState(NamedTuple):
+    """State of `cosmos_rule`."""
+
+    count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
+    momentum: Any  # M, a leaf (*, m, n) float32
+    basis: Any  # U, a leaf (*, m, r) float32, orthonormal columns
+    spectrum: Any  # S, a leaf (*, r, r) float32: the mean of UᵀG GᵀU
+    squares: Any  # V, a leaf (*, r, n) float32: the mean of (UᵀG)²
+
+
+def cosmos_rule(
+    rank: int,
+    ratio: Any = 0.2,
+    b1: Any = 0.9,
+    b2: Any = 0.96,
+    eps: Any = 1e-8,
+    orthogonalizer: Orthogonalizer = newton_schulz,
+    key: int | jax.Array = 0,
+) -> optax.GradientTransformation:
+    """Adam in the leading eigenspace of `G Gᵀ`, orthogonalized momentum outside it.
+
+        M ← β₁ M + (1 - β₁) G
+        U' ← orth(β₂ U S + (1 - β₂) G GᵀU)
+        S ← β₂ (U'ᵀU) S (UᵀU') + (1 - β₂) U'ᵀG GᵀU',   U ← U'
+        V ← β₂ V + (1 - β₂) (UᵀG)²
+        A = U (UᵀM / (1 - β₁ᵗ)) / (√(V / (1 - β₂ᵗ)) + ε),   B = NS(M - U UᵀM)
+        step = norm(A + γ norm(B)),   norm to element RMS one
+
+    `U` starts random and `S` at zero, so that the first step is one power iteration. State: a full-size
+    momentum, `U`, `S` and `V`: `m n + r (m + n) + r²` numbers a matrix.
+
+    References:
+      Liu et al., COSMOS, arXiv 2502.17410, Algorithm 1.
+    """
+    rank = check_integer("rank", rank, at_least=1)
+    check_number("ratio", ratio, at_least=0)
+    check_number("b1", b1, at_least=0, below=1)
+    check_number("b2", b2, at_least=0, below=1)
+    check_number("eps", eps, at_least=0)
+    check_function("orthogonalizer", orthogonalizer, "gum_optax.polar")
+
+    def init(key, x):
+        *blocks, m, n = x.shape
+        r = min(rank, m)
+        u = random_subspace(key, x, jnp.zeros((*blocks, m, r)))
+        return jnp.zeros(x.shape, jnp.float32), u, jnp.zeros((*blocks, r, r)), jnp.zeros((*blocks, r, n))
+
+    def update(count, g, m, u, s, v):
+        m = b1 * m + (1 - b1) * g
+        g = jnp.clip(g, -_LARGEST, _LARGEST)
+        y = b2 * (u @ s) + (1 - b2) * g @ project(u, g).mT
+        new = orthonormalize(regularized(y * inverse(frobenius(y)), u))
+        rotation, r = exact_matmul(new.mT, u), project(new, g)
+        s = b2 * rotation @ s @ rotation.mT + (1 - b2) * exact_matmul(r, r.mT)
+        v = b2 * v + (1 - b2) * r**2
+        inside = project(new, m) / (1 - b1**count) / (jnp.sqrt(v / (1 - b2**count)) + eps)
+        beyond = unit_frobenius(orthogonalizer(outside(new, m)))
+        return unit_frobenius(lift(new, inside) + ratio * beyond), m, new, s, v
+
+    return per_matrix(CosmosState, init, update, key)

@@ -1,0 +1,102 @@
+"""Low-rank steps of a full-size momentum that keeps what they leave out: error feedback."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+from ._checks import check_function, check_integer, check_number
+from ._norms import frobenius, inverse, norm
+from ._orthogonalize import Orthogonalizer, newton_schulz
+from ._per_matrix import per_matrix
+from ._subspace import dct_columns, lift, orthonormalize, project, regularized
+
+_EPS = float(jnp.finfo(jnp.float32).eps)
+# What a completing column of Dion's P sees of M, in units of eps |M|: the floor, over a column of Y of norm
+# 1/√r, so √r of them.
+_ROUNDINGS = 64.0
+
+
+class TrionState(NamedTuple):
+    """State of `trion_rule`."""
+
+    count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
+    momentum: Any  # a leaf (*, m, n) float32
+
+
+def trion_rule(
+    rank: int, momentum: Any = 0.95, orthogonalizer: Orthogonalizer = newton_schulz
+) -> optax.GradientTransformation:
+    """Orthogonalize the momentum in its strongest cosines, and keep the rest for later.
+
+        M ← M + G,   P = the r columns of the DCT with the largest |PᵀM|₁,   R = PᵀM
+        M ← M - (1 - μ) P R,   step = P NS(R)
+
+    State: a full-size momentum a matrix, `m n` numbers.
+
+    References:
+      Modoranu et al., arXiv 2505.17967, Algorithm 2 (Trion).
+    """
+    rank = check_integer("rank", rank, at_least=1)
+    check_number("momentum", momentum, at_least=0, below=1)
+    check_function("orthogonalizer", orthogonalizer, "gum_optax.polar")
+
+    def init(key, x):
+        del key
+        return (jnp.zeros(x.shape, jnp.float32),)
+
+    def update(count, g, m):
+        del count
+        m = m + g
+        p = dct_columns(m, min(rank, m.shape[-2]))
+        r = project(p, m)
+        return lift(p, orthogonalizer(r)), m - (1 - momentum) * lift(p, r)
+
+    return per_matrix(TrionState, init, update)
+
+
+class DionState(NamedTuple):
+    """State of `dion_rule`."""
+
+    count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
+    momentum: Any  # a leaf (*, m, n) float32
+    right: Any  # Q, a leaf (*, n, r) float32 with unit columns
+
+
+def dion_rule(rank: int, momentum: Any = 0.95, key: int | jax.Array = 0) -> optax.GradientTransformation:
+    """Orthonormalize the momentum by one power iteration, and keep the rest for later.
+
+        M ← M + G,   P = orth(M Q),   R = MᵀP,   M ← M - (1 - μ) P Rᵀ
+        Q ← R, its columns to norm one,   step = P Qᵀ
+
+    Directions in which `M` is only rounding get no step. State: a full-size momentum and `Q`,
+    `m n + n r` numbers a matrix.
+
+    References:
+      Ahn et al., Dion, arXiv 2504.05295, Algorithm 1; `Q` starts random, as there.
+    """
+    rank = check_integer("rank", rank, at_least=1)
+    check_number("momentum", momentum, at_least=0, below=1)
+
+    def init(key, x):
+        *blocks, m, n = x.shape
+        q = jax.random.normal(key, (*blocks, n, min(rank, m)), jnp.float32)
+        return jnp.zeros(x.shape, jnp.float32), q * inverse(norm(q, -2))
+
+    def update(count, g, m, q):
+        del count
+        m = m + g
+        y = m @ q
+        # Where M has fewer than r directions, columns of an identity complete P: at float32's last bit, so
+        # that they do not tilt those of M, and so in two shifted passes.
+        start = jnp.broadcast_to(jnp.eye(*y.shape[-2:]), y.shape)
+        y = regularized(y * inverse(frobenius(y)), start, _EPS)
+        p = orthonormalize(y, shifted_passes=2)
+        r = project(p, m).mT
+        lengths = norm(r, -2)
+        q = r * inverse(jnp.where(lengths > _ROUNDINGS * _EPS * frobenius(m), lengths, 0))
+        return lift(p, q.mT), m - (1 - momentum) * lift(p, r.mT), q
+
+    return per_matrix(DionState, init, update, key)

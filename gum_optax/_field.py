@@ -1,0 +1,163 @@
+"""More optimizers of the field in a subspace: what the residual does, and where the subspace comes from."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ._checks import check_integer
+from ._dimensions import WeightDimensionNumbers
+from ._full_rank import chosen
+from ._low_rank import low_rank, restart, rotate_first_moment
+from ._residuals import Residual, scale_as_inside
+from ._routing import by_constant, matrices_and_others
+from ._scaling import limit_norm_growth
+from ._subspace import SubspaceFinder, random_subspace, subspace_iteration
+from ._switch import switch
+
+
+def golore(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int = 128,
+    period: int = 200,
+    *,
+    random_after: int = 0,
+    key: int | jax.Array = 0,
+    scale: float = 0.25,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    find_subspace: SubspaceFinder | None = None,
+    weight_decay: float = 0.0,
+    weight_decay_mask: Any = None,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+    others: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """GoLore: GaLore, and later a random subspace, in which noise cannot hide the signal.
+
+        every K steps   P ← top r left singular vectors of G, or after `random_after` steps uniform;
+                        M ← (P_newᵀ P_old) M        (Adam's mean; its squares stay)
+        every step      R = PᵀG,   step = α P Adam(R)
+
+    `E[P Pᵀ] = (r/m) I` for a uniform `P`: the projected gradient is unbiased up to that factor. Random
+    from the start (`random_after=0`) is the subspace of FedSLoP and Flora. State: `m r + 2 r n` numbers.
+
+    Args:
+      learning_rate, rank, period, key, scale, b1, b2, eps: as in `galore`.
+      random_after: steps before the subspace is random; the paper's experiments take 80 % of all.
+      find_subspace: of the steps before; `subspace_iteration` (the default), `svd_subspace` (the paper's).
+      weight_decay, weight_decay_mask, weight_dimension_numbers, others: as in `muon`.
+
+    Raises:
+      TypeError, ValueError: as `galore`; also `random_after` below 0 or not an integer.
+
+    References:
+      He et al., GoLore, arXiv 2410.11289, Algorithm 2; FedSLoP, arXiv 2604.24012.
+    """
+    check_integer("random_after", random_after, at_least=0)
+
+    def adam_in(finder):
+        adam = optax.scale_by_adam(b1, b2, eps)
+        return low_rank(adam, rank, period, find_subspace=finder, carry=rotate_first_moment, key=key)
+
+    rule = switch(random_after, adam_in(chosen(find_subspace, subspace_iteration)), adam_in(random_subspace))
+    shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
+    return matrices_and_others(rule, learning_rate, by_constant(scale), *shared)
+
+
+def fira(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int = 128,
+    period: int = 200,
+    *,
+    key: int | jax.Array = 0,
+    scale: float = 0.25,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    norm_growth: float = 1.01,
+    find_subspace: SubspaceFinder | None = None,
+    weight_decay: float = 0.0,
+    weight_decay_mask: Any = None,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+    others: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Fira: GaLore, and the residual with the scale that Adam gave its column inside the subspace.
+
+        R = PᵀG,   S = Adam(R),   φⱼ = |S[:, j]| / |R[:, j]|
+        step = α (P S + φ ∘ (G - P R)),   the norm of the last term growing by at most 1.01 a step
+
+    State: `m r + 2 r n` numbers a matrix, and one for the norm.
+
+    Args:
+      learning_rate, rank, period, key, scale, b1, b2, eps, find_subspace: as in `galore`.
+      norm_growth: the limiter's ratio; 1.01 in the paper.
+      weight_decay, weight_decay_mask, weight_dimension_numbers, others: as in `muon`.
+
+    Raises:
+      TypeError, ValueError: as `galore`; also `norm_growth` below 1.
+
+    References:
+      Chen et al., Fira, arXiv 2410.01623, Algorithm 1.
+    """
+    rule = low_rank(
+        optax.scale_by_adam(b1, b2, eps),
+        rank,
+        period,
+        find_subspace=chosen(find_subspace, subspace_iteration),
+        residual=optax.chain(scale_as_inside(), limit_norm_growth(norm_growth)),
+        key=key,
+    )
+    shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
+    return matrices_and_others(rule, learning_rate, by_constant(scale), *shared)
+
+
+def frugal(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int = 128,
+    period: int = 200,
+    *,
+    key: int | jax.Array = 0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    find_subspace: SubspaceFinder | None = None,
+    residual: Residual | None = None,
+    weight_decay: float = 0.0,
+    weight_decay_mask: Any = None,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+    others: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """FRUGAL: Adam in a subspace, and a rule without state outside it.
+
+        every K steps   P ← top r left singular vectors of G;   Adam starts again
+        every step      R = PᵀG,   step = P Adam(R) + sign(G - P R)
+
+    State: `m r + 2 r n` numbers a matrix.
+
+    Args:
+      learning_rate: a number or a schedule, of both parts; about AdamW's.
+      rank, period, key, b1, b2, eps, find_subspace: as in `galore`.
+      residual: the rule outside; default the sign. Orthogonalized at the same size:
+        `normalize(multi_norm((newton_schulz, unit_frobenius)))`.
+      weight_decay, weight_decay_mask, weight_dimension_numbers, others: as in `muon`.
+
+    Raises:
+      TypeError, ValueError: as `galore_muon`.
+
+    References:
+      Zmushko et al., FRUGAL, arXiv 2411.07837, Algorithm 1.
+    """
+    sign = optax.stateless(lambda updates, params: jax.tree.map(jnp.sign, updates))
+    rule = low_rank(
+        optax.scale_by_adam(b1, b2, eps),
+        rank,
+        period,
+        find_subspace=chosen(find_subspace, subspace_iteration),
+        carry=restart,
+        residual=chosen(residual, sign),
+        key=key,
+    )
+    shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
+    return matrices_and_others(rule, learning_rate, by_constant(1.0), *shared)

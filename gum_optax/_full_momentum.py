@@ -1,0 +1,217 @@
+"""Optimizers of the field that keep a momentum of full size."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ._checks import check_function, check_number
+from ._cosmos import cosmos_rule
+from ._dimensions import WeightDimensionNumbers, names_of
+from ._feedback import dion_rule, trion_rule
+from ._full_rank import chosen
+from ._hidden import is_edge
+from ._matrices import as_matrices
+from ._normalize import Normalizer, normalize, outputs_first, sign_lmo, spectral_lmo, unit_rows
+from ._orthogonalize import Orthogonalizer, newton_schulz
+from ._routing import by_constant, by_fan_ratio, by_shape, decayed_weights, matrices_and_others
+
+
+def trion(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int = 128,
+    *,
+    momentum: float = 0.95,
+    orthogonalizer: Orthogonalizer | None = None,
+    consistent_rms: float | None = 0.2,
+    weight_decay: float = 0.0,
+    weight_decay_mask: Any = None,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+    others: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Trion: Muon in the strongest cosines of the momentum, with error feedback.
+
+        M ← M + G,   P = the r columns of the DCT with the largest |PᵀM|₁,   R = PᵀM
+        M ← M - (1 - μ) P R,   step = P NS(R)
+
+    Needs a full-size momentum: `m n` numbers a matrix, as Muon. What is small is what the workers
+    exchange, and the orthogonalization.
+
+    Args:
+      learning_rate: a number or a schedule.
+      rank: `r`, cosines kept; at most `m` are.
+      momentum: `μ`, what stays of the directions stepped in.
+      orthogonalizer, consistent_rms, weight_decay, weight_decay_mask, weight_dimension_numbers, others: as
+        in `muon`.
+
+    Raises:
+      TypeError, ValueError: as `muon`; also `rank` below 1 or not an integer.
+
+    References:
+      Modoranu et al., arXiv 2505.17967, Algorithm 2.
+    """
+    rule = trion_rule(rank, momentum, chosen(orthogonalizer, newton_schulz))
+    shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
+    return matrices_and_others(rule, learning_rate, by_shape(consistent_rms), *shared)
+
+
+def dion(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int = 128,
+    *,
+    key: int | jax.Array = 0,
+    momentum: float = 0.95,
+    weight_decay: float = 0.0,
+    weight_decay_mask: Any = None,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+    others: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Dion: one power iteration of the momentum a step, orthonormalized, with error feedback.
+
+        M ← M + G,   P = orth(M Q),   R = MᵀP,   M ← M - (1 - μ) P Rᵀ
+        Q ← R, its columns to norm one,   step = √(fan_out/fan_in) P Qᵀ
+
+    Needs a full-size momentum: `m n + n r` numbers a matrix, more than Muon.
+
+    Args:
+      learning_rate: a number or a schedule; 0.01 in the paper.
+      rank: `r`; at most `m`.
+      key: an integer seed or a JAX key, of the first `Q`.
+      momentum: `μ`, what stays of the directions stepped in.
+      weight_decay, weight_decay_mask, weight_dimension_numbers, others: as in `muon`.
+
+    Raises:
+      TypeError, ValueError: as `muon`; also `rank` below 1 or not an integer.
+
+    References:
+      Ahn et al., Dion, arXiv 2504.05295, Algorithm 1.
+    """
+    rule = dion_rule(rank, momentum, key)
+    shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
+    return matrices_and_others(rule, learning_rate, by_fan_ratio(), *shared)
+
+
+def cosmos(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int = 64,
+    *,
+    key: int | jax.Array = 0,
+    ratio: float = 0.2,
+    b1: float = 0.9,
+    b2: float = 0.96,
+    eps: float = 1e-8,
+    orthogonalizer: Orthogonalizer | None = None,
+    weight_decay: float = 0.0,
+    weight_decay_mask: Any = None,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+    others: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """COSMOS: Adam in the leading eigenspace of the gradient, Muon outside it.
+
+        U ← orth(β₂ U S + (1 - β₂) G GᵀU),   A = U Adam(UᵀG),   B = NS(M - U UᵀM)
+        step = γ norm(A + γ norm(B)),   norm to element RMS one
+
+    Needs a full-size momentum: `m n + r (m + n) + r²` numbers a matrix, more than Muon. The whole
+    update is in `cosmos_rule`.
+
+    Args:
+      learning_rate: a number or a schedule; about AdamW's.
+      rank: `r`; 64 in the paper; at most `m`.
+      key: an integer seed or a JAX key, of the first `U`.
+      ratio: `γ`, the weight of the part outside, and the size of the step; 0.2 in the paper.
+      b1, b2, eps: `β₁` of the momentum, `β₂` of the second moments, Adam's `ε`; 0.9 and 0.96 as in the
+        authors' code.
+      orthogonalizer, weight_decay, weight_decay_mask, weight_dimension_numbers, others: as in `muon`.
+
+    Raises:
+      TypeError, ValueError: as `muon`; also `rank` below 1 or not an integer.
+
+    References:
+      Liu et al., COSMOS, arXiv 2502.17410, Algorithm 1.
+    """
+    rule = cosmos_rule(rank, ratio, b1, b2, eps, chosen(orthogonalizer, newton_schulz), key)
+    shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
+    return matrices_and_others(rule, learning_rate, by_constant(ratio), *shared)
+
+
+def scion(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    momentum: float = 0.9,
+    radius: float = 50.0,
+    edge_radius: float = 3000.0,
+    lmo: Normalizer | None = None,
+    edge_lmo: Normalizer | None = None,
+    orthogonalizer: Orthogonalizer | None = None,
+    weight_decay: float = 0.0,
+    weight_decay_mask: Any = None,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+    others: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Scion: for each kind of layer the steepest step in a norm ball of its own.
+
+        D ← β D + (1 - β) G,   step = ρ lmo(D),   lmo(D) = argmax { <D, z> : |z| <= 1 }
+
+        hidden matrices         spectral:   √(fan_out/fan_in) msign(D),   ρ = `radius`
+        embeddings and heads    sign:       sign(D) / width,              ρ = `edge_radius`
+        norms and biases        RMS:        D / rms(D),                   ρ = `radius`
+
+    `weight_decay=1` is the constrained form: weights stay in the ball of radius `ρ`. Needs a full-size
+    momentum for every leaf: `m n` numbers a matrix, as Muon.
+
+    Args:
+      learning_rate: a number or a schedule; 2⁻¹² in the authors' example, with these radii.
+      momentum: `β = 1 - α`; α = 0.1 in the paper.
+      radius, edge_radius: 50 and 3000 in the paper's language models.
+      lmo: of hidden matrices, a function of `(*, fan_out, fan_in)`: `spectral_lmo` (the default),
+        `sign_lmo`, `row_lmo`, `column_lmo`.
+      edge_lmo: of embeddings and heads, a function of `(*, vocabulary, width)`: `sign_lmo` (the default),
+        or `unit_rows` for an embedding that is not tied (the paper's ColNorm).
+      orthogonalizer: of the default `lmo`.
+      weight_decay, weight_decay_mask, weight_dimension_numbers: as in `muon`, for all leaves.
+      others: the transformation of all leaves that are not matrices, in place of the last two lines.
+
+    Raises:
+      TypeError, ValueError: as `muon`; also a radius below 0, or an `lmo` that is not a function.
+
+    References:
+      Pethick et al., Scion, arXiv 2502.07529, Algorithms 1 and 2, Tables 2 to 4.
+    """
+    check_number("momentum", momentum, at_least=0, below=1)
+    check_number("edge_radius", edge_radius, at_least=0)
+    method = check_function("orthogonalizer", chosen(orthogonalizer, newton_schulz), "gum_optax.polar")
+    hidden = chosen(lmo, functools.partial(spectral_lmo, method=method))
+    check_function("lmo", hidden, "gum_optax.spectral_lmo")
+    edge = check_function("edge_lmo", chosen(edge_lmo, sign_lmo), "gum_optax.sign_lmo")
+    # In float32 and without bias correction, which no norm ball would see.
+    average = optax.ema(momentum, debias=False, accumulator_dtype=jnp.float32)
+    balls = optax.chain(
+        average,
+        _edges_and_vectors(edge, edge_radius, radius),
+        decayed_weights(weight_decay, weight_decay_mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    rule = optax.chain(average, normalize(outputs_first(hidden)))
+    shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, balls if others is None else others)
+    return matrices_and_others(rule, learning_rate, by_constant(radius), *shared, wide=False)
+
+
+def _edges_and_vectors(edge_lmo: Normalizer, edge_radius: Any, radius: Any) -> optax.GradientTransformation:
+    """Scion's step of the leaves that are not hidden matrices."""
+
+    def kinds(params):
+        def kind(path, x):
+            return "edges" if jnp.ndim(x) >= 2 and is_edge(names_of(path)) else "vectors"
+
+        return jax.tree_util.tree_map_with_path(kind, params)
+
+    def unit(updates, params):
+        del params
+        return jax.tree.map(lambda x: unit_rows(jnp.atleast_1d(x)).reshape(x.shape), updates)
+
+    # The vocabulary is the longer side, which the canonical view puts last.
+    edges = optax.chain(as_matrices(normalize(outputs_first(edge_lmo))), optax.scale(edge_radius))
+    vectors = optax.chain(optax.stateless(unit), optax.scale(radius))
+    return optax.partition({"edges": edges, "vectors": vectors}, kinds)

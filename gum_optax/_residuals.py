@@ -1,0 +1,91 @@
+"""What becomes of the gradient outside the subspace: nothing, its raw self, or the step of a rule."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from jaxtyping import Array, Float
+
+from ._checks import check_residual
+from ._norms import inverse, norm
+from ._subspace import lift, outside
+
+# A choice (gradient, projector, coordinates R, inner step S) -> full-size step, or a rule for `G - P R`.
+Residual = Callable[[Array, Array, Array, Array], Array] | optax.GradientTransformation
+
+
+def drop(
+    g: Float[Array, "*b m n"],
+    p: Float[Array, "*b m r"],
+    r: Float[Array, "*b r n"],
+    s: Float[Array, "*b r n"],
+) -> Float[Array, "*b m n"]:
+    """What lies outside the subspace is dropped: `P S` (GaLore)."""
+    del g, r
+    return lift(p, s)
+
+
+def add_raw(
+    g: Float[Array, "*b m n"],
+    p: Float[Array, "*b m r"],
+    r: Float[Array, "*b r n"],
+    s: Float[Array, "*b r n"],
+) -> Float[Array, "*b m n"]:
+    """What lies outside is added as it is: `P S + (G - P R) = G + P (S - R)` (SUMO, as printed)."""
+    return g + lift(p, s - r)
+
+
+def scale_as_inside() -> optax.GradientTransformationExtraArgs:
+    """Scale each column of the residual as the rule inside the subspace scaled its column.
+
+        φⱼ = |S[:, j]| / |R[:, j]|,   step[:, j] = φⱼ (G - P R)[:, j]
+
+    A rule for `low_rank(residual=...)`, which passes `coordinates` (R) and `steps` (S). No state.
+    (Fira, arXiv 2410.01623, equation 8.)
+    """
+
+    def update(updates, state, params=None, **told):
+        del params
+        if "steps" not in told:
+            raise ValueError(
+                "scale_as_inside is a rule for low_rank(residual=...), which tells it the steps."
+            )
+
+        def scaled(x, r, s):
+            return x * (norm(s, -2) * inverse(norm(r, -2)))
+
+        return jax.tree.map(scaled, updates, told["coordinates"], told["steps"]), state
+
+    return optax.GradientTransformationExtraArgs(_no_state, update)
+
+
+def _no_state(params: Any) -> optax.EmptyState:
+    del params
+    return optax.EmptyState()
+
+
+def stepping(residual: Any) -> optax.GradientTransformationExtraArgs:
+    """From the gradient and what the subspace made of it to the full-size step.
+
+    Either kind of residual as one transformation; it is told `projectors`, `coordinates` and `steps`.
+    """
+    check_residual(residual)
+    if not hasattr(residual, "update"):
+
+        def choose(updates, state, params=None, **told):
+            del params
+            return jax.tree.map(
+                residual, updates, told["projectors"], told["coordinates"], told["steps"]
+            ), state
+
+        return optax.GradientTransformationExtraArgs(_no_state, choose)
+
+    rule = optax.with_extra_args_support(residual)
+
+    def add(updates, state, params=None, **told):
+        p = told.pop("projectors")
+        rest, state = rule.update(jax.tree.map(outside, p, updates), state, params, **told)
+        return jax.tree.map(lambda p, s, x: lift(p, s) + x, p, told["steps"], rest), state
+
+    return optax.GradientTransformationExtraArgs(rule.init, add)

@@ -1,0 +1,284 @@
+"""GoLore, Fira, FRUGAL, Trion, Dion, COSMOS and Scion against their oracles."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_trajectories import LEAVES, oracle
+
+import gum_optax as go
+
+from helpers import run, sequence, trees
+from oracles import (
+    cosmos_steps,
+    dct_matrix,
+    dion_steps,
+    ema,
+    fira_steps,
+    frugal_steps,
+    golore_steps,
+    jordan,
+    trion_steps,
+)
+
+STEPS, RANK, PERIOD = 9, 3, 4
+
+
+@pytest.fixture(scope="module")
+def leaves():
+    rng = np.random.default_rng(1)
+    return {name: sequence(rng, shape, STEPS) for name, shape in LEAVES.items()}
+
+
+def steps_of(tx, leaves):
+    """What a descent at learning rate one took off, and the states before each step and after the last."""
+    gradients = trees(leaves)
+    states, updates = [jax.jit(tx.init)(gradients[0])], []
+    update = jax.jit(tx.update)
+    for g in gradients:
+        u, state = update(g, states[-1])
+        updates.append(u)
+        states.append(state)
+    return {name: [-np.asarray(u[name]) for u in updates] for name in leaves}, states
+
+
+def rule_state(state):
+    """Of the rule under `skip_non_finite`, `partition`, `masked` and the chain."""
+    return state.inner.inner_states["matrices"].inner_state[0]
+
+
+def per_block(tree, name):
+    return [np.float64(block) for block in np.reshape(tree[name], (-1, *tree[name].shape[-2:]))]
+
+
+def test_golore_is_adam_in_its_subspaces_with_a_rotated_mean(leaves):
+    steps, states = steps_of(go.golore(1.0, RANK, PERIOD, key=3), leaves)
+    bases = [rule_state(s).inner.projectors for s in states[1::PERIOD]]
+    for name, gradients in leaves.items():
+        projectors = [list(row) for row in zip(*(per_block(b, name) for b in bases), strict=True)]
+        expected = oracle(
+            lambda g, projectors: golore_steps(g, projectors, PERIOD), gradients, projectors=projectors
+        )
+        np.testing.assert_allclose(steps[name], expected, rtol=0, atol=2e-4)
+
+
+def test_golore_takes_the_gradients_subspace_first_and_random_ones_later(leaves):
+    tx = go.golore(1.0, RANK, PERIOD, random_after=PERIOD, find_subspace=go.svd_subspace)
+    _, states = steps_of(tx, leaves)
+
+    def captured(step):
+        p = rule_state(states[step + 1]).inner.projectors["wide"]
+        g = leaves["wide"][step]
+        best = np.linalg.norm(np.linalg.svd(g, compute_uv=False)[:RANK])
+        return float(jnp.linalg.norm(p.mT @ g)) / best
+
+    np.testing.assert_allclose(captured(0), 1, rtol=1e-5)
+    assert captured(PERIOD) < 0.99
+    with pytest.raises(ValueError, match="random_after must be at least 0"):
+        go.golore(1.0, random_after=-1)
+
+
+def test_switch_is_the_first_rule_and_then_the_second_on_one_state(leaves):
+    double, negate = optax.scale(2.0), optax.scale(-1.0)
+    tx = go.switch(2, optax.chain(optax.trace(0.5), double), optax.chain(optax.trace(0.5), negate))
+    g = [jnp.ones(())] * 4
+    updates, _ = run(tx, g)
+    np.testing.assert_allclose(updates, [2.0, 3.0, -1.75, -1.875])
+    with pytest.raises(ValueError, match="states of one structure"):
+        go.switch(1, optax.trace(0.5), optax.scale_by_adam()).init(g[0])
+
+
+def test_the_mean_can_only_be_rotated_where_there_is_one(leaves):
+    rule = go.low_rank(optax.trace(0.9), RANK, PERIOD, carry=go.rotate_first_moment)
+    with pytest.raises(ValueError, match="needs a state with a field mu"):
+        rule.init(jnp.ones((6, 9)))
+
+
+@pytest.mark.parametrize("growth", [1.01, 1e6], ids=["limited", "free"])
+def test_fira_is_its_algorithm(leaves, growth):
+    # Gradients that grow, so that the limiter acts.
+    growing = {name: [(1 + t) * g for t, g in enumerate(gs)] for name, gs in leaves.items()}
+    steps, _ = steps_of(
+        go.fira(1.0, RANK, PERIOD, find_subspace=go.svd_subspace, norm_growth=growth), growing
+    )
+    for name, gradients in growing.items():
+        expected = oracle(functools.partial(fira_steps, growth=growth), gradients, RANK, PERIOD)
+        np.testing.assert_allclose(steps[name], expected, rtol=0, atol=3e-4)
+
+
+def test_firas_residual_rule_belongs_under_low_rank():
+    with pytest.raises(ValueError, match="rule for low_rank"):
+        run(go.scale_as_inside(), [jnp.ones((4, 7))])
+
+
+def orthogonal_outside(x):
+    o = jordan(x)
+    return o * np.sqrt(x.size) / np.linalg.norm(o)
+
+
+ORTHOGONAL = go.normalize(go.multi_norm((go.newton_schulz, go.unit_frobenius)))
+
+
+@pytest.mark.parametrize(
+    ("residual", "outside"), [(None, np.sign), (ORTHOGONAL, orthogonal_outside)], ids=["sign", "orthogonal"]
+)
+def test_frugal_is_its_algorithm(leaves, residual, outside):
+    tx = go.frugal(1.0, RANK, PERIOD, find_subspace=go.svd_subspace, residual=residual)
+    steps, _ = steps_of(tx, leaves)
+    for name, gradients in leaves.items():
+        expected = np.stack(oracle(functools.partial(frugal_steps, outside=outside), gradients, RANK, PERIOD))
+        # The sign of an entry of rounding size is anybody's: no more than one in a hundred.
+        close = np.abs(steps[name] - expected) < 1e-3
+        assert close.mean() > 0.99
+
+
+def test_the_raw_residual_is_the_identity_rule(leaves):
+    inner = optax.chain(optax.trace(0.9), go.orthogonalize())
+    raw, rule = (go.low_rank(inner, RANK, PERIOD, residual=r) for r in (go.add_raw, optax.identity()))
+    g = [{"w": x} for x in leaves["stack"]]
+    for a, b in zip(run(raw, g)[0], run(rule, g)[0], strict=True):
+        np.testing.assert_allclose(a["w"], b["w"], atol=1e-4)
+    with pytest.raises(TypeError, match="residual must be a function"):
+        go.low_rank(inner, RANK, PERIOD, residual="drop")
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 64, 3000])
+def test_dct_columns_are_those_of_the_dct_matrix(size):
+    rng = np.random.default_rng(size)
+    m = rng.normal(size=(size, 5))
+    rank = min(size, 4)
+    p = np.asarray(go.dct_columns(jnp.float32(m), rank))
+    d = dct_matrix(size)
+    strongest = np.argsort(-np.abs(d.T @ m).sum(axis=1))[:rank]
+    np.testing.assert_allclose(p, d[:, strongest], atol=2e-6)
+
+
+def test_trion_is_its_algorithm(leaves):
+    steps, states = steps_of(go.trion(1.0, RANK, momentum=0.8), leaves)
+    for name, gradients in leaves.items():
+        expected = oracle(trion_steps, gradients, RANK, 0.8)
+        scale = 0.2 * np.sqrt(max(gradients[0].shape[-2:]))
+        np.testing.assert_allclose(np.asarray(steps[name]) / scale, expected, rtol=0, atol=3e-4)
+    # The momentum is all that is kept.
+    kept = jax.tree.leaves(rule_state(states[0]))
+    assert sum(x.size for x in kept) == 1 + sum(g[0].size for g in leaves.values())
+
+
+def test_dion_is_its_algorithm(leaves):
+    steps, states = steps_of(go.dion(1.0, RANK, momentum=0.8, key=5), leaves)
+    start = rule_state(states[0]).right
+    for name, gradients in leaves.items():
+        expected = oracle(
+            lambda g, q: dion_steps(g, q[0], 0.8), gradients, q=[[q] for q in per_block(start, name)]
+        )
+        fan_in, fan_out = gradients[0].shape[-2:]
+        scaled = np.asarray(steps[name]) / np.sqrt(fan_out / fan_in)
+        np.testing.assert_allclose(scaled, expected, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("rank_of_gradient", [0, 1, 2])
+def test_dion_takes_no_step_where_the_momentum_is_only_rounding(rng, rank_of_gradient):
+    g = np.float32(rng.normal(size=(8, rank_of_gradient)) @ rng.normal(size=(rank_of_gradient, 12)))
+    updates, state = run(go.dion_rule(4), [g] * 3)
+    for u in updates:
+        assert np.isfinite(u).all()
+        singular = np.linalg.svd(np.asarray(u), compute_uv=False)
+        assert (singular[rank_of_gradient:] < 1e-3).all()
+        assert rank_of_gradient == 0 or singular[0] > 0.5
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+
+
+def test_feedback_keeps_all_of_the_momentum_but_a_share_of_what_it_stepped_in(rng):
+    """M_new = M - (1 - μ) P PᵀM: outside the subspace nothing is lost, inside μ of it stays."""
+    g = jnp.float32(rng.normal(size=(6, 9)))
+    for rule, momentum in ((go.trion_rule(3, 0.7), 0.7), (go.dion_rule(3, 0.7), 0.7)):
+        (step,), state = run(rule, [g])
+        u, _, _ = np.linalg.svd(np.asarray(step))
+        p = u[:, :3]
+        np.testing.assert_allclose(state.momentum, g - (1 - momentum) * p @ (p.T @ np.asarray(g)), atol=1e-4)
+
+
+def test_cosmos_is_its_algorithm(leaves):
+    steps, states = steps_of(go.cosmos(1.0, RANK, key=5), leaves)
+    start = rule_state(states[0]).basis
+    for name, gradients in leaves.items():
+        expected = oracle(
+            lambda g, u: cosmos_steps(g, u[0]), gradients, u=[[u] for u in per_block(start, name)]
+        )
+        np.testing.assert_allclose(steps[name], expected, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
+def test_cosmos_stays_finite_where_squares_do_not(rng, scale):
+    g = [{"w": np.float32(scale * rng.normal(size=(4, 7)))} for _ in range(4)]
+    updates, state = run(go.cosmos(1.0, 2), g)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((updates, state)))
+
+
+def test_scion_takes_the_steepest_step_in_the_ball_of_each_kind_of_layer(rng):
+    shapes = {"kernel": (6, 9), "bias": (9,), "gain": ()}
+    gradients = {
+        name: [np.float32(rng.normal(size=shape)) for _ in range(4)] for name, shape in shapes.items()
+    }
+    gradients |= {"embedding": sequence(rng, (11, 5), 4), "lm_head": sequence(rng, (5, 11), 4)}
+    momentum, radius, edge_radius = 0.7, 2.0, 3.0
+    tx = go.scion(1.0, momentum=momentum, radius=radius, edge_radius=edge_radius)
+    steps, _ = steps_of(tx, gradients)
+    balls = {
+        "kernel": lambda d: radius * np.sqrt(9 / 6) * jordan(d),
+        "bias": lambda d: radius * d / np.sqrt(np.mean(d**2)),
+        "gain": lambda d: radius * np.sign(d),
+        "embedding": lambda d: edge_radius * np.sign(d) / 5,
+        "lm_head": lambda d: edge_radius * np.sign(d) / 5,
+    }
+    for name, ball in balls.items():
+        expected = [ball(d) for d in ema([np.float64(g) for g in gradients[name]], momentum)]
+        np.testing.assert_allclose(steps[name], expected, rtol=0, atol=1e-3, err_msg=name)
+
+
+def test_constrained_scion_decays_every_leaf_and_stays_in_its_ball(rng):
+    params = {"kernel": jnp.ones((4, 7)), "bias": jnp.ones(7), "embedding": jnp.ones((9, 4))}
+    g = [jax.tree.map(lambda x: jnp.float32(rng.normal(size=x.shape)), params) for _ in range(2)]
+    free, _ = run(go.scion(0.1), g, params)
+    held, _ = run(go.scion(0.1, weight_decay=1.0), g, params)
+    for a, b in zip(free, held, strict=True):
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(y, x - 0.1, atol=1e-4), a, b)
+
+
+LMOS = {
+    "spectral": (
+        functools.partial(go.spectral_lmo, method=go.polar),
+        lambda z: np.linalg.norm(z, 2) * np.sqrt(7 / 5),
+    ),
+    "sign": (go.sign_lmo, lambda z: np.abs(z).max() * 7),
+    "row": (go.row_lmo, lambda z: np.linalg.norm(z, axis=1).max() * np.sqrt(7)),
+    "column": (go.column_lmo, lambda z: np.linalg.norm(z, axis=0).max() / np.sqrt(5)),
+}
+
+
+@pytest.mark.parametrize(("lmo", "size"), LMOS.values(), ids=LMOS)
+def test_an_lmo_is_the_maximizer_on_its_unit_ball(rng, lmo, size):
+    d = rng.normal(size=(5, 7))
+    z = np.float64(lmo(jnp.float32(d)))
+    np.testing.assert_allclose(size(z), 1, rtol=1e-4)
+    for _ in range(200):
+        other = rng.normal(size=(5, 7))
+        assert np.vdot(d, other / size(other)) < np.vdot(d, z)
+    np.testing.assert_array_equal(lmo(jnp.zeros((5, 7))), 0)
+
+
+def test_bad_input_is_refused():
+    for make in (go.trion, go.dion, go.cosmos):
+        with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
+            make(1.0, 0)
+    with pytest.raises(ValueError, match="momentum must be at least 0 and below 1, got 1"):
+        go.dion(1.0, momentum=1)
+    with pytest.raises(ValueError, match="ratio must be at least 0, got -1"):
+        go.cosmos(1.0, ratio=-1)
+    with pytest.raises(TypeError, match="lmo must be a function"):
+        go.scion(1.0, lmo="spectral")
+    with pytest.raises(ValueError, match=r"norm_growth|ratio must be at least 1, got 0\.5"):
+        go.fira(1.0, norm_growth=0.5)
