@@ -1,14 +1,19 @@
-"""Compare optimizers on the default corpus: one grid of learning rates for all, three seeds of each best.
+"""Compare optimizers on the default corpus: each at its best learning rate of one grid, three seeds.
 
     python benchmarks/corpus_comparison.py
 
+The grid is 1.5e-3 times the powers of two, unbounded: from an optimizer's default the search goes to the
+better side until both neighbours of the best rate are worse.
+
 Every finished run is written to `docs/results/comparison.json` at once; started again, the script does
-only what is missing. Speed is measured last, round-robin in one process; `--speed` measures it alone.
+only what is missing. What a step costs is measured last, round-robin in one process; `--costs` measures it
+alone.
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import platform
 import statistics
 import sys
@@ -26,23 +31,25 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 from corpus import Corpus  # noqa: E402
 from llama import SIZES  # noqa: E402
-from training import OPTIMIZERS, Settings, Trainer  # noqa: E402
+from optimizers import OPTIMIZERS, OTHERS_LR, Settings  # noqa: E402
+from training import Trainer  # noqa: E402
 
-GRID = (1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2)
+GRID_UNIT = 1.5e-3
 SEEDS = (0, 1, 2)
-MODEL, STEPS, BATCH, SEQ, PERIOD = "3m", 400, 8, 128, 50
-EVALUATE_EVERY = 50
+MODEL, STEPS, BATCH, SEQ, PERIOD = "3m", 300, 8, 128, 50
+EVALUATE_EVERY = 100
 SPEED_ROUNDS = 15
 
 
-def settings(corpus: Corpus, optimizer: str, lr: float, seed: int, steps: int = STEPS) -> Settings:
+def settings(corpus: Corpus, optimizer: str, lr: float, seed: int) -> Settings:
     return Settings(
         optimizer=optimizer,
         model=MODEL,
-        steps=steps,
+        steps=STEPS,
         batch=BATCH,
         seq=SEQ,
         lr=lr,
+        others_lr=OTHERS_LR,
         rank=SIZES[MODEL].rank,
         period=PERIOD,
         full_rank_fraction=1 / 16,
@@ -53,7 +60,7 @@ def settings(corpus: Corpus, optimizer: str, lr: float, seed: int, steps: int = 
 
 
 def run(corpus: Corpus, chosen: Settings) -> dict[str, Any]:
-    """One run: its settings, its validation losses and what its step holds in memory."""
+    """One run: its settings and its losses."""
     trainer = Trainer(chosen, corpus)
     train, validation = [], {}
     for step in range(1, chosen.steps + 1):
@@ -65,8 +72,6 @@ def run(corpus: Corpus, chosen: Settings) -> dict[str, Any]:
         "val_loss": validation[chosen.steps],
         "validation": validation,
         "train_loss": [round(statistics.fmean(train[i : i + 10]), 4) for i in range(0, len(train), 10)],
-        "state_mib": trainer.optimizer_bytes() / 2**20,
-        "peak_step_mib": (trainer.peak_bytes() or 0) / 2**20,
     }
 
 
@@ -82,12 +87,27 @@ class Results:
         found = (r for r in self.data["runs"] if (r["optimizer"], r["lr"], r["seed"], r["steps"]) == wanted)
         return next(found, None)
 
+    def tried(self, optimizer: str) -> dict[float, float]:
+        """Learning rates tried at the first seed, and their losses."""
+        runs = [
+            r
+            for r in self.data["runs"]
+            if (r["optimizer"], r["seed"], r["steps"]) == (optimizer, SEEDS[0], STEPS)
+        ]
+        return {r["lr"]: r["val_loss"] for r in sorted(runs, key=lambda r: r["lr"])}
+
+    def next_rate(self, optimizer: str) -> float | None:
+        """The learning rate to try next; `None` when the best one has two worse neighbours."""
+        tried = self.tried(optimizer)
+        if not tried:
+            return GRID_UNIT * 2 ** round(math.log2(OPTIMIZERS[optimizer][1] / GRID_UNIT))
+        best = min(tried, key=tried.__getitem__)
+        return next((lr for lr in (2 * best, best / 2) if lr not in tried), None)
+
     def best_rate(self, optimizer: str) -> float | None:
-        """The grid's best learning rate at the first seed, once the grid is complete."""
-        tried = [self.find(optimizer, lr, SEEDS[0]) for lr in GRID]
-        if any(r is None for r in tried):
-            return None
-        return min((r for r in tried if r), key=lambda r: r["val_loss"])["lr"]
+        """The best learning rate at the first seed, once the search is done."""
+        tried = self.tried(optimizer)
+        return None if self.next_rate(optimizer) else min(tried, key=tried.__getitem__)
 
     def add(self, record: dict[str, Any]) -> None:
         self.data["runs"].append(record)
@@ -102,8 +122,8 @@ class Results:
         self.path.write_text(json.dumps(self.data, indent=1))
 
 
-def speed(corpus: Corpus, results: Results, optimizers: list[str]) -> None:
-    """Milliseconds of a step, the median of rounds in which every optimizer takes ten steps in turn."""
+def costs(corpus: Corpus, results: Results, optimizers: list[str]) -> None:
+    """What a step holds and takes: the median of rounds in which every optimizer takes ten steps in turn."""
     rates = {name: results.best_rate(name) or OPTIMIZERS[name][1] for name in optimizers}
     trainers = {name: Trainer(settings(corpus, name, rates[name], 0), corpus) for name in optimizers}
     times: dict[str, list[float]] = {name: [] for name in optimizers}
@@ -113,19 +133,20 @@ def speed(corpus: Corpus, results: Results, optimizers: list[str]) -> None:
             for _ in range(10):
                 trainer.train_step()
             times[name].append((time.perf_counter() - start) / 10)
-    tokens = BATCH * SEQ
-    results.data["speed"] = {
+    results.data["costs"] = {
         name: {
-            "step_ms": 1000 * statistics.median(seconds),
-            "tokens_per_second": tokens / statistics.median(seconds),
+            "state_mib": trainer.optimizer_bytes() / 2**20,
+            "peak_step_mib": (trainer.peak_bytes() or 0) / 2**20,
+            "step_ms": 1000 * statistics.median(times[name]),
+            "tokens_per_second": BATCH * SEQ / statistics.median(times[name]),
         }
-        for name, seconds in times.items()
+        for name, trainer in trainers.items()
     }
     results.save()
 
 
 def summarize(results: Results, optimizers: list[str]) -> list[dict[str, Any]]:
-    """A row for each optimizer whose runs are complete."""
+    """A row for each optimizer whose runs are complete, the lowest loss first."""
     rows = []
     for name in optimizers:
         lr = results.best_rate(name)
@@ -139,9 +160,8 @@ def summarize(results: Results, optimizers: list[str]) -> list[dict[str, Any]]:
             "val_loss": statistics.fmean(losses),
             "sd": statistics.stdev(losses),
         }
-        row |= {"state_mib": runs[0]["state_mib"], "peak_step_mib": runs[0]["peak_step_mib"]}
-        rows.append(row | results.data.get("speed", {}).get(name, {}))
-    return rows
+        rows.append(row | results.data["costs"][name])
+    return sorted(rows, key=lambda row: row["val_loss"])
 
 
 def write_table(rows: list[dict[str, Any]], path: Path) -> None:
@@ -150,63 +170,66 @@ def write_table(rows: list[dict[str, Any]], path: Path) -> None:
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        rate = f"{row['tokens_per_second']:.0f}" if "tokens_per_second" in row else "not measured"
         lines.append(
             f"| `{row['optimizer']}` | {row['lr']:g} | {row['val_loss']:.4f} ± {row['sd']:.4f}"
-            f" | {row['state_mib']:.1f} | {row['peak_step_mib']:.1f} | {rate} |"
+            f" | {row['state_mib']:.1f} | {row['peak_step_mib']:.1f} | {row['tokens_per_second']:.0f} |"
         )
     path.write_text("\n".join(lines) + "\n")
 
 
 def plot(results: Results, rows: list[dict[str, Any]], path: Path) -> None:
-    figure, (grid, curve) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for row in rows:
-        name, lr = row["optimizer"], row["lr"]
-        tried = [(rate, r["val_loss"]) for rate in GRID if (r := results.find(name, rate, SEEDS[0]))]
-        (line,) = grid.plot(*zip(*tried, strict=True), "o-", label=name)
-        for seed in SEEDS:
-            record = results.find(name, lr, seed)
-            assert record is not None
-            points = [(int(step) * BATCH * SEQ, loss) for step, loss in record["validation"].items()]
-            label = f"{name} (lr {lr:g})" if seed == SEEDS[0] else None
-            curve.plot(*zip(*points, strict=True), "-", color=line.get_color(), alpha=0.7, label=label)
-    grid.set(xscale="log", xlabel="learning rate", ylabel="final validation loss", title="the grid, seed 0")
-    grid.set_xticks(GRID, [f"{lr:g}" for lr in GRID], minor=False)
-    grid.set_xticks([], minor=True)
-    curve.set(xlabel="tokens", ylabel="validation loss", title="the best rate, three seeds")
-    for axes in (grid, curve):
-        axes.legend()
+    """Every seed's loss, best optimizer first, and the mean loss against the optimizer's state."""
+    figure, (dots, costs) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+    for place, row in enumerate(rows):
+        found = [results.find(row["optimizer"], row["lr"], seed) for seed in SEEDS]
+        losses = [record["val_loss"] for record in found if record]
+        (points,) = dots.plot(losses, [place] * len(losses), "o", alpha=0.7)
+        costs.plot(row["state_mib"], row["val_loss"], "o", color=points.get_color())
+        where = (row["state_mib"], row["val_loss"])
+        costs.annotate(row["optimizer"], where, xytext=(5, 3), textcoords="offset points", fontsize=8)
+    dots.set_yticks(range(len(rows)), [f"{row['optimizer']} ({row['lr']:g})" for row in rows])
+    dots.invert_yaxis()
+    dots.set(xlabel="final validation loss", title="three seeds at the best learning rate")
+    costs.set(xlabel="optimizer state (MiB)", ylabel="final validation loss", title="loss against memory")
+    for axes in (dots, costs):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def compare(corpus: Corpus, results: Results, name: str) -> None:
+    """Do the runs of one optimizer that are missing: the search, then the other seeds."""
+
+    def do(lr: float, seed: int) -> None:
+        start = time.perf_counter()
+        record = run(corpus, settings(corpus, name, lr, seed))
+        results.add(record)
+        took = time.perf_counter() - start
+        print(f"{name} lr={lr:g} seed={seed}: {record['val_loss']:.4f} ({took:.0f} s)", flush=True)
+
+    while (lr := results.next_rate(name)) is not None:
+        do(lr, SEEDS[0])
+    best = results.best_rate(name)
+    assert best is not None
+    for seed in SEEDS[1:]:
+        if results.find(name, best, seed) is None:
+            do(best, seed)
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     p.add_argument("--optimizers", default=",".join(OPTIMIZERS), help="default: all of examples/pretrain.py")
     p.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
-    p.add_argument("--speed", action="store_true", help="measure speed only")
+    p.add_argument("--costs", action="store_true", help="measure what a step costs, and train nothing")
     options = p.parse_args()
     optimizers = options.optimizers.split(",")
     corpus = Corpus(None, SIZES[MODEL].vocabulary)
     results = Results(options.out / "comparison.json")
-    if not options.speed:
-        wanted = [(name, lr, SEEDS[0]) for lr in GRID for name in optimizers]
-        for grid_done in (False, True):
-            if grid_done:
-                best = {name: results.best_rate(name) for name in optimizers}
-                wanted = [(name, lr, seed) for seed in SEEDS[1:] for name, lr in best.items() if lr]
-            for name, lr, seed in wanted:
-                if results.find(name, lr, seed) is None:
-                    start = time.perf_counter()
-                    record = run(corpus, settings(corpus, name, lr, seed))
-                    results.add(record)
-                    took = time.perf_counter() - start
-                    print(
-                        f"{name} lr={lr:g} seed={seed}: {record['val_loss']:.4f} ({took:.0f} s)", flush=True
-                    )
-    if options.speed or any(name not in results.data.get("speed", {}) for name in optimizers):
-        speed(corpus, results, optimizers)
+    if not options.costs:
+        for name in optimizers:
+            compare(corpus, results, name)
+    if options.costs or any(name not in results.data.get("costs", {}) for name in optimizers):
+        costs(corpus, results, optimizers)
     rows = summarize(results, optimizers)
     write_table(rows, options.out / "comparison.md")
     if rows:

@@ -22,7 +22,8 @@ import matplotlib.pyplot as plt
 
 from corpus import Corpus, CorpusError
 from llama import SIZES
-from training import OPTIMIZERS, RunDirectory, RunError, Settings, StopSignal, Trainer, train
+from optimizers import OPTIMIZERS, OTHERS_LR, Settings
+from training import RunDirectory, RunError, StopSignal, Trainer, train
 
 PROMPT = "- Hi! How are you today?\n-"
 
@@ -75,6 +76,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seq", type=_positive, default=128, help="tokens a window (default: 128)")
     p.add_argument("--lr", type=_rate, help="peak learning rate (default: the optimizer's, tuned on 3m)")
     p.add_argument(
+        "--others-lr",
+        type=_rate,
+        default=OTHERS_LR,
+        help="AdamW's peak rate for embedding, head and norms (default: %(default)g, tuned on 3m)",
+    )
+    p.add_argument(
         "--rank", type=_positive, help="of the low-rank optimizers (default: a quarter of the width)"
     )
     p.add_argument("--period", type=_positive, default=100, help="steps between new subspaces (default: 100)")
@@ -99,6 +106,7 @@ def settings_of(options: argparse.Namespace, optimizer: str, corpus: Corpus) -> 
         batch=options.batch,
         seq=options.seq,
         lr=options.lr or OPTIMIZERS[optimizer][1],
+        others_lr=options.others_lr,
         rank=options.rank or SIZES[options.model].rank,
         period=options.period,
         full_rank_fraction=options.full_rank_fraction,

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,96 +20,13 @@ import gum_optax
 
 from corpus import Corpus, replace_file
 from llama import SIZES, Llama
+from optimizers import Settings, optimizer
 
 VALIDATION_BATCHES = 32
 
 
 class RunError(ValueError):
     """The run can't start; the message is one sentence for the user."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What makes a run the run it is: the same settings give the same losses, bit for bit."""
-
-    optimizer: str
-    model: str
-    steps: int
-    batch: int
-    seq: int
-    lr: float
-    rank: int
-    period: int
-    full_rank_fraction: float
-    weight_decay: float
-    seed: int
-    text: str  # the name of the corpus, with a digest of its content
-
-
-def _adamw(s: Settings, schedule: optax.Schedule) -> optax.GradientTransformation:
-    return optax.adamw(schedule, b2=0.95, weight_decay=s.weight_decay)
-
-
-def _muon(s: Settings, schedule: optax.Schedule) -> optax.GradientTransformation:
-    return gum_optax.muon(schedule, weight_decay=s.weight_decay, others=_adamw(s, schedule))
-
-
-def _galore_muon(s: Settings, schedule: optax.Schedule) -> optax.GradientTransformation:
-    return gum_optax.galore_muon(
-        schedule, s.rank, s.period, weight_decay=s.weight_decay, others=_adamw(s, schedule)
-    )
-
-
-def _gum(s: Settings, schedule: optax.Schedule) -> optax.GradientTransformation:
-    return gum_optax.gum(
-        schedule,
-        s.rank,
-        s.period,
-        s.full_rank_fraction,
-        key=s.seed,
-        weight_decay=s.weight_decay,
-        others=_adamw(s, schedule),
-    )
-
-
-def _galore(s: Settings, schedule: optax.Schedule) -> optax.GradientTransformation:
-    return gum_optax.galore(
-        schedule, s.rank, s.period, weight_decay=s.weight_decay, others=_adamw(s, schedule)
-    )
-
-
-def _sumo(s: Settings, schedule: optax.Schedule) -> optax.GradientTransformation:
-    return gum_optax.sumo(
-        schedule, s.rank, s.period, key=s.seed, weight_decay=s.weight_decay, others=_adamw(s, schedule)
-    )
-
-
-def _swan(s: Settings, schedule: optax.Schedule) -> optax.GradientTransformation:
-    return gum_optax.swan(schedule, weight_decay=s.weight_decay, others=_adamw(s, schedule))
-
-
-def _sinkgd(s: Settings, schedule: optax.Schedule) -> optax.GradientTransformation:
-    return gum_optax.sinkgd(schedule, weight_decay=s.weight_decay, others=_adamw(s, schedule))
-
-
-# Each with its default learning rate: of the first four the best of docs/results/comparison.json, of the
-# others the paper's, or Muon's where the paper gives none (SUMO); those are not tuned here.
-OPTIMIZERS: dict[str, tuple[Callable[[Settings, optax.Schedule], optax.GradientTransformation], float]] = {
-    "adamw": (_adamw, 6e-3),
-    "muon": (_muon, 1.2e-2),
-    "galore_muon": (_galore_muon, 1.2e-2),
-    "gum": (_gum, 1.2e-2),
-    "galore": (_galore, 1e-2),
-    "sumo": (_sumo, 1.2e-2),
-    "swan": (_swan, 2e-2),
-    "sinkgd": (_sinkgd, 2e-2),
-}
-
-
-def schedule(s: Settings) -> optax.Schedule:
-    """Linear warm-up over a tenth of the steps, then a cosine to a tenth (GaLore's C4 runs)."""
-    warmup = max(1, s.steps // 10)
-    return optax.warmup_cosine_decay_schedule(0.0, s.lr, warmup, max(s.steps, warmup + 1), s.lr / 10)
 
 
 class Trainer:
@@ -121,8 +38,7 @@ class Trainer:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         model = Llama(SIZES[settings.model], dtype=dtype, rngs=nnx.Rngs(settings.seed))
         self.graph, params = nnx.split(model, nnx.Param)
-        make, _ = OPTIMIZERS[settings.optimizer]
-        self.tx = optax.chain(optax.clip_by_global_norm(1.0), make(settings, schedule(settings)))
+        self.tx = optimizer(settings)
         self.state = (params, jax.jit(self.tx.init)(params))
         self.step = 0
         self.seconds = 0.0

@@ -1,5 +1,6 @@
 """The programs that a user runs, run as a user runs them."""
 
+import dataclasses
 import json
 import os
 import re
@@ -9,9 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
@@ -19,7 +23,10 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import corpus  # noqa: E402
 import corpus_comparison  # noqa: E402
+import helpers  # noqa: E402
 import linear_regression  # noqa: E402
+import llama  # noqa: E402
+import optimizers  # noqa: E402
 import pretrain  # noqa: E402
 import training  # noqa: E402
 
@@ -249,7 +256,7 @@ def test_a_mistake_is_answered_with_one_clear_sentence(
     options = pretrain.parser().parse_args([*TINY, "--steps", "7"])
     words = corpus.Corpus(text, 512)
     settings = pretrain.settings_of(options, "gum", words)
-    Path("other/settings.json").write_text(json.dumps(training.dataclasses.asdict(settings)))
+    Path("other/settings.json").write_text(json.dumps(dataclasses.asdict(settings)))
     given = arguments if "--text" in arguments else ["--text", str(text), *arguments]
     try:
         code = pretrain.main([*TINY, "--steps", "30", *given])
@@ -299,29 +306,53 @@ def test_galore_muon_stalls_on_the_noisy_regression_and_gum_converges(tmp_path):
     assert (tmp_path / "linear_regression.png").exists()
 
 
-def test_the_comparison_does_only_what_is_missing(tmp_path, monkeypatch):
+def test_the_program_knows_every_optimizer_and_each_takes_the_models_parameters():
+    assert set(optimizers.OPTIMIZERS) == {"adamw", *helpers.OPTIMIZERS}
+    options = pretrain.parser().parse_args(TINY)
+    model = llama.Llama(llama.SIZES["tiny"], dtype=jnp.float32, rngs=nnx.Rngs(0))
+    params = jax.eval_shape(lambda: nnx.split(model, nnx.Param)[1])
+
+    class Words:
+        name = "words"
+
+    for name in optimizers.OPTIMIZERS:
+        tx = optimizers.optimizer(pretrain.settings_of(options, name, Words()))
+        state = jax.eval_shape(tx.init, params)
+        updates, after = jax.eval_shape(tx.update, params, state, params)
+        chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+        chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+
+
+def test_the_comparison_searches_the_best_rate_and_does_only_what_is_missing(tmp_path, monkeypatch):
     calls = []
 
     def fake_run(words, settings):
         calls.append((settings.optimizer, settings.lr, settings.seed))
         loss = abs(np.log(settings.lr / 3e-3)) + 0.01 * settings.seed + len(settings.optimizer)
-        row = training.dataclasses.asdict(settings)
-        return row | {"val_loss": loss, "validation": {"400": loss}, "state_mib": 1.0, "peak_step_mib": 2.0}
+        return dataclasses.asdict(settings) | {"val_loss": loss, "validation": {"400": loss}}
 
     class Words:
         name = "words"
 
-    def fake_speed(words, results, optimizers):
-        results.data["speed"] = {name: {"step_ms": 1.0, "tokens_per_second": 1024.0} for name in optimizers}
+    def fake_costs(words, results, names):
+        cost = {"state_mib": 1.0, "peak_step_mib": 2.0, "step_ms": 1.0, "tokens_per_second": 1024.0}
+        results.data["costs"] = dict.fromkeys(names, cost)
 
     monkeypatch.setattr(corpus_comparison, "run", fake_run)
-    monkeypatch.setattr(corpus_comparison, "speed", fake_speed)
+    monkeypatch.setattr(corpus_comparison, "costs", fake_costs)
     monkeypatch.setattr(corpus_comparison, "Corpus", lambda *_: Words())
+    monkeypatch.setitem(corpus_comparison.OPTIMIZERS, "adamw", (None, 6e-3))
+    monkeypatch.setitem(corpus_comparison.OPTIMIZERS, "gum", (None, 1e-3))
     arguments = ["corpus_comparison.py", "--optimizers", "adamw,gum", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", arguments)
     corpus_comparison.main()
-    grid, seeds = len(corpus_comparison.GRID), len(corpus_comparison.SEEDS)
-    assert len(calls) == 2 * (grid + seeds - 1)
+    # From either side, until both neighbours of the best are worse; then the other seeds.
+    down = [0.006, 0.012, 0.003, 0.0015]
+    up = [0.00075, 0.0015, 0.003, 0.006]
+    assert calls == [
+        *(("adamw", lr, 0) for lr in down), ("adamw", 0.003, 1), ("adamw", 0.003, 2),
+        *(("gum", lr, 0) for lr in up), ("gum", 0.003, 1), ("gum", 0.003, 2),
+    ]  # fmt: skip
     table = (tmp_path / "comparison.md").read_text()
     assert "| `adamw` | 0.003 | 5.0100 ± 0.0100 | 1.0 | 2.0 | 1024 |" in table
     stored = json.loads((tmp_path / "comparison.json").read_text())
@@ -329,4 +360,4 @@ def test_the_comparison_does_only_what_is_missing(tmp_path, monkeypatch):
     (tmp_path / "comparison.json").write_text(json.dumps(stored))
     calls.clear()
     corpus_comparison.main()
-    assert len(calls) == 1
+    assert calls == [("adamw", 0.0015, 0)]

@@ -1,0 +1,93 @@
+"""The optimizers that `pretrain.py` knows, each from the settings of a run."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+import gum_optax as go
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What makes a run the run it is: the same settings give the same losses, bit for bit."""
+
+    optimizer: str
+    model: str
+    steps: int
+    batch: int
+    seq: int
+    lr: float
+    others_lr: float
+    rank: int
+    period: int
+    full_rank_fraction: float
+    weight_decay: float
+    seed: int
+    text: str  # the name of the corpus, with a digest of its content
+
+
+def schedule(s: Settings, peak: float) -> optax.Schedule:
+    """Linear warm-up over a tenth of the steps, then a cosine to a tenth (GaLore's C4 runs)."""
+    warmup = max(1, s.steps // 10)
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(s.steps, warmup + 1), peak / 10)
+
+
+def _adamw(lr: optax.ScalarOrSchedule, weight_decay: float, **_: Any) -> optax.GradientTransformation:
+    return optax.adamw(lr, b2=0.95, weight_decay=weight_decay)
+
+
+def _adamw_by_kind(lr: Any, *, others: Any, weight_decay: float) -> optax.GradientTransformation:
+    """AdamW for all, at one rate for the matrices that the others' rules take and another for the rest."""
+
+    def kinds(params):
+        entries = go.hidden_matrices(params)
+        return jax.tree.map(lambda x, entry: "others" if entry is None else "matrices", params, entries)
+
+    return optax.partition({"matrices": _adamw(lr, weight_decay), "others": others}, kinds)
+
+
+# (settings, learning rate, what all take) -> the optimizer.
+Maker = Callable[..., optax.GradientTransformation]
+
+
+# The peak rate of AdamW for all leaves that are not matrices. On the benchmark's runs, with the matrices at
+# AdamW's or Muon's best rate, the loss falls up to here and is flat from here to four times it.
+OTHERS_LR = 9.6e-2
+
+# Each with its default learning rate, the best of docs/results/comparison.json.
+OPTIMIZERS: dict[str, tuple[Maker, float]] = {
+    "adamw": (lambda s, lr, **kw: _adamw_by_kind(lr, **kw), 3e-3),
+    "muon": (lambda s, lr, **kw: go.muon(lr, **kw), 6e-3),
+    "galore_muon": (lambda s, lr, **kw: go.galore_muon(lr, s.rank, s.period, **kw), 3e-3),
+    "gum": (
+        lambda s, lr, **kw: go.gum(lr, s.rank, s.period, s.full_rank_fraction, key=s.seed, **kw),
+        3e-3,
+    ),
+    "galore": (lambda s, lr, **kw: go.galore(lr, s.rank, s.period, **kw), 2.4e-2),
+    "golore": (
+        # The paper's experiments: random for the last fifth.
+        lambda s, lr, **kw: go.golore(lr, s.rank, s.period, random_after=s.steps * 4 // 5, key=s.seed, **kw),
+        2.4e-2,
+    ),
+    "fira": (lambda s, lr, **kw: go.fira(lr, s.rank, s.period, **kw), 1.2e-2),
+    "frugal": (lambda s, lr, **kw: go.frugal(lr, s.rank, s.period, **kw), 1.5e-3),
+    "sumo": (lambda s, lr, **kw: go.sumo(lr, s.rank, s.period, key=s.seed, **kw), 3e-3),
+    "swan": (lambda s, lr, **kw: go.swan(lr, **kw), 2.4e-2),
+    "sinkgd": (lambda s, lr, **kw: go.sinkgd(lr, **kw), 2.4e-2),
+    "trion": (lambda s, lr, **kw: go.trion(lr, s.rank, **kw), 6e-3),
+    "dion": (lambda s, lr, **kw: go.dion(lr, s.rank, key=s.seed, **kw), 2.4e-2),
+    "cosmos": (lambda s, lr, **kw: go.cosmos(lr, s.rank, key=s.seed, **kw), 6e-3),
+    # Its own balls for embedding, head and norms too.
+    "scion": (lambda s, lr, others, **kw: go.scion(lr, **kw), 3.75e-4),
+}
+
+
+def optimizer(s: Settings) -> optax.GradientTransformation:
+    """Gradients clipped to norm one; embedding, head and norms by AdamW at `others_lr`."""
+    make, _ = OPTIMIZERS[s.optimizer]
+    others = _adamw(schedule(s, s.others_lr), s.weight_decay)
+    made = make(s, schedule(s, s.lr), others=others, weight_decay=s.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(1.0), made)
