@@ -5,9 +5,9 @@
 The grid is 1.5e-3 times the powers of two, unbounded: from an optimizer's default the search goes to the
 better side until both neighbours of the best rate are worse.
 
-Every finished run is written to `docs/results/comparison.json` at once; started again, the script does
-only what is missing. What a step costs is measured last, round-robin in one process; `--costs` measures it
-alone.
+Every finished run is written to `docs/results/comparison.json` at once; stopped (Ctrl-C, SIGTERM) and
+started again, the script goes on to the bit with the run that was under way. What a step costs is measured
+last, round-robin in one process; `--costs` measures it alone.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import dataclasses
 import json
 import math
 import platform
+import shutil
 import statistics
 import sys
 import time
@@ -29,16 +30,16 @@ sys.path.insert(0, str(ROOT / "examples"))
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from corpus import Corpus  # noqa: E402
+from corpus import Corpus, replace_file  # noqa: E402
 from llama import SIZES  # noqa: E402
 from optimizers import OPTIMIZERS, OTHERS_LR, Settings  # noqa: E402
-from training import Trainer  # noqa: E402
+from training import RunDirectory, StopSignal, Trainer, train  # noqa: E402
 
 GRID_UNIT = 1.5e-3
 SEEDS = (0, 1, 2)
 MODEL, STEPS, BATCH, SEQ, PERIOD = "3m", 300, 8, 128, 50
 EVALUATE_EVERY = 100
-SPEED_ROUNDS = 15
+SPEED_ROUNDS, SPEED_STEPS = 9, 5
 
 
 def settings(corpus: Corpus, optimizer: str, lr: float, seed: int) -> Settings:
@@ -59,42 +60,50 @@ def settings(corpus: Corpus, optimizer: str, lr: float, seed: int) -> Settings:
     )
 
 
-def run(corpus: Corpus, chosen: Settings) -> dict[str, Any]:
-    """One run: its settings and its losses."""
+def run(corpus: Corpus, chosen: Settings, place: Path, stop: StopSignal) -> dict[str, Any] | None:
+    """One run and its losses, from where it was stopped if it was; `None` if it is stopped again."""
+    directory = RunDirectory(place, chosen, resume=place.exists())
     trainer = Trainer(chosen, corpus)
-    train, validation = [], {}
-    for step in range(1, chosen.steps + 1):
-        train.append(trainer.train_step()["train_loss"])
-        if step % EVALUATE_EVERY == 0 or step == chosen.steps:
-            validation[step] = trainer.validation_loss()
+    directory.open()
+    directory.restore(trainer)
+    for _ in train(trainer, directory, stop, evaluate_every=EVALUATE_EVERY, save_every=EVALUATE_EVERY):
+        pass
+    if trainer.step < chosen.steps:
+        return None
+    records = directory.records()
+    shutil.rmtree(place)
+    validation = {r["step"]: r["val_loss"] for r in records if "val_loss" in r}
+    losses = [r["train_loss"] for r in records]
     return {
-        **dataclasses.asdict(chosen),
+        "optimizer": chosen.optimizer,
+        "lr": chosen.lr,
+        "seed": chosen.seed,
         "val_loss": validation[chosen.steps],
         "validation": validation,
-        "train_loss": [round(statistics.fmean(train[i : i + 10]), 4) for i in range(0, len(train), 10)],
+        "train_loss": [round(statistics.fmean(losses[i : i + 10]), 4) for i in range(0, len(losses), 10)],
     }
 
 
 class Results:
-    """The JSON file, written after every run."""
+    """The JSON file, written after every run; all its runs are of one protocol."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, corpus: Corpus):
         self.path = path
-        self.data: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"runs": []}
+        protocol = dataclasses.asdict(settings(corpus, "", 0.0, 0))
+        protocol = {key: value for key, value in protocol.items() if key not in ("optimizer", "lr", "seed")}
+        fresh = {"protocol": protocol, "runs": [], "costs": {}}
+        self.data: dict[str, Any] = json.loads(path.read_text()) if path.exists() else fresh
+        if self.data.get("protocol") != protocol:
+            raise SystemExit(f"{path} holds runs of another protocol; give another --out.")
 
     def find(self, optimizer: str, lr: float, seed: int) -> dict[str, Any] | None:
-        wanted = (optimizer, lr, seed, STEPS)
-        found = (r for r in self.data["runs"] if (r["optimizer"], r["lr"], r["seed"], r["steps"]) == wanted)
-        return next(found, None)
+        wanted = (optimizer, lr, seed)
+        return next((r for r in self.data["runs"] if (r["optimizer"], r["lr"], r["seed"]) == wanted), None)
 
     def tried(self, optimizer: str) -> dict[float, float]:
         """Learning rates tried at the first seed, and their losses."""
-        runs = [
-            r
-            for r in self.data["runs"]
-            if (r["optimizer"], r["seed"], r["steps"]) == (optimizer, SEEDS[0], STEPS)
-        ]
-        return {r["lr"]: r["val_loss"] for r in sorted(runs, key=lambda r: r["lr"])}
+        runs = [r for r in self.data["runs"] if (r["optimizer"], r["seed"]) == (optimizer, SEEDS[0])]
+        return {r["lr"]: r["val_loss"] for r in runs}
 
     def next_rate(self, optimizer: str) -> float | None:
         """The learning rate to try next; `None` when the best one has two worse neighbours."""
@@ -114,26 +123,25 @@ class Results:
         self.save()
 
     def save(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.data["versions"] = {"python": platform.python_version(), "jax": jax.__version__}
         self.data["machine"] = (
             f"{jax.device_count()} {jax.devices()[0].device_kind} device, {platform.machine()}"
         )
-        self.path.write_text(json.dumps(self.data, indent=1))
+        replace_file(self.path, lambda part: part.write_text(json.dumps(self.data, indent=1)))
 
 
 def costs(corpus: Corpus, results: Results, optimizers: list[str]) -> None:
-    """What a step holds and takes: the median of rounds in which every optimizer takes ten steps in turn."""
+    """What a step holds and takes: the median of rounds in which every optimizer takes a few steps in turn."""
     rates = {name: results.best_rate(name) or OPTIMIZERS[name][1] for name in optimizers}
     trainers = {name: Trainer(settings(corpus, name, rates[name], 0), corpus) for name in optimizers}
     times: dict[str, list[float]] = {name: [] for name in optimizers}
     for _ in range(SPEED_ROUNDS):
         for name, trainer in trainers.items():
             start = time.perf_counter()
-            for _ in range(10):
+            for _ in range(SPEED_STEPS):
                 trainer.train_step()
-            times[name].append((time.perf_counter() - start) / 10)
-    results.data["costs"] = {
+            times[name].append((time.perf_counter() - start) / SPEED_STEPS)
+    results.data["costs"] |= {
         name: {
             "state_mib": trainer.optimizer_bytes() / 2**20,
             "peak_step_mib": (trainer.peak_bytes() or 0) / 2**20,
@@ -145,13 +153,13 @@ def costs(corpus: Corpus, results: Results, optimizers: list[str]) -> None:
     results.save()
 
 
-def summarize(results: Results, optimizers: list[str]) -> list[dict[str, Any]]:
+def summarize(results: Results) -> list[dict[str, Any]]:
     """A row for each optimizer whose runs are complete, the lowest loss first."""
     rows = []
-    for name in optimizers:
+    for name in OPTIMIZERS:
         lr = results.best_rate(name)
         runs = [r for seed in SEEDS if lr and (r := results.find(name, lr, seed))]
-        if len(runs) < len(SEEDS):
+        if len(runs) < len(SEEDS) or name not in results.data["costs"]:
             continue
         losses = [r["val_loss"] for r in runs]
         row = {
@@ -179,30 +187,33 @@ def write_table(rows: list[dict[str, Any]], path: Path) -> None:
 
 def plot(results: Results, rows: list[dict[str, Any]], path: Path) -> None:
     """Every seed's loss, best optimizer first, and the mean loss against the optimizer's state."""
-    figure, (dots, costs) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+    figure, (dots, memory) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
     for place, row in enumerate(rows):
         found = [results.find(row["optimizer"], row["lr"], seed) for seed in SEEDS]
         losses = [record["val_loss"] for record in found if record]
-        (points,) = dots.plot(losses, [place] * len(losses), "o", alpha=0.7)
-        costs.plot(row["state_mib"], row["val_loss"], "o", color=points.get_color())
+        dots.plot(losses, [place] * len(losses), "o", color="C0", alpha=0.6)
+        memory.plot(row["state_mib"], row["val_loss"], "o", color="C0")
         where = (row["state_mib"], row["val_loss"])
-        costs.annotate(row["optimizer"], where, xytext=(5, 3), textcoords="offset points", fontsize=8)
+        memory.annotate(row["optimizer"], where, xytext=(5, 3), textcoords="offset points", fontsize=8)
     dots.set_yticks(range(len(rows)), [f"{row['optimizer']} ({row['lr']:g})" for row in rows])
     dots.invert_yaxis()
     dots.set(xlabel="final validation loss", title="three seeds at the best learning rate")
-    costs.set(xlabel="optimizer state (MiB)", ylabel="final validation loss", title="loss against memory")
-    for axes in (dots, costs):
+    memory.set(xlabel="optimizer state (MiB)", ylabel="final validation loss", title="loss against memory")
+    for axes in (dots, memory):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def compare(corpus: Corpus, results: Results, name: str) -> None:
+def compare(corpus: Corpus, results: Results, name: str, stop: StopSignal) -> None:
     """Do the runs of one optimizer that are missing: the search, then the other seeds."""
 
     def do(lr: float, seed: int) -> None:
         start = time.perf_counter()
-        record = run(corpus, settings(corpus, name, lr, seed))
+        place = results.path.parent / "unfinished" / f"{name}-{lr:g}-{seed}"
+        record = run(corpus, settings(corpus, name, lr, seed), place, stop)
+        if record is None:
+            raise SystemExit("Stopped and saved; the same command goes on.")
         results.add(record)
         took = time.perf_counter() - start
         print(f"{name} lr={lr:g} seed={seed}: {record['val_loss']:.4f} ({took:.0f} s)", flush=True)
@@ -224,13 +235,14 @@ def main() -> None:
     options = p.parse_args()
     optimizers = options.optimizers.split(",")
     corpus = Corpus(None, SIZES[MODEL].vocabulary)
-    results = Results(options.out / "comparison.json")
+    results = Results(options.out / "comparison.json", corpus)
+    stop = StopSignal()
     if not options.costs:
         for name in optimizers:
-            compare(corpus, results, name)
-    if options.costs or any(name not in results.data.get("costs", {}) for name in optimizers):
+            compare(corpus, results, name, stop)
+    if options.costs or any(name not in results.data["costs"] for name in optimizers):
         costs(corpus, results, optimizers)
-    rows = summarize(results, optimizers)
+    rows = summarize(results)
     write_table(rows, options.out / "comparison.md")
     if rows:
         plot(results, rows, options.out / "comparison.png")

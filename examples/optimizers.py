@@ -53,8 +53,8 @@ def _adamw_by_kind(lr: Any, *, others: Any, weight_decay: float) -> optax.Gradie
 Maker = Callable[..., optax.GradientTransformation]
 
 
-# The peak rate of AdamW for all leaves that are not matrices. On the benchmark's runs, with the matrices at
-# AdamW's or Muon's best rate, the loss falls up to here and is flat from here to four times it.
+# The peak rate of AdamW for all leaves that are not matrices, found with `3m` on the benchmark's runs: see
+# docs/results/README.md. A larger model or a longer run wants less.
 OTHERS_LR = 9.6e-2
 
 # Each with its default learning rate, the best of docs/results/comparison.json.
@@ -72,7 +72,7 @@ OPTIMIZERS: dict[str, tuple[Maker, float]] = {
         lambda s, lr, **kw: go.golore(lr, s.rank, s.period, random_after=s.steps * 4 // 5, key=s.seed, **kw),
         2.4e-2,
     ),
-    "fira": (lambda s, lr, **kw: go.fira(lr, s.rank, s.period, **kw), 1.2e-2),
+    "fira": (lambda s, lr, **kw: go.fira(lr, s.rank, s.period, **kw), 3e-3),
     "frugal": (lambda s, lr, **kw: go.frugal(lr, s.rank, s.period, **kw), 1.5e-3),
     "sumo": (lambda s, lr, **kw: go.sumo(lr, s.rank, s.period, key=s.seed, **kw), 3e-3),
     "swan": (lambda s, lr, **kw: go.swan(lr, **kw), 2.4e-2),

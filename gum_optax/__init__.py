@@ -62,8 +62,7 @@ from ._subspace import random_subspace as random_subspace
 from ._subspace import randomized_svd as randomized_svd
 from ._subspace import subspace_iteration as subspace_iteration
 from ._subspace import svd_subspace as svd_subspace
-from ._switch import SwitchState as SwitchState
-from ._switch import switch as switch
+from ._subspace import switch_subspace as switch_subspace
 from ._unbiased import UnbiasedLowRankState as UnbiasedLowRankState
 from ._unbiased import Weights as Weights
 from ._unbiased import complement as complement

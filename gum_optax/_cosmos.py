@@ -9,13 +9,10 @@ from jaxtyping import Array, Int
 
 from ._checks import check_function, check_integer, check_number
 from ._normalize import unit_frobenius
-from ._norms import frobenius, inverse
+from ._norms import LARGEST, frobenius, inverse
 from ._orthogonalize import Orthogonalizer, newton_schulz
 from ._per_matrix import per_matrix
 from ._subspace import exact_matmul, lift, orthonormalize, outside, project, random_subspace, regularized
-
-# Second moments hold squares, and those of a gradient larger than this could overflow float32.
-_LARGEST = 1e15
 
 
 class CosmosState(NamedTuple):
@@ -46,8 +43,22 @@ def cosmos_rule(
         A = U (UᵀM / (1 - β₁ᵗ)) / (√(V / (1 - β₂ᵗ)) + ε),   B = NS(M - U UᵀM)
         step = norm(A + γ norm(B)),   norm to element RMS one
 
-    `U` starts random and `S` at zero, so that the first step is one power iteration. State: a full-size
-    momentum, `U`, `S` and `V`: `m n + r (m + n) + r²` numbers a matrix.
+    `U` starts random and `S` at zero, so that the first step is one power iteration; the authors' code
+    starts from an SVD of the first gradient.
+
+    Args:
+      rank: `r`; at most `m`.
+      ratio: `γ`; 0.2 in the paper.
+      b1, b2, eps: `β₁`, `β₂`, `ε`; 0.9, 0.96 and 1e-8 as in the authors' code.
+      orthogonalizer: a function `(*, m, n) -> (*, m, n)`.
+      key: an integer seed or a JAX key, of the first `U`.
+
+    Returns:
+      A transformation over trees of `(*, m, n)` leaves. State: a full-size momentum, `U`, `S` and `V`,
+      `m n + r (m + n) + r²` numbers a matrix.
+
+    Raises:
+      TypeError, ValueError: an argument or a leaf is out of range or of the wrong type.
 
     References:
       Liu et al., COSMOS, arXiv 2502.17410, Algorithm 1.
@@ -60,18 +71,19 @@ def cosmos_rule(
     check_function("orthogonalizer", orthogonalizer, "gum_optax.polar")
 
     def init(key, x):
-        *blocks, m, n = x.shape
-        r = min(rank, m)
-        u = random_subspace(key, x, jnp.zeros((*blocks, m, r)))
-        return jnp.zeros(x.shape, jnp.float32), u, jnp.zeros((*blocks, r, r)), jnp.zeros((*blocks, r, n))
+        *blocks, rows, columns = x.shape
+        k = min(rank, rows)
+        u = random_subspace(key, x, jnp.zeros((*blocks, rows, k), jnp.float32))
+        spectrum = jnp.zeros((*blocks, k, k), jnp.float32)
+        return jnp.zeros(x.shape, jnp.float32), u, spectrum, jnp.zeros((*blocks, k, columns), jnp.float32)
 
     def update(count, g, m, u, s, v):
         m = b1 * m + (1 - b1) * g
-        g = jnp.clip(g, -_LARGEST, _LARGEST)
-        y = b2 * (u @ s) + (1 - b2) * g @ project(u, g).mT
+        g = jnp.clip(g, -LARGEST, LARGEST)
+        y = b2 * exact_matmul(u, s) + (1 - b2) * g @ project(u, g).mT
         new = orthonormalize(regularized(y * inverse(frobenius(y)), u))
         rotation, r = exact_matmul(new.mT, u), project(new, g)
-        s = b2 * rotation @ s @ rotation.mT + (1 - b2) * exact_matmul(r, r.mT)
+        s = b2 * exact_matmul(exact_matmul(rotation, s), rotation.mT) + (1 - b2) * exact_matmul(r, r.mT)
         v = b2 * v + (1 - b2) * r**2
         inside = project(new, m) / (1 - b1**count) / (jnp.sqrt(v / (1 - b2**count)) + eps)
         beyond = unit_frobenius(orthogonalizer(outside(new, m)))

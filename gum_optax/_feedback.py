@@ -11,7 +11,7 @@ from ._checks import check_function, check_integer, check_number
 from ._norms import frobenius, inverse, norm
 from ._orthogonalize import Orthogonalizer, newton_schulz
 from ._per_matrix import per_matrix
-from ._subspace import dct_columns, lift, orthonormalize, project, regularized
+from ._subspace import dct_columns, exact_matmul, lift, orthonormalize, project, regularized
 
 _EPS = float(jnp.finfo(jnp.float32).eps)
 # What a completing column of Dion's P sees of M, in units of eps |M|: the floor, over a column of Y of norm
@@ -23,7 +23,7 @@ class TrionState(NamedTuple):
     """State of `trion_rule`."""
 
     count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
-    momentum: Any  # a leaf (*, m, n) float32
+    momentum: Any  # M, a leaf (*, m, n) float32
 
 
 def trion_rule(
@@ -34,7 +34,16 @@ def trion_rule(
         M ← M + G,   P = the r columns of the DCT with the largest |PᵀM|₁,   R = PᵀM
         M ← M - (1 - μ) P R,   step = P NS(R)
 
-    State: a full-size momentum a matrix, `m n` numbers.
+    Args:
+      rank: `r`, cosines kept; at most `m` are.
+      momentum: `μ`, what stays of the directions stepped in; 0.95 in the paper.
+      orthogonalizer: a function `(*, r, n) -> (*, r, n)`.
+
+    Returns:
+      A transformation over trees of `(*, m, n)` leaves. State: a full-size momentum, `m n` numbers a matrix.
+
+    Raises:
+      TypeError, ValueError: an argument or a leaf is out of range or of the wrong type.
 
     References:
       Modoranu et al., arXiv 2505.17967, Algorithm 2 (Trion).
@@ -61,7 +70,7 @@ class DionState(NamedTuple):
     """State of `dion_rule`."""
 
     count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
-    momentum: Any  # a leaf (*, m, n) float32
+    momentum: Any  # M, a leaf (*, m, n) float32
     right: Any  # Q, a leaf (*, n, r) float32 with unit columns
 
 
@@ -71,32 +80,49 @@ def dion_rule(rank: int, momentum: Any = 0.95, key: int | jax.Array = 0) -> opta
         M ← M + G,   P = orth(M Q),   R = MᵀP,   M ← M - (1 - μ) P Rᵀ
         Q ← R, its columns to norm one,   step = P Qᵀ
 
-    Directions in which `M` is only rounding get no step. State: a full-size momentum and `Q`,
-    `m n + n r` numbers a matrix.
+    `Q` starts random, as in the paper. Where `M` has fewer than `r` directions the columns of `R` that are
+    only its rounding get no step, and leave their columns of `Q` as they were.
+
+    Args:
+      rank: `r`; at most `m`.
+      momentum: `μ`, what stays of the directions stepped in; 0.95 in the paper.
+      key: an integer seed or a JAX key, of the first `Q`.
+
+    Returns:
+      A transformation over trees of `(*, m, n)` leaves. State: a full-size momentum and `Q`, `m n + n r`
+      numbers a matrix.
+
+    Raises:
+      TypeError, ValueError: an argument or a leaf is out of range or of the wrong type.
 
     References:
-      Ahn et al., Dion, arXiv 2504.05295, Algorithm 1; `Q` starts random, as there.
+      Ahn et al., Dion, arXiv 2504.05295, Algorithm 1.
     """
     rank = check_integer("rank", rank, at_least=1)
     check_number("momentum", momentum, at_least=0, below=1)
 
     def init(key, x):
-        *blocks, m, n = x.shape
-        q = jax.random.normal(key, (*blocks, n, min(rank, m)), jnp.float32)
+        *blocks, rows, columns = x.shape
+        q = jax.random.normal(key, (*blocks, columns, min(rank, rows)), jnp.float32)
         return jnp.zeros(x.shape, jnp.float32), q * inverse(norm(q, -2))
 
     def update(count, g, m, q):
         del count
         m = m + g
-        y = m @ q
-        # Where M has fewer than r directions, columns of an identity complete P: at float32's last bit, so
-        # that they do not tilt those of M, and so in two shifted passes.
-        start = jnp.broadcast_to(jnp.eye(*y.shape[-2:]), y.shape)
-        y = regularized(y * inverse(frobenius(y)), start, _EPS)
-        p = orthonormalize(y, shifted_passes=2)
-        r = project(p, m).mT
+        p = _completed(exact_matmul(m, q))
+        r = exact_matmul(m.mT, p)
         lengths = norm(r, -2)
-        q = r * inverse(jnp.where(lengths > _ROUNDINGS * _EPS * frobenius(m), lengths, 0))
-        return lift(p, q.mT), m - (1 - momentum) * lift(p, r.mT), q
+        unit, seen = r * inverse(lengths), lengths > _ROUNDINGS * _EPS * frobenius(m)
+        m = m - (1 - momentum) * lift(p, r.mT)
+        return lift(p, jnp.where(seen, unit, 0).mT), m, jnp.where(seen, unit, q)
 
     return per_matrix(DionState, init, update, key)
+
+
+def _completed(y: Array) -> Array:
+    """`orth(Y)`, completed by columns of an identity where `Y` has not the rank.
+
+    They come in at float32's last bit, so that they do not tilt what `Y` has, and so in three shifted passes.
+    """
+    start = jnp.broadcast_to(jnp.eye(*y.shape[-2:], dtype=y.dtype), y.shape)
+    return orthonormalize(regularized(y * inverse(frobenius(y)), start, _EPS), shifted_passes=3)

@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._checks import check_integer
+from ._checks import check_integer, check_number
 from ._dimensions import WeightDimensionNumbers
-from ._full_rank import chosen
+from ._full_rank import adam_rule, chosen
 from ._low_rank import low_rank, restart, rotate_first_moment
+from ._normalize import normalize
 from ._residuals import Residual, scale_as_inside
 from ._routing import by_constant, matrices_and_others
 from ._scaling import limit_norm_growth
-from ._subspace import SubspaceFinder, random_subspace, subspace_iteration
-from ._switch import switch
+from ._subspace import SubspaceFinder, random_subspace, subspace_iteration, switch_subspace
 
 
 def golore(
@@ -56,12 +56,16 @@ def golore(
       He et al., GoLore, arXiv 2410.11289, Algorithm 2; FedSLoP, arXiv 2604.24012.
     """
     check_integer("random_after", random_after, at_least=0)
-
-    def adam_in(finder):
-        adam = optax.scale_by_adam(b1, b2, eps)
-        return low_rank(adam, rank, period, find_subspace=finder, carry=rotate_first_moment, key=key)
-
-    rule = switch(random_after, adam_in(chosen(find_subspace, subspace_iteration)), adam_in(random_subspace))
+    rule = low_rank(
+        adam_rule(b1, b2, eps),
+        rank,
+        period,
+        find_subspace=switch_subspace(
+            random_after, chosen(find_subspace, subspace_iteration), random_subspace
+        ),
+        carry=rotate_first_moment,
+        key=key,
+    )
     shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
     return matrices_and_others(rule, learning_rate, by_constant(scale), *shared)
 
@@ -72,7 +76,6 @@ def fira(
     period: int = 200,
     *,
     key: int | jax.Array = 0,
-    scale: float = 0.25,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
@@ -86,12 +89,14 @@ def fira(
     """Fira: GaLore, and the residual with the scale that Adam gave its column inside the subspace.
 
         R = PᵀG,   S = Adam(R),   φⱼ = |S[:, j]| / |R[:, j]|
-        step = α (P S + φ ∘ (G - P R)),   the norm of the last term growing by at most 1.01 a step
+        step = P S + φ ∘ (G - P R),   the norm of the last term growing by at most 1.01 a step
 
     State: `m r + 2 r n` numbers a matrix, and one for the norm.
 
     Args:
-      learning_rate, rank, period, key, scale, b1, b2, eps, find_subspace: as in `galore`.
+      learning_rate: a number or a schedule. There is no `α` here: the authors' code has one inside the
+        subspace, 0.25 in its C4 runs.
+      rank, period, key, b1, b2, eps, find_subspace: as in `galore`.
       norm_growth: the limiter's ratio; 1.01 in the paper.
       weight_decay, weight_decay_mask, weight_dimension_numbers, others: as in `muon`.
 
@@ -101,8 +106,9 @@ def fira(
     References:
       Chen et al., Fira, arXiv 2410.01623, Algorithm 1.
     """
+    check_number("norm_growth", norm_growth, at_least=1)
     rule = low_rank(
-        optax.scale_by_adam(b1, b2, eps),
+        adam_rule(b1, b2, eps),
         rank,
         period,
         find_subspace=chosen(find_subspace, subspace_iteration),
@@ -110,7 +116,7 @@ def fira(
         key=key,
     )
     shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
-    return matrices_and_others(rule, learning_rate, by_constant(scale), *shared)
+    return matrices_and_others(rule, learning_rate, by_constant(1.0), *shared)
 
 
 def frugal(
@@ -144,19 +150,18 @@ def frugal(
       weight_decay, weight_decay_mask, weight_dimension_numbers, others: as in `muon`.
 
     Raises:
-      TypeError, ValueError: as `galore_muon`.
+      TypeError, ValueError: as `galore_muon`; also `b1` or `b2` outside `[0, 1)`, `eps` below 0.
 
     References:
       Zmushko et al., FRUGAL, arXiv 2411.07837, Algorithm 1.
     """
-    sign = optax.stateless(lambda updates, params: jax.tree.map(jnp.sign, updates))
     rule = low_rank(
-        optax.scale_by_adam(b1, b2, eps),
+        adam_rule(b1, b2, eps),
         rank,
         period,
         find_subspace=chosen(find_subspace, subspace_iteration),
         carry=restart,
-        residual=chosen(residual, sign),
+        residual=chosen(residual, normalize(jnp.sign)),
         key=key,
     )
     shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)

@@ -1,22 +1,24 @@
 """Optimizers of the field that keep a momentum of full size."""
 
-import functools
+from collections.abc import Hashable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 
 from ._checks import check_function, check_number
 from ._cosmos import cosmos_rule
 from ._dimensions import WeightDimensionNumbers, names_of
 from ._feedback import dion_rule, trion_rule
 from ._full_rank import chosen
-from ._hidden import is_edge
+from ._hidden import is_edge, is_table
+from ._low_rank import as_float32
 from ._matrices import as_matrices
 from ._normalize import Normalizer, normalize, outputs_first, sign_lmo, spectral_lmo, unit_rows
 from ._orthogonalize import Orthogonalizer, newton_schulz
-from ._routing import by_constant, by_fan_ratio, by_shape, decayed_weights, matrices_and_others
+from ._routing import by_constant, by_fan_ratio, by_shape, matrices_and_others
 
 
 def trion(
@@ -36,8 +38,7 @@ def trion(
         M ← M + G,   P = the r columns of the DCT with the largest |PᵀM|₁,   R = PᵀM
         M ← M - (1 - μ) P R,   step = P NS(R)
 
-    Needs a full-size momentum: `m n` numbers a matrix, as Muon. What is small is what the workers
-    exchange, and the orthogonalization.
+    Needs a full-size momentum: `m n` numbers a matrix, as Muon. What is small is the orthogonalization.
 
     Args:
       learning_rate: a number or a schedule.
@@ -90,7 +91,7 @@ def dion(
     """
     rule = dion_rule(rank, momentum, key)
     shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
-    return matrices_and_others(rule, learning_rate, by_fan_ratio(), *shared)
+    return matrices_and_others(rule, learning_rate, by_fan_ratio, *shared)
 
 
 def cosmos(
@@ -143,8 +144,8 @@ def scion(
     radius: float = 50.0,
     edge_radius: float = 3000.0,
     lmo: Normalizer | None = None,
-    edge_lmo: Normalizer | None = None,
-    orthogonalizer: Orthogonalizer | None = None,
+    embedding_lmo: Normalizer | None = None,
+    head_lmo: Normalizer | None = None,
     weight_decay: float = 0.0,
     weight_decay_mask: Any = None,
     weight_dimension_numbers: WeightDimensionNumbers = None,
@@ -156,20 +157,21 @@ def scion(
 
         hidden matrices         spectral:   √(fan_out/fan_in) msign(D),   ρ = `radius`
         embeddings and heads    sign:       sign(D) / width,              ρ = `edge_radius`
-        norms and biases        RMS:        D / rms(D),                   ρ = `radius`
+        all other leaves        RMS:        D / rms(D) of the last axis,  ρ = `radius`
 
-    `weight_decay=1` is the constrained form: weights stay in the ball of radius `ρ`. Needs a full-size
-    momentum for every leaf: `m n` numbers a matrix, as Muon.
+    `weight_decay=1` is the constrained form: weights that start in the ball of radius `ρ` stay there.
+    Needs a full-size momentum for every leaf: `m n` numbers a matrix, as Muon.
 
     Args:
       learning_rate: a number or a schedule; 2⁻¹² in the authors' example, with these radii.
       momentum: `β = 1 - α`; α = 0.1 in the paper.
       radius, edge_radius: 50 and 3000 in the paper's language models.
-      lmo: of hidden matrices, a function of `(*, fan_out, fan_in)`: `spectral_lmo` (the default),
-        `sign_lmo`, `row_lmo`, `column_lmo`.
-      edge_lmo: of embeddings and heads, a function of `(*, vocabulary, width)`: `sign_lmo` (the default),
-        or `unit_rows` for an embedding that is not tied (the paper's ColNorm).
-      orthogonalizer: of the default `lmo`.
+      lmo: of hidden matrices, a function of `(*, fan_out, fan_in)`: `spectral_lmo` (the default, with
+        Newton-Schulz), `sign_lmo`, `row_lmo`, `column_lmo`.
+      embedding_lmo: of tables, a function of `(*, vocabulary, width)`: `sign_lmo` (the default, the paper's
+        for one that is tied to the head), or `unit_rows` where it is not (the paper's ColNorm).
+      head_lmo: of the kernels of heads, a function of `(*, vocabulary, width)`: `sign_lmo` (the default),
+        or `row_lmo`.
       weight_decay, weight_decay_mask, weight_dimension_numbers: as in `muon`, for all leaves.
       others: the transformation of all leaves that are not matrices, in place of the last two lines.
 
@@ -180,38 +182,47 @@ def scion(
       Pethick et al., Scion, arXiv 2502.07529, Algorithms 1 and 2, Tables 2 to 4.
     """
     check_number("momentum", momentum, at_least=0, below=1)
+    check_number("radius", radius, at_least=0)
     check_number("edge_radius", edge_radius, at_least=0)
-    method = check_function("orthogonalizer", chosen(orthogonalizer, newton_schulz), "gum_optax.polar")
-    hidden = chosen(lmo, functools.partial(spectral_lmo, method=method))
-    check_function("lmo", hidden, "gum_optax.spectral_lmo")
-    edge = check_function("edge_lmo", chosen(edge_lmo, sign_lmo), "gum_optax.sign_lmo")
+    hidden = check_function("lmo", chosen(lmo, spectral_lmo), "gum_optax.spectral_lmo")
+    table = check_function("embedding_lmo", chosen(embedding_lmo, sign_lmo), "gum_optax.sign_lmo")
+    head = check_function("head_lmo", chosen(head_lmo, sign_lmo), "gum_optax.sign_lmo")
+    steepest: dict[Hashable, optax.GradientTransformation] = {
+        "tables": optax.chain(_of_matrices(table), optax.scale(edge_radius)),
+        "heads": optax.chain(_of_matrices(outputs_first(head)), optax.scale(edge_radius)),
+        "vectors": optax.chain(normalize(_unit_vector), optax.scale(radius)),
+    }
     # In float32 and without bias correction, which no norm ball would see.
     average = optax.ema(momentum, debias=False, accumulator_dtype=jnp.float32)
-    balls = optax.chain(
-        average,
-        _edges_and_vectors(edge, edge_radius, radius),
-        decayed_weights(weight_decay, weight_decay_mask),
-        optax.scale_by_learning_rate(learning_rate),
+    widened = optax.stateless(lambda updates, params: as_float32(updates))
+    rule = optax.chain(widened, average, normalize(outputs_first(hidden)))
+    shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
+    return matrices_and_others(
+        rule,
+        learning_rate,
+        by_constant(radius),
+        *shared,
+        others_rule=optax.chain(average, optax.partition(steepest, _kinds)),
+        wide=False,
     )
-    rule = optax.chain(average, normalize(outputs_first(hidden)))
-    shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, balls if others is None else others)
-    return matrices_and_others(rule, learning_rate, by_constant(radius), *shared, wide=False)
 
 
-def _edges_and_vectors(edge_lmo: Normalizer, edge_radius: Any, radius: Any) -> optax.GradientTransformation:
-    """Scion's step of the leaves that are not hidden matrices."""
+def _kinds(params: Any) -> Any:
+    """The name of each leaf's ball, of the leaves that are not hidden matrices."""
 
-    def kinds(params):
-        def kind(path, x):
-            return "edges" if jnp.ndim(x) >= 2 and is_edge(names_of(path)) else "vectors"
+    def kind(path, x):
+        names = names_of(path)
+        if jnp.ndim(x) < 2 or not is_edge(names):
+            return "vectors"
+        return "tables" if is_table(names) else "heads"
 
-        return jax.tree_util.tree_map_with_path(kind, params)
+    return jax.tree_util.tree_map_with_path(kind, params)
 
-    def unit(updates, params):
-        del params
-        return jax.tree.map(lambda x: unit_rows(jnp.atleast_1d(x)).reshape(x.shape), updates)
 
-    # The vocabulary is the longer side, which the canonical view puts last.
-    edges = optax.chain(as_matrices(normalize(outputs_first(edge_lmo))), optax.scale(edge_radius))
-    vectors = optax.chain(optax.stateless(unit), optax.scale(radius))
-    return optax.partition({"edges": edges, "vectors": vectors}, kinds)
+def _of_matrices(method: Normalizer) -> optax.GradientTransformation:
+    return as_matrices(normalize(method), wide=False)
+
+
+def _unit_vector(x: Array) -> Array:
+    """To RMS one along the last axis; an empty leaf has none."""
+    return unit_rows(jnp.atleast_1d(x)).reshape(x.shape) if x.size else x

@@ -13,6 +13,7 @@ import optax
 from ._checks import check_function, check_integer, check_number
 from ._dimensions import WeightDimensionNumbers
 from ._normalize import multi_norm, normalize, outputs_first, sinkhorn, standardize_rows, whiten
+from ._norms import LARGEST
 from ._orthogonalize import POLAR_EXPRESS, Orthogonalizer, newton_schulz, orthogonalize
 from ._routing import by_constant, by_shape, matrices_and_others
 
@@ -28,6 +29,14 @@ def muon_rule(momentum: Any, orthogonalizer: Orthogonalizer | None, nesterov: bo
     method = check_function("orthogonalizer", chosen(orthogonalizer, newton_schulz), "gum_optax.polar")
     trace = optax.trace(momentum, nesterov=nesterov, accumulator_dtype=jnp.float32)
     return optax.chain(trace, orthogonalize(method))
+
+
+def adam_rule(b1: Any, b2: Any, eps: Any) -> optax.GradientTransformation:
+    """Adam's rule, of gradients up to 1e15: an infinite square would stop it for good."""
+    check_number("b1", b1, at_least=0, below=1)
+    check_number("b2", b2, at_least=0, below=1)
+    check_number("eps", eps, at_least=0)
+    return optax.chain(optax.clip(LARGEST), optax.scale_by_adam(b1, b2, eps))
 
 
 def muon(

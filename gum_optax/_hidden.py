@@ -14,7 +14,8 @@ Shape = tuple[int, ...]
 
 _WORD = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+")
 # Words that name a layer between tokens and features; "embed" and what begins with "emb" do so as well.
-_EDGES = frozenset({"wte", "wpe", "cls", "logits", "classifier", "readout", "lmhead"})
+_TABLES = frozenset({"wte", "wpe"})
+_HEADS = frozenset({"cls", "logits", "classifier", "readout", "lmhead"})
 # Leaves that are vectors, and have two axes in a stack of layers.
 _VECTORS = frozenset({"b", "scale", "gamma", "beta"})
 
@@ -33,15 +34,27 @@ def _words(name: str) -> list[str]:
     return [word.lower() for word in _WORD.findall(name)]
 
 
+def _is_embedding(names: Names) -> bool:
+    return any(
+        "embed" in word or word.startswith("emb") or word in _TABLES
+        for name in names
+        for word in _words(name)
+    )
+
+
+def _is_head(names: Names) -> bool:
+    # `lm_head`, `ClassificationHead_0`, not `MultiHeadAttention`
+    return any(words[-1:] == ["head"] or not _HEADS.isdisjoint(words) for words in map(_words, names))
+
+
 def is_edge(names: Names) -> bool:
     """Whether a part of the path names an embedding or a head."""
-    for name in names:
-        words = _words(name)
-        if any("embed" in word or word.startswith("emb") or word in _EDGES for word in words):
-            return True
-        if words and words[-1] == "head":  # `lm_head`, `ClassificationHead_0`, not `MultiHeadAttention`
-            return True
-    return False
+    return _is_embedding(names) or _is_head(names)
+
+
+def is_table(names: Names) -> bool:
+    """Whether a leaf is a table of vectors, `(vocabulary, width)`, and not the kernel of a layer."""
+    return _is_embedding(names) and names[-1] != "kernel"
 
 
 def _is_hidden(names: Names) -> bool:

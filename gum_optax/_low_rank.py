@@ -12,7 +12,14 @@ from jaxtyping import Array, Float, Int, UInt32
 from ._checks import check_function, check_integer, check_matrix_leaf, check_rule
 from ._residuals import Residual, drop, stepping
 from ._sampling import check_key, key_data, stream
-from ._subspace import SubspaceFinder, exact_matmul, project, random_subspace, subspace_iteration
+from ._subspace import (
+    SubspaceFinder,
+    exact_matmul,
+    finder_at,
+    project,
+    random_subspace,
+    subspace_iteration,
+)
 from ._trees import map_with_place, merge, split
 
 
@@ -59,14 +66,20 @@ def rotate_first_moment(inner: Any, state: Any, coordinates: Any, rotation: Any)
 
     Raises:
       ValueError: there is no such field.
+      KeyError: there are several.
     """
     del inner, coordinates
-    mean = optax.tree.get(state, "mu")
+
+    def is_field(path, _):  # of a NamedTuple, and not a module of that name
+        return isinstance(path[-1], optax.tree_utils.NamedTupleKey)
+
+    mean = optax.tree.get(state, "mu", filtering=is_field)
     if mean is None:
         raise ValueError(
             f"rotate_first_moment needs a state with a field mu, got {type(state).__name__}; use rotate."
         )
-    return optax.tree.set(state, mu=jax.tree.map(exact_matmul, rotation, mean))
+    rotated = jax.tree.map(lambda q, m: exact_matmul(q, m).astype(m.dtype), rotation, mean)
+    return optax.tree.set(state, is_field, mu=rotated)
 
 
 def restart(inner: Any, state: Any, coordinates: Any, rotation: Any) -> Any:
@@ -113,10 +126,11 @@ def low_rank(
       rank: `r`, columns of the projector.
       period: `K`, steps between refreshes; the first step refreshes.
       find_subspace: `svd_subspace`, `subspace_iteration`, `random_subspace`, or any function
-        `(key, gradient, previous) -> projector` with orthonormal columns.
+        `(key, gradient, previous) -> projector` with orthonormal columns; `switch_subspace` changes
+        between two.
       carry: what happens to inner's state at a refresh: `keep`, `rotate` or `restart`.
       residual: what happens to the gradient outside the subspace: `drop`, `add_raw`, or any rule, whose
-        step from `G - P R` is added: `optax.stateless(sign)` is FRUGAL, for instance. It is passed
+        step from `G - P R` is added: `normalize(jnp.sign)` is FRUGAL's, for instance. It is passed
         `coordinates` (R) and `steps` (S) as extra arguments.
       key: an integer seed or a JAX key, for finders that draw.
 
@@ -172,10 +186,12 @@ def low_rank(
         low, full = split_by_rank(updates)
         due = state.count % period == 0
 
+        find = finder_at(find_subspace, state.count)
+
         def refreshed(place, g, p):
             place_key = stream(state.key, state.count // period, place)
             # One branch a leaf: a single one would hold every gradient at once.
-            return jax.lax.cond(due, find_subspace, lambda key, g, p: p, place_key, g, p)
+            return jax.lax.cond(due, find, lambda key, g, p: p, place_key, g, p)
 
         projectors = map_with_place(refreshed, low, state.projectors)
         coordinates = jax.tree.map(project, projectors, low)
@@ -186,7 +202,7 @@ def low_rank(
 
         inner_state = jax.lax.cond(due, carried, lambda: state.low)
         steps, inner_state = inner.update(coordinates, inner_state, None, **extra_args)
-        told = {"projectors": projectors, "coordinates": coordinates, "steps": steps, **extra_args}
+        told = {**extra_args, "projectors": projectors, "coordinates": coordinates, "steps": steps}
         steps, outside_state = step_from.update(low, state.outside, None, **told)
         full_steps, full_state = inner.update(as_float32(full), state.full, None, **extra_args)
         new_state = LowRankState(

@@ -1,4 +1,4 @@
-"""Normalizers: from a gradient to a step of element RMS one, with no state."""
+"""Normalizers: from a gradient to a step whose size it does not decide, with no state."""
 
 from collections.abc import Callable, Sequence
 
@@ -27,22 +27,29 @@ def sinkhorn(x: Float[Array, "*b m n"], rounds: int = 5, first: int = -1) -> Flo
       x: the gradient.
       rounds: 5 in the paper.
       first: the axis summed over first; -2 begins with the columns, where those are the outputs.
+
+    Raises:
+      TypeError, ValueError: `rounds` below 1, or `first` neither -1 nor -2.
     """
+    if first not in (-1, -2):
+        raise ValueError(f"first must be -1 or -2, got {first!r}.")
+    check_integer("rounds", rounds, at_least=1)
     second = -3 - first
     g = x.astype(jnp.float32)
-    # Rows divided by their largest entry: squares are then safe from 1e-30 to 1e30.
-    unit = inverse(jnp.max(jnp.abs(g), axis=first, keepdims=True))
+    # Rows, then columns, by their largest entry: squares are then safe from 1e-30 to 1e30.
+    row_unit = inverse(jnp.max(jnp.abs(g), axis=first, keepdims=True))
+    column_unit = inverse(jnp.max(jnp.abs(g * row_unit), axis=second, keepdims=True))
 
     def one_round(_, scales):
         _, column = scales
         # Each sum has its own factors: one that both shared would be written out at the matrix's size.
-        squares = jnp.sum(jnp.square(g * column * unit), axis=first, keepdims=True)
-        row = unit * (x.shape[first] ** 0.5 * inverse(jnp.sqrt(squares)))
-        squares = jnp.sum(jnp.square(g * row), axis=second, keepdims=True)
-        return row, x.shape[second] ** 0.5 * inverse(jnp.sqrt(squares))
+        squares = jnp.sum(jnp.square(g * column * row_unit), axis=first, keepdims=True)
+        row = row_unit * (x.shape[first] ** 0.5 * inverse(jnp.sqrt(squares)))
+        squares = jnp.sum(jnp.square(g * row * column_unit), axis=second, keepdims=True)
+        return row, column_unit * (x.shape[second] ** 0.5 * inverse(jnp.sqrt(squares)))
 
     # A loop: unrolled, XLA would share more between the sums.
-    start = unit, jnp.ones_like(jnp.max(g, axis=second, keepdims=True))
+    start = row_unit, jnp.ones_like(column_unit)
     row, column = jax.lax.fori_loop(0, rounds, one_round, start)
     return (g * row * column).astype(x.dtype)
 
@@ -150,7 +157,9 @@ def outputs_first(method: Normalizer) -> Normalizer:
 
 
 def normalize(method: Normalizer) -> optax.GradientTransformation:
-    """Replace each matrix by its normalized form: `step = method(g)`. No state.
+    """Replace each matrix by its normalized form, in float32: `step = method(g)`. No state.
+
+    Not in bfloat16: rows without their mean have a null space, which whitening would fill with rounding.
 
     Args:
       method: `sinkhorn`, `standardize_rows`, a `multi_norm`, or any function `(*, m, n) -> (*, m, n)`.
@@ -159,4 +168,6 @@ def normalize(method: Normalizer) -> optax.GradientTransformation:
       TypeError: `method` is not a function.
     """
     check_function("method", method, "gum_optax.sinkhorn")
-    return optax.stateless(lambda updates, params: jax.tree.map(method, updates))
+    return optax.stateless(
+        lambda updates, params: jax.tree.map(lambda g: method(g.astype(jnp.float32)), updates)
+    )

@@ -3,10 +3,18 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+# The largest number that a rule with second moments is fed: squares of more, summed, could overflow float32,
+# and an infinite second moment never comes back.
+LARGEST = 1e15
+
 
 def inverse(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`1 / x` of non-negative numbers, and zero for zero: what is zero stays zero."""
-    return jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0)
+    """`1 / x` of non-negative numbers, and zero for zero: what is zero stays zero.
+
+    So is what is below the normal numbers: its inverse would overflow.
+    """
+    normal = x >= jnp.finfo(x.dtype).tiny
+    return jnp.where(normal, 1 / jnp.where(normal, x, 1), 0)
 
 
 def norm(x: Float[Array, "*b m n"], axis: int | tuple[int, ...]) -> Float[Array, "..."]:

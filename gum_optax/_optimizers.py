@@ -5,8 +5,9 @@ from typing import Any
 import jax
 import optax
 
+from ._checks import check_number
 from ._dimensions import WeightDimensionNumbers
-from ._full_rank import chosen, muon_rule
+from ._full_rank import adam_rule, chosen, muon_rule
 from ._low_rank import low_rank, rotate
 from ._orthogonalize import Orthogonalizer, polar
 from ._residuals import Residual, add_raw
@@ -157,13 +158,13 @@ def galore(
       weight_decay, weight_decay_mask, weight_dimension_numbers, others: as in `muon`.
 
     Raises:
-      TypeError, ValueError: as `galore_muon`; also `scale` below 0.
+      TypeError, ValueError: as `galore_muon`; also `scale` or `eps` below 0, `b1` or `b2` outside `[0, 1)`.
 
     References:
       Zhao et al., GaLore, arXiv 2403.03507, Algorithm 2.
     """
     finder = chosen(find_subspace, subspace_iteration)
-    rule = low_rank(optax.scale_by_adam(b1, b2, eps), rank, period, find_subspace=finder, key=key)
+    rule = low_rank(adam_rule(b1, b2, eps), rank, period, find_subspace=finder, key=key)
     shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
     return matrices_and_others(rule, learning_rate, by_constant(scale), *shared)
 
@@ -212,6 +213,7 @@ def sumo(
     References:
       Refael et al., SUMO, arXiv 2505.24749, Algorithm 1.
     """
+    check_number("norm_growth", norm_growth, at_least=1)
     inner = optax.chain(muon_rule(momentum, chosen(orthogonalizer, polar)), limit_norm_growth(norm_growth))
     rule = low_rank(
         inner,

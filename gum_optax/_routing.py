@@ -26,9 +26,9 @@ def by_shape(consistent_rms: Any) -> Scaling:
     return lambda dims: scale_by_shape(dims, consistent_rms)
 
 
-def by_fan_ratio() -> Scaling:
+def by_fan_ratio(dims: Any) -> optax.GradientTransformation:
     """`√(fan_out / fan_in)`: the step's operator norm between RMS norms is then the learning rate."""
-    return lambda dims: scale_by_fans(dims, lambda fan_in, fan_out: (fan_out / fan_in) ** 0.5)
+    return scale_by_fans(dims, lambda fan_in, fan_out: (fan_out / fan_in) ** 0.5)
 
 
 def by_constant(scale: Any) -> Scaling:
@@ -76,9 +76,26 @@ def _decays(weight_decay: Any) -> bool:
     return not (isinstance(weight_decay, int | float) and weight_decay == 0)
 
 
-def decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransformation:
+def _decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransformation:
     """`optax.add_decayed_weights`, or nothing."""
     return optax.add_decayed_weights(weight_decay, mask) if _decays(weight_decay) else optax.identity()
+
+
+def _at_least_float32(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Run `rule` on float32 gradients where theirs are narrower: its state is float32, and stays so."""
+
+    def widened(tree):
+        def wide(x):
+            dtype = jnp.result_type(x)
+            inexact = jnp.issubdtype(dtype, jnp.inexact)
+            return jnp.asarray(x, jnp.promote_types(dtype, jnp.float32)) if inexact else x
+
+        return jax.tree.map(wide, tree)
+
+    def update(updates, state, params=None):
+        return rule.update(widened(updates), state, params)
+
+    return optax.GradientTransformation(lambda params: rule.init(widened(params)), update)
 
 
 def matrices_and_others(
@@ -90,6 +107,7 @@ def matrices_and_others(
     weight_dimension_numbers: WeightDimensionNumbers = None,
     others: optax.GradientTransformation | None = None,
     *,
+    others_rule: optax.GradientTransformation | None = None,
     wide: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer from a rule over `(blocks, m, n)`: the arguments that all optimizers share.
@@ -108,6 +126,7 @@ def matrices_and_others(
         `optax.contrib.MuonDimensionNumbers`, `None` at leaves that are not matrices. Default:
         `hidden_matrices`.
       others: the transformation of all leaves that are not matrices. Default: AdamW.
+      others_rule: a rule for them that takes AdamW's place, with the same decay and learning rate.
       wide: as in `as_matrices`; False for rules that tell fan-in from fan-out.
 
     Raises:
@@ -126,16 +145,15 @@ def matrices_and_others(
         entries = dimension_numbers(spec, tree)
         dims = treedef.unflatten(entries)
         mask = weight_decay_mask(tree) if callable(weight_decay_mask) else weight_decay_mask
-        matrices = optax.chain(
-            as_matrices(rule, dims, wide=wide),
-            scaling(dims),
-            decayed_weights(weight_decay, mask),
-            optax.scale_by_learning_rate(learning_rate),
+        descent = optax.chain(
+            _decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(learning_rate)
         )
-        adamw = optax.adamw(learning_rate, weight_decay=weight_decay, mask=mask)
-        adam = adamw if _decays(weight_decay) else optax.adam(learning_rate)
+        matrices = optax.chain(as_matrices(rule, dims, wide=wide), scaling(dims), descent)
+        rest = optax.chain(
+            _at_least_float32(optax.scale_by_adam() if others_rule is None else others_rule), descent
+        )
         labels = treedef.unflatten(["others" if entry is None else "matrices" for entry in entries])
-        return optax.partition({"matrices": matrices, "others": adam if others is None else others}, labels)
+        return optax.partition({"matrices": matrices, "others": rest if others is None else others}, labels)
 
     def init(params):
         # Before optax masks anything away: an error then names the leaf's own path.

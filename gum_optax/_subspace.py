@@ -1,11 +1,14 @@
 """Subspace finders, and the way into a subspace and out of it."""
 
+import functools
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from ._checks import check_function, check_integer
 from ._norms import frobenius
 
 # (key, gradient, previous) -> projector, its r = previous.shape[-1] columns orthonormal.
@@ -66,8 +69,8 @@ def orthonormalize(y: Float[Array, "*b m r"], shifted_passes: int = 1) -> Float[
 
         Y ← Y L⁻ᵀ,   L Lᵀ = YᵀY (+ shift)
 
-    Only `r × r` matrices are factorized, so the columns may stay sharded. Each shifted pass lowers the
-    condition of `Y` by up to 1e3; one is enough for 1e6, two for the last bit of float32.
+    Only `r × r` matrices are factorized, so the columns may stay sharded. A shifted pass lowers the
+    condition of `Y` by up to 1e3, a second one by 1e3/√r: one is enough for 1e6, three for 1/eps.
     """
     for clean in (False,) * shifted_passes + (True,) * _CLEAN_PASSES:
         gram = exact_matmul(y.mT, y)
@@ -185,8 +188,17 @@ def dct_columns(m: Float[Array, "*b m n"], rank: int) -> Float[Array, "*b m r"]:
 
     One fixed basis a size, so that `r` integers say which; no factorization, only a fast transform.
     (Modoranu et al., arXiv 2505.17967.)
+
+    Args:
+      m: the matrix.
+      rank: `r`, from 1 to the size of its first side.
+
+    Raises:
+      TypeError, ValueError: `rank` is not such an integer.
     """
     size = m.shape[-2]
+    if check_integer("rank", rank, at_least=1) > size:
+        raise ValueError(f"rank must be at most {size}, the size of the matrix, got {rank}.")
     similarity = jnp.sum(jnp.abs(jax.scipy.fft.dct(m, axis=-2, norm="ortho")), axis=-1)
     _, chosen = jax.lax.top_k(similarity, rank)
     # The DCT-II: row i of column j is √(2/m) cos(π j (2i + 1) / 2m), and √(1/m) for j = 0. The angle is
@@ -194,3 +206,33 @@ def dct_columns(m: Float[Array, "*b m n"], rank: int) -> Float[Array, "*b m r"]:
     quarters = (chosen[..., None, :] * (2 * jnp.arange(size)[:, None] + 1)) % (4 * size)
     waves = jnp.cos(jnp.pi / (2 * size) * quarters.astype(jnp.float32))
     return waves * jnp.where(chosen[..., None, :] == 0, 1, 2**0.5) / size**0.5
+
+
+class SwitchSubspace(NamedTuple):
+    """A finder that changes with the step: `switch_subspace`."""
+
+    steps: int
+    first: SubspaceFinder
+    then: SubspaceFinder
+
+    def __call__(self, key: PRNGKeyArray, gradient: Array, previous: Array, step: Any = 0) -> Array:
+        return jax.lax.cond(step < self.steps, self.first, self.then, key, gradient, previous)
+
+
+def switch_subspace(steps: int, first: SubspaceFinder, then: SubspaceFinder) -> SubspaceFinder:
+    """`first` at refreshes before step number `steps`, and `then` from there on (GoLore).
+
+    Raises:
+      TypeError, ValueError: `steps` is not an integer of at least 0, or a finder is not a function.
+    """
+    steps = check_integer("steps", steps, at_least=0)
+    check_function("first", first, "gum_optax.svd_subspace")
+    check_function("then", then, "gum_optax.random_subspace")
+    return SwitchSubspace(steps, first, then)
+
+
+def finder_at(find_subspace: SubspaceFinder, step: Int[Array, ""]) -> SubspaceFinder:
+    """The finder of one step."""
+    if isinstance(find_subspace, SwitchSubspace):
+        return functools.partial(find_subspace, step=step)
+    return find_subspace

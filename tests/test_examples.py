@@ -326,17 +326,17 @@ def test_the_program_knows_every_optimizer_and_each_takes_the_models_parameters(
 def test_the_comparison_searches_the_best_rate_and_does_only_what_is_missing(tmp_path, monkeypatch):
     calls = []
 
-    def fake_run(words, settings):
+    def fake_run(words, settings, place, stop):
         calls.append((settings.optimizer, settings.lr, settings.seed))
         loss = abs(np.log(settings.lr / 3e-3)) + 0.01 * settings.seed + len(settings.optimizer)
-        return dataclasses.asdict(settings) | {"val_loss": loss, "validation": {"400": loss}}
+        return dataclasses.asdict(settings) | {"val_loss": loss, "validation": {"300": loss}}
 
     class Words:
         name = "words"
 
     def fake_costs(words, results, names):
         cost = {"state_mib": 1.0, "peak_step_mib": 2.0, "step_ms": 1.0, "tokens_per_second": 1024.0}
-        results.data["costs"] = dict.fromkeys(names, cost)
+        results.data["costs"] |= dict.fromkeys(names, cost)
 
     monkeypatch.setattr(corpus_comparison, "run", fake_run)
     monkeypatch.setattr(corpus_comparison, "costs", fake_costs)
@@ -361,3 +361,31 @@ def test_the_comparison_searches_the_best_rate_and_does_only_what_is_missing(tmp
     calls.clear()
     corpus_comparison.main()
     assert calls == [("adamw", 0.0015, 0)]
+    stored["protocol"]["period"] = 7
+    (tmp_path / "comparison.json").write_text(json.dumps(stored))
+    with pytest.raises(SystemExit, match="another protocol"):
+        corpus_comparison.main()
+
+
+def test_a_stopped_run_of_the_comparison_goes_on_to_the_bit(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus_comparison, "EVALUATE_EVERY", 5)
+    words = corpus.Corpus(text, 512)
+    options = pretrain.parser().parse_args([*TINY, "--steps", "12"])
+    chosen = pretrain.settings_of(options, "sinkgd", words)
+
+    class Stop:
+        """Comes after so many questions."""
+
+        def __init__(self, after):
+            self.after = after
+
+        @property
+        def came(self):
+            self.after -= 1
+            return self.after < 0
+
+    whole = corpus_comparison.run(words, chosen, tmp_path / "whole", Stop(100))
+    assert corpus_comparison.run(words, chosen, tmp_path / "cut", Stop(7)) is None
+    assert corpus_comparison.run(words, chosen, tmp_path / "cut", Stop(100)) == whole
+    assert sorted(whole["validation"]) == [5, 10, 12]
+    assert not list(tmp_path.iterdir())

@@ -115,19 +115,37 @@ def test_sinkhorn_is_multi_norm_of_rows_and_columns(m, n, seed):
     np.testing.assert_allclose(np.sqrt(np.mean(np.square(go.sinkhorn(x)))), 1, rtol=1e-4)
 
 
+def test_sinkhorn_takes_columns_of_any_size(rng):
+    x = rng.normal(size=(5, 7)) * np.geomspace(1, 1e-30, 7)
+    np.testing.assert_allclose(go.sinkhorn(jnp.float32(x)), sinkgd_step(x), atol=1e-4)
+    with pytest.raises(ValueError, match="first must be -1 or -2, got 0"):
+        go.sinkhorn(jnp.ones((3, 4)), first=0)
+
+
 def test_single_norms_are_the_named_optimizers(rng):
-    x = jnp.float32(rng.normal(size=(4, 6)))
-    np.testing.assert_array_equal(go.multi_norm((jnp.sign,))(x), jnp.sign(x))  # SignSGD
-    np.testing.assert_allclose(
-        go.multi_norm((go.unit_frobenius,))(x), x / jnp.sqrt(jnp.mean(x * x)), rtol=1e-5
-    )
-    muon = go.multi_norm((functools.partial(go.whiten, method=go.newton_schulz),))(x)
-    orthogonal = go.newton_schulz(x)
-    np.testing.assert_allclose(
-        muon / jnp.linalg.norm(muon), orthogonal / jnp.linalg.norm(orthogonal), atol=1e-6
-    )
-    swan = go.multi_norm((go.standardize_rows, go.whiten))(x)
-    np.testing.assert_allclose(swan, swan_step(np.float64(x)), atol=1e-4)
+    x = {"kernel": jnp.float32(rng.normal(size=(4, 6)))}
+
+    def step(tx):
+        return run(tx, [x])[0][0]["kernel"]
+
+    def of(*projections):
+        return optax.chain(go.normalize(go.multi_norm(projections)), optax.scale_by_learning_rate(1.0))
+
+    np.testing.assert_array_equal(step(of(jnp.sign)), step(optax.sign_sgd(1.0)))
+    normalized = optax.chain(optax.normalize_by_update_norm(), optax.scale(-(24**0.5)))
+    np.testing.assert_allclose(step(of(go.unit_frobenius)), step(normalized), rtol=1e-5)
+    whitened = step(of(functools.partial(go.whiten, method=go.newton_schulz)))
+    muon = step(go.muon(1.0, momentum=0.0))
+    np.testing.assert_allclose(whitened / jnp.linalg.norm(whitened), muon / jnp.linalg.norm(muon), atol=1e-6)
+    # The optimizers have the outputs as rows.
+    flipped = {name: g.T for name, g in x.items()}
+    for make, projections, rounds in (
+        (go.swan, (go.standardize_rows, go.whiten), 1),
+        (go.sinkgd, (go.unit_rows, go.unit_columns), 5),
+    ):
+        arguments = {"orthogonalizer": go.polar} if make is go.swan else {}
+        expected = go.multi_norm(projections, rounds)(flipped["kernel"]).T
+        np.testing.assert_allclose(step(make(1.0, scale=1.0, **arguments)), -expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +251,7 @@ def test_bad_input_is_refused():
         go.galore(1.0, scale=-1)
     with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
         go.sinkgd(1.0, rounds=0)
-    with pytest.raises(ValueError, match=r"ratio must be at least 1, got 0\.5"):
+    with pytest.raises(ValueError, match=r"norm_growth must be at least 1, got 0\.5"):
         go.sumo(1.0, norm_growth=0.5)
     with pytest.raises(ValueError, match="projections must hold at least one function"):
         go.multi_norm(())

@@ -23,11 +23,13 @@ for spec in (P("x", None), P(None, "x"), P("x", "y"), P(("x", "y"), None)):
     g = {"kernel": jax.device_put(kernel, NamedSharding(mesh, spec))}
     compiled = jax.jit(tx.update).lower(g, tx.init(g)).compile()
     u, _ = compiled(g, tx.init(g))
-    pattern = r"= \\w+\\[([\\d,]*)\\]\\S* (all-\\w+|reduce-scatter|collective-permute)"
+    # An operation may exchange several arrays at once: every shape of its result counts.
+    operation = r"= (.*?) (all-[a-z]+|reduce-scatter|collective-[a-z]+)(?:-start)?\\("
     found[str(spec)] = {
         "collectives": [
             [kind, int(np.prod([int(d) for d in shape.split(",") if d]))]
-            for shape, kind in re.findall(pattern, compiled.as_text())
+            for result, kind in re.findall(operation, compiled.as_text())
+            for shape in re.findall(r"\\[([\\d,]*)\\]", result)
         ],
         "error": float(np.abs(np.asarray(u["kernel"]) - np.asarray(alone["kernel"])).max()),
     }

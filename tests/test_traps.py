@@ -81,6 +81,17 @@ def test_steps_do_not_depend_on_the_scale_of_the_gradient(name, scale):
     assert all(np.isfinite(x).all() for x in go.metrics(state).values())
 
 
+@every_optimizer
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_no_finite_gradient_stops_an_optimizer_for_good(make, scale):
+    """A square that overflowed would leave a second moment infinite, and every later step zero."""
+    gradients = [{"w": g} for g in sequence(np.random.default_rng(0), (5, 4, 7), 3)]
+    gradients[0] = {"w": np.float32(scale) * gradients[0]["w"]}
+    updates, state = run(make(), gradients)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((updates, state)))
+    assert all(u["w"].any(axis=(1, 2)).all() for u in updates[1:])
+
+
 def numbers(tree):
     return sum(x.size for x in jax.tree.leaves(tree))
 
