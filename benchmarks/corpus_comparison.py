@@ -131,7 +131,7 @@ class Results:
 
 
 def costs(corpus: Corpus, results: Results, optimizers: list[str]) -> None:
-    """What a step holds and takes: the median of rounds in which every optimizer takes a few steps in turn."""
+    """What a step holds and takes: the median of rounds in which all take a few steps in turn."""
     rates = {name: results.best_rate(name) or OPTIMIZERS[name][1] for name in optimizers}
     trainers = {name: Trainer(settings(corpus, name, rates[name], 0), corpus) for name in optimizers}
     times: dict[str, list[float]] = {name: [] for name in optimizers}
