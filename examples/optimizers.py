@@ -59,25 +59,25 @@ OTHERS_LR = 9.6e-2
 
 # Each with its default learning rate, the best of docs/results/comparison.json.
 OPTIMIZERS: dict[str, tuple[Maker, float]] = {
-    "adamw": (lambda s, lr, **kw: _adamw_by_kind(lr, **kw), 3e-3),
+    "adamw": (lambda s, lr, **kw: _adamw_by_kind(lr, **kw), 1.5e-3),
     "muon": (lambda s, lr, **kw: go.muon(lr, **kw), 6e-3),
     "galore_muon": (lambda s, lr, **kw: go.galore_muon(lr, s.rank, s.period, **kw), 3e-3),
     "gum": (
         lambda s, lr, **kw: go.gum(lr, s.rank, s.period, s.full_rank_fraction, key=s.seed, **kw),
         3e-3,
     ),
-    "galore": (lambda s, lr, **kw: go.galore(lr, s.rank, s.period, **kw), 2.4e-2),
+    "galore": (lambda s, lr, **kw: go.galore(lr, s.rank, s.period, **kw), 1.2e-2),
     "golore": (
         # The paper's experiments: random for the last fifth.
         lambda s, lr, **kw: go.golore(lr, s.rank, s.period, random_after=s.steps * 4 // 5, key=s.seed, **kw),
-        2.4e-2,
+        1.2e-2,
     ),
-    "fira": (lambda s, lr, **kw: go.fira(lr, s.rank, s.period, **kw), 3e-3),
-    "frugal": (lambda s, lr, **kw: go.frugal(lr, s.rank, s.period, **kw), 1.5e-3),
+    "fira": (lambda s, lr, **kw: go.fira(lr, s.rank, s.period, **kw), 6e-3),
+    "frugal": (lambda s, lr, **kw: go.frugal(lr, s.rank, s.period, **kw), 3e-3),
     "sumo": (lambda s, lr, **kw: go.sumo(lr, s.rank, s.period, key=s.seed, **kw), 3e-3),
-    "swan": (lambda s, lr, **kw: go.swan(lr, **kw), 2.4e-2),
+    "swan": (lambda s, lr, **kw: go.swan(lr, **kw), 1.92e-1),
     "sinkgd": (lambda s, lr, **kw: go.sinkgd(lr, **kw), 2.4e-2),
-    "trion": (lambda s, lr, **kw: go.trion(lr, s.rank, **kw), 6e-3),
+    "trion": (lambda s, lr, **kw: go.trion(lr, s.rank, **kw), 3e-3),
     "dion": (lambda s, lr, **kw: go.dion(lr, s.rank, key=s.seed, **kw), 2.4e-2),
     "cosmos": (lambda s, lr, **kw: go.cosmos(lr, s.rank, key=s.seed, **kw), 6e-3),
     # Its own balls for embedding, head and norms too.
