@@ -35,7 +35,7 @@ def schedule(s: Settings, peak: float) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(s.steps, warmup + 1), peak / 10)
 
 
-def _adamw(lr: optax.ScalarOrSchedule, weight_decay: float, **_: Any) -> optax.GradientTransformation:
+def _adamw(lr: optax.ScalarOrSchedule, weight_decay: float) -> optax.GradientTransformation:
     return optax.adamw(lr, b2=0.95, weight_decay=weight_decay)
 
 
@@ -49,7 +49,7 @@ def _adamw_by_kind(lr: Any, *, others: Any, weight_decay: float) -> optax.Gradie
     return optax.partition({"matrices": _adamw(lr, weight_decay), "others": others}, kinds)
 
 
-# (settings, learning rate, what all take) -> the optimizer.
+# (settings, learning rate, what all take: others and weight_decay) -> the optimizer.
 Maker = Callable[..., optax.GradientTransformation]
 
 

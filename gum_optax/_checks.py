@@ -65,9 +65,14 @@ def check_function(name: str, value: Any, example: str) -> Callable[..., Any]:
     return value
 
 
+def is_rule(value: Any) -> bool:
+    """Whether it is an optax transformation: anything with `init` and `update`."""
+    return hasattr(value, "init") and hasattr(value, "update")
+
+
 def check_residual(value: Any) -> Any:
     """A choice of what becomes of the residual, or a rule for it."""
-    if not (callable(value) or (hasattr(value, "init") and hasattr(value, "update"))):
+    if not (callable(value) or is_rule(value)):
         raise TypeError(
             "residual must be a function such as gum_optax.drop, or an optax.GradientTransformation such as"
             f" optax.identity(), got {value!r}."
@@ -76,12 +81,19 @@ def check_residual(value: Any) -> Any:
 
 
 def check_rule(name: str, value: Any) -> Any:
-    """An optax transformation: anything with `init` and `update`."""
-    if not (hasattr(value, "init") and hasattr(value, "update")):
+    """An optax transformation."""
+    if not is_rule(value):
         raise TypeError(
             f"{name} must be an optax.GradientTransformation such as optax.trace(0.95), got {value!r}."
         )
     return value
+
+
+def check_adam(b1: Any, b2: Any, eps: Any) -> None:
+    """Adam's decays, in `[0, 1)`, and what it adds to the root."""
+    check_number("b1", b1, at_least=0, below=1)
+    check_number("b2", b2, at_least=0, below=1)
+    check_number("eps", eps, at_least=0)
 
 
 def check_matrix_leaf(path: Any, leaf: Any) -> None:

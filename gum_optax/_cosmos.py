@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from ._checks import check_function, check_integer, check_number
+from ._checks import check_adam, check_function, check_integer, check_number
 from ._normalize import unit_frobenius
 from ._norms import LARGEST, frobenius, inverse
 from ._orthogonalize import Orthogonalizer, newton_schulz
@@ -65,9 +65,7 @@ def cosmos_rule(
     """
     rank = check_integer("rank", rank, at_least=1)
     check_number("ratio", ratio, at_least=0)
-    check_number("b1", b1, at_least=0, below=1)
-    check_number("b2", b2, at_least=0, below=1)
-    check_number("eps", eps, at_least=0)
+    check_adam(b1, b2, eps)
     check_function("orthogonalizer", orthogonalizer, "gum_optax.polar")
 
     def init(key, x):

@@ -14,11 +14,10 @@ from ._dimensions import WeightDimensionNumbers, names_of
 from ._feedback import dion_rule, trion_rule
 from ._full_rank import chosen
 from ._hidden import is_edge, is_table
-from ._low_rank import as_float32
 from ._matrices import as_matrices
 from ._normalize import Normalizer, normalize, outputs_first, sign_lmo, spectral_lmo, unit_rows
 from ._orthogonalize import Orthogonalizer, newton_schulz
-from ._routing import by_constant, by_fan_ratio, by_shape, matrices_and_others
+from ._routing import at_least_float32, by_constant, by_fan_ratio, by_shape, matrices_and_others
 
 
 def trion(
@@ -194,8 +193,7 @@ def scion(
     }
     # In float32 and without bias correction, which no norm ball would see.
     average = optax.ema(momentum, debias=False, accumulator_dtype=jnp.float32)
-    widened = optax.stateless(lambda updates, params: as_float32(updates))
-    rule = optax.chain(widened, average, normalize(outputs_first(hidden)))
+    rule = at_least_float32(optax.chain(average, normalize(outputs_first(hidden))))
     shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
     return matrices_and_others(
         rule,

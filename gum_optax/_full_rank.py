@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from ._checks import check_function, check_integer, check_number
+from ._checks import check_adam, check_function, check_integer, check_number
 from ._dimensions import WeightDimensionNumbers
 from ._normalize import multi_norm, normalize, outputs_first, sinkhorn, standardize_rows, whiten
 from ._norms import LARGEST
@@ -33,9 +33,7 @@ def muon_rule(momentum: Any, orthogonalizer: Orthogonalizer | None, nesterov: bo
 
 def adam_rule(b1: Any, b2: Any, eps: Any) -> optax.GradientTransformation:
     """Adam's rule, of gradients up to 1e15: an infinite square would stop it for good."""
-    check_number("b1", b1, at_least=0, below=1)
-    check_number("b2", b2, at_least=0, below=1)
-    check_number("eps", eps, at_least=0)
+    check_adam(b1, b2, eps)
     return optax.chain(optax.clip(LARGEST), optax.scale_by_adam(b1, b2, eps))
 
 

@@ -46,6 +46,10 @@ def keep(inner: Any, state: Any, coordinates: Any, rotation: Any) -> Any:
     return state
 
 
+def _rotated(rotation: Float[Array, "*b r r"], m: Float[Array, "*b r n"]) -> Float[Array, "*b r n"]:
+    return exact_matmul(rotation, m).astype(m.dtype)
+
+
 def rotate(inner: Any, state: Any, coordinates: Any, rotation: Any) -> Any:
     """Every accumulator follows the subspace: `M ← (P_newᵀ P_old) M` (SUMO).
 
@@ -54,7 +58,7 @@ def rotate(inner: Any, state: Any, coordinates: Any, rotation: Any) -> Any:
     """
 
     def follow(m, q, r):
-        return exact_matmul(q, m).astype(m.dtype) if m.shape == r.shape else m
+        return _rotated(q, m) if m.shape == r.shape else m
 
     return optax.tree.map_params(inner, follow, state, rotation, coordinates)
 
@@ -78,7 +82,7 @@ def rotate_first_moment(inner: Any, state: Any, coordinates: Any, rotation: Any)
         raise ValueError(
             f"rotate_first_moment needs a state with a field mu, got {type(state).__name__}; use rotate."
         )
-    rotated = jax.tree.map(lambda q, m: exact_matmul(q, m).astype(m.dtype), rotation, mean)
+    rotated = jax.tree.map(_rotated, rotation, mean)
     return optax.tree.set(state, is_field, mu=rotated)
 
 

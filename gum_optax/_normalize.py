@@ -1,14 +1,16 @@
 """Normalizers: from a gradient to a step whose size it does not decide, with no state."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float
 
 from ._checks import check_function, check_integer
-from ._norms import frobenius, inverse
+from ._norms import frobenius, inverse, norm
 from ._orthogonalize import Orthogonalizer, newton_schulz, polar
 
 Normalizer = Callable[[Float[Array, "*b m n"]], Float[Array, "*b m n"]]
@@ -69,23 +71,25 @@ def standardize_rows(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
     return (centred * inverse(deviation)).astype(x.dtype)
 
 
+def _unit_rms(x: Float[Array, "*b m n"], axis: int | tuple[int, ...]) -> Float[Array, "*b m n"]:
+    """Over `axis` to root mean square one; zeros stay zero."""
+    size = math.prod(x.shape[i] for i in np.atleast_1d(axis))
+    return (x.astype(jnp.float32) * (inverse(norm(x, axis)) * size**0.5)).astype(x.dtype)
+
+
 def unit_rows(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
     """Every row to ℓ2-norm `√n`: the maximizer of `<x, z>` over `maxᵢ |zᵢ| <= √n`."""
-    g = x.astype(jnp.float32)
-    g = g * inverse(jnp.max(jnp.abs(g), axis=-1, keepdims=True))
-    return (g * inverse(jnp.sqrt(jnp.mean(g * g, axis=-1, keepdims=True)))).astype(x.dtype)
+    return _unit_rms(x, -1)
 
 
 def unit_columns(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
     """Every column to ℓ2-norm `√m`."""
-    return unit_rows(x.mT).mT
+    return _unit_rms(x, -2)
 
 
 def unit_frobenius(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
     """The whole matrix to Frobenius norm `√(m n)`: normalized SGD."""
-    m, n = x.shape[-2:]
-    norm = frobenius(x)
-    return (x.astype(jnp.float32) * (inverse(norm) * (m * n) ** 0.5)).astype(x.dtype)
+    return _unit_rms(x, (-2, -1))
 
 
 def whiten(x: Float[Array, "*b m n"], method: Orthogonalizer = polar) -> Float[Array, "*b m n"]:

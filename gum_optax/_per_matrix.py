@@ -9,7 +9,6 @@ import optax
 
 from ._checks import check_matrix_leaf
 from ._sampling import check_key, key_data, stream
-from ._trees import map_with_place
 
 
 def per_matrix(
@@ -28,29 +27,28 @@ def per_matrix(
     """
     check_key(key)
 
-    def as_state(count, rows, tree):
-        """The arrays of each leaf as one tree for each array, at their leaf's place."""
-        leaves, treedef = jax.tree.flatten(tree)
-        rows = treedef.flatten_up_to(rows)
-        width = len(kind._fields) - 1  # pyright: ignore[reportFunctionMemberAccess]
-        columns = list(zip(*rows, strict=True)) if leaves else [()] * width
-        return kind(count, *(treedef.unflatten(column) for column in columns))
+    width = len(kind._fields) - 1  # pyright: ignore[reportFunctionMemberAccess]
+
+    def as_state(count, rows, treedef):
+        """The arrays of each leaf, in rows, as one tree for each array."""
+        return kind(count, *(treedef.unflatten([row[i] for row in rows]) for i in range(width)))
 
     def init_all(params):
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
             check_matrix_leaf(path, leaf)
         data = key_data(key)
-        start = map_with_place(lambda place, x: init(stream(data, jnp.int32(0), place), x), params)
-        return as_state(jnp.zeros((), jnp.int32), start, params)
+        leaves, treedef = jax.tree.flatten(params)
+        rows = [init(stream(data, jnp.int32(0), place), x) for place, x in enumerate(leaves)]
+        return as_state(jnp.zeros((), jnp.int32), rows, treedef)
 
     def update_all(updates, state, params=None):
         del params
         count, *arrays = state
         count = jnp.asarray(optax.safe_increment(count))
-        rows = jax.tree.map(lambda g, *row: update(count, g.astype(jnp.float32), *row), updates, *arrays)
-        treedef = jax.tree.structure(updates)
-        results = treedef.flatten_up_to(rows)
+        gradients, treedef = jax.tree.flatten(updates)
+        rows = zip(gradients, *map(jax.tree.leaves, arrays), strict=True)
+        results = [update(count, g.astype(jnp.float32), *row) for g, *row in rows]
         steps = treedef.unflatten([step for step, *_ in results])
-        return steps, as_state(count, treedef.unflatten([row for _, *row in results]), updates)
+        return steps, as_state(count, [row for _, *row in results], treedef)
 
     return optax.GradientTransformation(init_all, update_all)

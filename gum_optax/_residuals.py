@@ -7,7 +7,7 @@ import jax
 import optax
 from jaxtyping import Array, Float
 
-from ._checks import check_residual
+from ._checks import check_residual, is_rule
 from ._norms import inverse, norm
 from ._subspace import lift, outside
 
@@ -57,12 +57,7 @@ def scale_as_inside() -> optax.GradientTransformationExtraArgs:
 
         return jax.tree.map(scaled, updates, told["coordinates"], told["steps"]), state
 
-    return optax.GradientTransformationExtraArgs(_no_state, update)
-
-
-def _no_state(params: Any) -> optax.EmptyState:
-    del params
-    return optax.EmptyState()
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def stepping(residual: Any) -> optax.GradientTransformationExtraArgs:
@@ -71,7 +66,7 @@ def stepping(residual: Any) -> optax.GradientTransformationExtraArgs:
     Either kind of residual as one transformation; it is told `projectors`, `coordinates` and `steps`.
     """
     check_residual(residual)
-    if not hasattr(residual, "update"):
+    if not is_rule(residual):
 
         def choose(updates, state, params=None, **told):
             del params
@@ -79,7 +74,7 @@ def stepping(residual: Any) -> optax.GradientTransformationExtraArgs:
                 residual, updates, told["projectors"], told["coordinates"], told["steps"]
             ), state
 
-        return optax.GradientTransformationExtraArgs(_no_state, choose)
+        return optax.GradientTransformationExtraArgs(optax.init_empty_state, choose)
 
     rule = optax.with_extra_args_support(residual)
 

@@ -81,7 +81,7 @@ def _decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransformati
     return optax.add_decayed_weights(weight_decay, mask) if _decays(weight_decay) else optax.identity()
 
 
-def _at_least_float32(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+def at_least_float32(rule: optax.GradientTransformation) -> optax.GradientTransformation:
     """Run `rule` on float32 gradients where theirs are narrower: its state is float32, and stays so."""
 
     def widened(tree):
@@ -150,7 +150,7 @@ def matrices_and_others(
         )
         matrices = optax.chain(as_matrices(rule, dims, wide=wide), scaling(dims), descent)
         rest = optax.chain(
-            _at_least_float32(optax.scale_by_adam() if others_rule is None else others_rule), descent
+            at_least_float32(optax.scale_by_adam() if others_rule is None else others_rule), descent
         )
         labels = treedef.unflatten(["others" if entry is None else "matrices" for entry in entries])
         return optax.partition({"matrices": matrices, "others": rest if others is None else others}, labels)

@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 # Tests are tiny: compilation dominates, so LLVM's optimizations are off; XLA's own, which decide the
 # buffers that the memory tests look at, are on.
@@ -7,10 +8,19 @@ os.environ.setdefault(
     "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 
+# Compiled programs are shared by the workers and kept for the next run (`pytest --cache-clear` forgets them).
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "jax")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
 import hypothesis
 import jax
 import numpy as np
 import pytest
+
+from helpers import LEAVES, STEPS, sequence
 
 # A failing example must fail again: derandomized. Compilation makes single examples slow.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=15)
@@ -20,6 +30,13 @@ hypothesis.settings.load_profile("suite")
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def leaves():
+    """The gradients of a run: for each name of `LEAVES` one array for each step."""
+    rng = np.random.default_rng(1)
+    return {name: sequence(rng, shape, STEPS) for name, shape in LEAVES.items()}
 
 
 @pytest.fixture(autouse=True, scope="module")

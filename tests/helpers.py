@@ -30,6 +30,10 @@ OPTIMIZERS = {
     "scion": (go.scion, {}),
 }
 
+# Both orientations, stacked and not; their gradients are the fixture `leaves`.
+LEAVES = {"wide": (6, 9), "tall": (9, 6), "stack": (3, 6, 9), "tall_stack": (2, 10, 5)}
+STEPS = 10
+
 
 def run(tx, gradients, params=None):
     """The jitted updates of `tx` over a list of gradient trees, and the last state."""
@@ -61,3 +65,15 @@ def sequence(rng, shape, steps, drift=0.3):
 def trees(gradients):
     """A list of dicts from a dict of lists."""
     return [dict(zip(gradients, row, strict=True)) for row in zip(*gradients.values(), strict=True)]
+
+
+def steps_of(tx, leaves):
+    """What a descent at learning rate one took off, and the states before each step and after the last."""
+    gradients = trees(leaves)
+    states, updates = [jax.jit(tx.init)(gradients[0])], []
+    update = jax.jit(tx.update)
+    for g in gradients:
+        u, state = update(g, states[-1])
+        updates.append(u)
+        states.append(state)
+    return {name: [-np.asarray(u[name]) for u in updates] for name in leaves}, states

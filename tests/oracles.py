@@ -228,3 +228,17 @@ def ema(gradients, beta):
         d = beta * d + (1 - beta) * g
         out.append(d)
     return out
+
+
+def oracle(rule, gradients, *args, **kwargs):
+    """The oracle of one wide matrix applied to a leaf of any orientation and stack."""
+    shape = gradients[0].shape
+    tall = shape[-2] > shape[-1]
+    blocks = [np.reshape(g, (-1, *shape[-2:])) for g in gradients]
+    out = []
+    for block in range(blocks[0].shape[0]):
+        wide = [np.float64(b[block].T if tall else b[block]) for b in blocks]
+        per_block = {k: v[block] if isinstance(v, list) else v for k, v in kwargs.items()}
+        steps = rule(wide, *args, **per_block)
+        out.append([s.T if tall else s for s in steps])
+    return [np.stack([steps[t] for steps in out]).reshape(shape) for t in range(len(gradients))]

@@ -48,18 +48,13 @@ TINY = [
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """A cache of the tests' own; of compiled steps too, since most runs here compile the same one."""
-    path = tmp_path_factory.mktemp("cache")
-    jax.config.update("jax_compilation_cache_dir", str(path / "jax"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    yield path
-    jax.config.update("jax_compilation_cache_dir", None)
+    """A cache of the tests' own."""
+    return tmp_path_factory.mktemp("cache")
 
 
 def environment_of(cache):
     """The same for a process of its own."""
-    own = {"XDG_CACHE_HOME": str(cache), "JAX_COMPILATION_CACHE_DIR": str(cache / "jax")}
-    return os.environ | own | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return os.environ | {"XDG_CACHE_HOME": str(cache)}
 
 
 @pytest.fixture(autouse=True)
@@ -189,7 +184,8 @@ def test_resume_within_a_period_from_an_earlier_checkpoint_forgets_later_metrics
 def test_compare_starts_each_from_the_same_weights_on_the_same_data(text, tmp_path, capsys):
     out = tmp_path / "all"
     arguments = [*TINY, "--steps", "3", "--text", str(text), "--out", str(out)]
-    names = list(training.OPTIMIZERS)
+    # One of each family; that every optimizer takes the model is a test of its own, without compiling.
+    names = ["adamw", "muon", "galore_muon", "gum", "sinkgd", "scion"]
     assert pretrain.main([*arguments, "--compare", ",".join(names)]) == 0
     first = {name: records(out / name)[0]["train_loss"] for name in names}
     assert len(set(first.values())) == 1
@@ -199,7 +195,7 @@ def test_compare_starts_each_from_the_same_weights_on_the_same_data(text, tmp_pa
     assert [row["optimizer"] for row in rows] == names
     state = {row["optimizer"]: row["state_mib"] for row in rows}
     assert state["galore_muon"] < state["gum"] < state["muon"] < state["adamw"]
-    assert state["swan"] == state["sinkgd"] < state["galore_muon"]
+    assert state["sinkgd"] < state["galore_muon"]
     assert (out / "loss.png").exists()
     assert "tokens/s" in capsys.readouterr().out
     # A comparison resumes too; what is finished is read, not trained again.

@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_trajectories import LEAVES, oracle
 
 import gum_optax as go
 
-from helpers import run, sequence, trees
+from helpers import run, sequence, steps_of
 from oracles import (
     cosmos_steps,
     dct_matrix,
@@ -21,28 +20,11 @@ from oracles import (
     frugal_steps,
     golore_steps,
     jordan,
+    oracle,
     trion_steps,
 )
 
-STEPS, RANK, PERIOD = 9, 3, 4
-
-
-@pytest.fixture(scope="module")
-def leaves():
-    rng = np.random.default_rng(1)
-    return {name: sequence(rng, shape, STEPS) for name, shape in LEAVES.items()}
-
-
-def steps_of(tx, leaves):
-    """What a descent at learning rate one took off, and the states before each step and after the last."""
-    gradients = trees(leaves)
-    states, updates = [jax.jit(tx.init)(gradients[0])], []
-    update = jax.jit(tx.update)
-    for g in gradients:
-        u, state = update(g, states[-1])
-        updates.append(u)
-        states.append(state)
-    return {name: [-np.asarray(u[name]) for u in updates] for name in leaves}, states
+RANK, PERIOD = 3, 4
 
 
 def rule_state(state):

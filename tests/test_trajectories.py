@@ -8,35 +8,12 @@ import pytest
 
 import gum_optax as go
 
-from helpers import muon_rule, run, sequence, trees
-from oracles import galore_muon_steps, gum_steps, jordan, muon_steps, sumo_steps
+from helpers import STEPS, muon_rule, run, sequence, trees
+from oracles import galore_muon_steps, gum_steps, jordan, muon_steps, oracle, sumo_steps
 
-BETA, RANK, PERIOD, STEPS = 0.9, 3, 4, 10
+BETA, RANK, PERIOD = 0.9, 3, 4
 # Float32 products against float64 ones, through ten steps and five Newton-Schulz steps each.
 TOLERANCE = {"rtol": 0, "atol": 2e-4}
-
-
-def oracle(rule, gradients, *args, **kwargs):
-    """The oracle of one wide matrix applied to a leaf of any orientation and stack."""
-    shape = gradients[0].shape
-    tall = shape[-2] > shape[-1]
-    blocks = [np.reshape(g, (-1, *shape[-2:])) for g in gradients]
-    out = []
-    for block in range(blocks[0].shape[0]):
-        wide = [np.float64(b[block].T if tall else b[block]) for b in blocks]
-        per_block = {k: v[block] if isinstance(v, list) else v for k, v in kwargs.items()}
-        steps = rule(wide, *args, **per_block)
-        out.append([s.T if tall else s for s in steps])
-    return [np.stack([steps[t] for steps in out]).reshape(shape) for t in range(len(gradients))]
-
-
-LEAVES = {"wide": (6, 9), "tall": (9, 6), "stack": (3, 6, 9), "tall_stack": (2, 10, 5)}
-
-
-@pytest.fixture(scope="module")
-def leaves():
-    rng = np.random.default_rng(1)
-    return {name: sequence(rng, shape, STEPS) for name, shape in LEAVES.items()}
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
