@@ -25,6 +25,9 @@ from ._low_rank import restart as restart
 from ._low_rank import rotate as rotate
 from ._low_rank import rotate_first_moment as rotate_first_moment
 from ._matrices import as_matrices as as_matrices
+from ._memory import LeafMemory as LeafMemory
+from ._memory import MemoryReport as MemoryReport
+from ._memory import memory_report as memory_report
 from ._normalize import column_lmo as column_lmo
 from ._normalize import multi_norm as multi_norm
 from ._normalize import normalize as normalize

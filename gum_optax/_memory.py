@@ -1,0 +1,154 @@
+"""What an optimizer holds in memory, from shapes alone."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ._checks import check_rule
+from ._dimensions import names_of
+
+# State that belongs to no leaf of the model: GUM's slots, and counts, keys and the like.
+_SLOTS, _BOOKKEEPING = "slots", "bookkeeping"
+
+
+class LeafMemory(NamedTuple):
+    """A row of `memory_report`, in bytes."""
+
+    name: str  # the leaf's path, "layers/0/kernel", or the name of state that no leaf owns
+    shape: tuple[int, ...]  # of the parameter, () for shared state
+    parameters: int
+    gradients: int
+    state: dict[str, int]  # by kind: "trace", "mu", "projectors", "slots", ...
+
+
+class MemoryReport(NamedTuple):
+    """Bytes of each leaf, and in total; `str()` is a table."""
+
+    leaves: tuple[LeafMemory, ...]
+    temporaries: int | None  # of a compiled, donated update and apply; None where it was not compiled
+
+    @property
+    def parameters(self) -> int:
+        return sum(leaf.parameters for leaf in self.leaves)
+
+    @property
+    def gradients(self) -> int:
+        return sum(leaf.gradients for leaf in self.leaves)
+
+    @property
+    def state(self) -> dict[str, int]:
+        """State by kind, over all leaves."""
+        total: dict[str, int] = {}
+        for leaf in self.leaves:
+            for kind, size in leaf.state.items():
+                total[kind] = total.get(kind, 0) + size
+        return total
+
+    @property
+    def total(self) -> int:
+        """Parameters, gradients, state and, where they are known, temporaries."""
+        return self.parameters + self.gradients + sum(self.state.values()) + (self.temporaries or 0)
+
+    def __str__(self) -> str:
+        kinds = list(self.state)
+        heads = ["leaf", "shape", "parameters", "gradients", *kinds]
+        lines = [heads]
+        for leaf in self.leaves:
+            sizes = [leaf.parameters, leaf.gradients, *(leaf.state.get(kind, 0) for kind in kinds)]
+            shape = "×".join(map(str, leaf.shape)) or "-"
+            lines.append([leaf.name, shape, *map(_mib, sizes)])
+        totals = [self.parameters, self.gradients, *self.state.values()]
+        lines.append(["total (MiB)", "", *map(_mib, totals)])
+        return f"{_aligned(lines)}\n{self._summary()}"
+
+    def _summary(self) -> str:
+        state, temporaries = sum(self.state.values()), self.temporaries
+        shown = "not compiled" if temporaries is None else f"{_mib(temporaries)} MiB"
+        return f"state {_mib(state)} MiB, temporaries {shown}, in all {_mib(self.total)} MiB"
+
+
+def _mib(size: int) -> str:
+    return "-" if not size else f"{size / 2**20:.1f}" if size >= 2**16 else f"{size / 2**20:.4f}"
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(x.rjust(w) for x, w in zip(line, widths, strict=True)) for line in lines)
+
+
+def memory_report(
+    tx: optax.GradientTransformation,
+    params: Any,
+    *,
+    gradient_dtype: Any = None,
+    compiled: bool = False,
+) -> MemoryReport:
+    """What a model and its optimizer hold: parameters, gradients, and the state by kind, leaf by leaf.
+
+    Everything comes from `jax.eval_shape`, so that a model of 70B parameters is planned on a laptop. A leaf of
+    the state belongs to the parameter whose path its own path ends with; what belongs to none (counts, keys,
+    GUM's slots) is listed after the parameters.
+
+    Args:
+      tx: any optax optimizer.
+      params: a tree of arrays or of `jax.ShapeDtypeStruct`s.
+      gradient_dtype: of the gradients; default each parameter's own.
+      compiled: also compile a donated update and apply for the default backend, and report its temporaries.
+
+    Returns:
+      A `MemoryReport`; print it.
+
+    Raises:
+      TypeError: `tx` is not an `optax.GradientTransformation`.
+    """
+    check_rule("tx", tx)
+    shapes = jax.eval_shape(lambda tree: jax.tree.map(jnp.asarray, tree), params)
+    gradients = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype if gradient_dtype is None else gradient_dtype), shapes
+    )
+    state = jax.eval_shape(tx.init, shapes)
+    owned: dict[tuple[str, ...], LeafMemory] = {}
+    for (path, leaf), g in zip(
+        jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(gradients), strict=True
+    ):
+        names = names_of(path)
+        owned[names] = LeafMemory(
+            "/".join(names) or "(the only leaf)", leaf.shape, _bytes(leaf), _bytes(g), {}
+        )
+    shared: dict[str, int] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        names = names_of(path)
+        owner = next((owned[names[i:]] for i in range(len(names) + 1) if names[i:] in owned), None)
+        if owner is None or _SLOTS in names:
+            kinds, kind = shared, _SLOTS if _SLOTS in names else _BOOKKEEPING
+        else:
+            kinds, kind = owner.state, _last_field(path)
+        kinds[kind] = kinds.get(kind, 0) + _bytes(leaf)
+    rest = tuple(LeafMemory(kind, (), 0, 0, {kind: size}) for kind, size in shared.items())
+    temporaries = _temporaries(tx, shapes, gradients, state) if compiled else None
+    return MemoryReport((*owned.values(), *rest), temporaries)
+
+
+def _bytes(leaf: Any) -> int:
+    return math.prod(leaf.shape) * leaf.dtype.itemsize
+
+
+def _last_field(path: Any) -> str:
+    """The last field on the way to a leaf of the state: optax's own name for it."""
+    fields = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
+    return fields[-1] if fields else "state"
+
+
+def _temporaries(tx: Any, params: Any, gradients: Any, state: Any) -> int | None:
+    def step(gradients, state, params):
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    analysis = (
+        jax.jit(step, donate_argnums=(1, 2)).lower(gradients, state, params).compile().memory_analysis()
+    )
+    return None if analysis is None else analysis.temp_size_in_bytes

@@ -1,0 +1,134 @@
+"""What well-known models need with each optimizer, from shapes alone.
+
+python -m gum_optax.report
+python -m gum_optax.report --model qwen-2.5-7b --budget 40 --leaves
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ._full_rank import muon
+from ._memory import MemoryReport, memory_report
+from ._optimizers import galore, galore_muon, gum
+
+GIB = 2**30
+RANK_STEP = 64  # ranks that fill the tiles of a matrix unit
+
+
+class Architecture(NamedTuple):
+    """A decoder, by the sizes in its published configuration."""
+
+    layers: int
+    hidden: int
+    feed_forward: int
+    heads: int  # times head_dim, the width of queries and of the attention's output
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    norms: int  # a layer
+    biases: bool  # on queries, keys and values
+    tied: bool  # the head is the embedding
+
+
+MODELS = {
+    # Each from the `config.json` of its release.
+    "llama-3-8b": Architecture(32, 4096, 14336, 32, 8, 128, 128256, 2, biases=False, tied=False),
+    "qwen-2.5-7b": Architecture(28, 3584, 18944, 28, 4, 128, 152064, 2, biases=True, tied=False),
+    "gemma-2-9b": Architecture(42, 3584, 14336, 16, 8, 256, 256000, 4, biases=False, tied=True),
+}
+
+
+def shapes(a: Architecture, dtype: Any) -> dict[str, Any]:
+    """Its parameters as `jax.ShapeDtypeStruct`s, layers stacked as `nn.scan` leaves them."""
+
+    def leaf(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def linear(fan_in: int, fan_out: int, bias: bool = False) -> dict[str, Any]:
+        kernel = {"kernel": leaf(a.layers, fan_in, fan_out)}
+        return kernel | ({"bias": leaf(a.layers, fan_out)} if bias else {})
+
+    queries, keys = a.heads * a.head_dim, a.kv_heads * a.head_dim
+    layers = {
+        "q_proj": linear(a.hidden, queries, a.biases),
+        "k_proj": linear(a.hidden, keys, a.biases),
+        "v_proj": linear(a.hidden, keys, a.biases),
+        "o_proj": linear(queries, a.hidden),
+        "gate_proj": linear(a.hidden, a.feed_forward),
+        "up_proj": linear(a.hidden, a.feed_forward),
+        "down_proj": linear(a.feed_forward, a.hidden),
+    }
+    layers |= {f"norm_{i}": {"scale": leaf(a.layers, a.hidden)} for i in range(a.norms)}
+    params = {"embed": {"embedding": leaf(a.vocabulary, a.hidden)}, "layers": layers}
+    params["norm"] = {"scale": leaf(a.hidden)}
+    return params if a.tied else params | {"lm_head": {"kernel": leaf(a.hidden, a.vocabulary)}}
+
+
+def optimizers(rank: int, fraction: float) -> dict[str, optax.GradientTransformation]:
+    """AdamW for everything, and what this library has between that and no momentum."""
+    return {
+        "adamw": optax.adamw(1.0),
+        "muon": muon(1.0),
+        "galore": galore(1.0, rank),
+        "galore_muon": galore_muon(1.0, rank),
+        "gum": gum(1.0, rank, full_rank_fraction=fraction),
+    }
+
+
+def largest_rank(params: Any, budget: int, make: Callable[[int], optax.GradientTransformation]) -> int | None:
+    """The largest multiple of 64 below the width at which all of it fits `budget` bytes; `None` if none does.
+
+    Not by bisection: a matrix that the rank reaches is not projected any more, and needs less again.
+    """
+    width = max(min(x.shape[-2:]) for x in jax.tree.leaves(params["layers"]) if x.ndim > 2)
+    ranks = range(RANK_STEP * ((width - 1) // RANK_STEP), 0, -RANK_STEP)
+    return next((rank for rank in ranks if memory_report(make(rank), params).total <= budget), None)
+
+
+def _row(name: str, report: MemoryReport) -> str:
+    state = report.state
+    kinds = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in state.items() if size >= GIB // 100)
+    return f"  {name:<12} {sum(state.values()) / GIB:8.2f} {report.total / GIB:9.2f}   {kinds}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    p = argparse.ArgumentParser(prog="python -m gum_optax.report", description=(__doc__ or "").split("\n")[0])
+    p.add_argument("--model", choices=MODELS, action="append", help="default: all")
+    p.add_argument("--rank", type=int, default=128, help="default: %(default)s")
+    p.add_argument("--full-rank-fraction", type=float, default=1 / 16, help="GUM's q (default: 1/16)")
+    p.add_argument("--dtype", default="bfloat16", help="of parameters and gradients (default: %(default)s)")
+    p.add_argument(
+        "--budget", type=float, default=48, help="GiB, for the largest rank (default: %(default)s)"
+    )
+    p.add_argument("--leaves", action="store_true", help="also GUM's table, leaf by leaf")
+    options = p.parse_args(arguments)
+    for model in options.model or MODELS:
+        params = shapes(MODELS[model], jnp.dtype(options.dtype))
+        count = sum(x.size for x in jax.tree.leaves(params))
+        weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params)) / GIB
+        print(
+            f"{model}: {count / 1e9:.2f}B parameters, {weights:.2f} GiB as {options.dtype}, gradients as much"
+        )
+        print(f"  {'optimizer':<12} {'state':>8} {'in all':>9}   GiB; rank {options.rank}")
+        for name, tx in optimizers(options.rank, options.full_rank_fraction).items():
+            report = memory_report(tx, params)
+            print(_row(name, report))
+        for name in ("galore_muon", "gum"):
+            rank = largest_rank(
+                params,
+                int(options.budget * GIB),
+                lambda rank, name=name: optimizers(rank, options.full_rank_fraction)[name],
+            )
+            print(f"  {name}: largest rank within {options.budget:g} GiB: {rank or 'none'}")
+        if options.leaves:
+            print(memory_report(optimizers(options.rank, options.full_rank_fraction)["gum"], params))
+        print()
+
+
+if __name__ == "__main__":
+    main()
