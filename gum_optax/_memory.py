@@ -89,9 +89,9 @@ def memory_report(
 ) -> MemoryReport:
     """What a model and its optimizer hold: parameters, gradients, and the state by kind, leaf by leaf.
 
-    Everything comes from `jax.eval_shape`, so that a model of 70B parameters is planned on a laptop. A leaf of
-    the state belongs to the parameter whose path its own path ends with; what belongs to none (counts, keys,
-    GUM's slots) is listed after the parameters.
+    Everything comes from `jax.eval_shape`, so that a model of 70B parameters is planned on a laptop. A leaf
+    of the state belongs to the parameter whose path its own path ends with; what belongs to none (counts,
+    keys, GUM's slots) is listed after the parameters.
 
     Args:
       tx: any optax optimizer.

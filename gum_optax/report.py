@@ -97,6 +97,7 @@ def _row(name: str, report: MemoryReport) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Print the tables that the arguments ask for."""
     p = argparse.ArgumentParser(prog="python -m gum_optax.report", description=(__doc__ or "").split("\n")[0])
     p.add_argument("--model", choices=MODELS, action="append", help="default: all")
     p.add_argument("--rank", type=int, default=128, help="default: %(default)s")

@@ -88,7 +88,7 @@ def test_the_table_names_leaves_kinds_and_totals():
 
 
 def test_a_report_needs_an_optimizer():
-    with pytest.raises(TypeError, match="tx must be an optax.GradientTransformation"):
+    with pytest.raises(TypeError, match=r"tx must be an optax\.GradientTransformation"):
         go.memory_report("gum", params())
 
 
