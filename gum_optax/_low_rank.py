@@ -10,7 +10,8 @@ import optax
 from jaxtyping import Array, Float, Int, UInt32
 
 from ._checks import check_function, check_integer, check_matrix_leaf, check_rule
-from ._residuals import Residual, drop, stepping
+from ._norms import inverse
+from ._residuals import Residual, Told, drop, stepping
 from ._sampling import check_key, key_data, stream
 from ._subspace import (
     SubspaceFinder,
@@ -33,7 +34,7 @@ class LowRankState(NamedTuple):
     projectors: Any  # a leaf (*, m, r) float32, orthonormal columns
     low: Any  # state of `inner` over (*, r, n) leaves
     full: Any  # state of `inner` over the unprojected leaves (*, m, n)
-    outside: Any  # state of `residual` over the projected leaves (*, m, n), where that is a rule
+    outside: Any  # state of what becomes of the rest: of `residual`, where it is a rule; GUM's slots
 
 
 # Carries: (inner, its state, coordinates, rotation P_newᵀ P_old) -> its state for the new subspace.
@@ -93,19 +94,23 @@ def restart(inner: Any, state: Any, coordinates: Any, rotation: Any) -> Any:
 
 
 def _captured(coordinates: Any, gradients: Any) -> Float[Array, ""]:
-    """`Σ|PᵀG|² / Σ|G|²`, zero for zero gradients. Scaled by the largest coordinate against overflow."""
+    """`Σ|PᵀG|² / Σ|G|²`, zero for zero gradients.
+
+    Each leaf is scaled by its own largest coordinate against overflow: a scale that leaves shared would be
+    written out at their size.
+    """
     pairs = list(zip(jax.tree.leaves(coordinates), jax.tree.leaves(gradients), strict=True))
     if not pairs:
         return jnp.zeros((), jnp.float32)
-    largest = jnp.stack([jnp.max(jnp.abs(r)) for r, _ in pairs]).max()
-    scale = jnp.where(largest > 0, largest, 1)
+    scales = jnp.stack([jnp.max(jnp.abs(r)) for r, _ in pairs])
+    share = jnp.square(scales * inverse(scales.max()))
 
-    def square(x):
-        return jnp.sum(jnp.square(x / scale), dtype=jnp.float32)
+    def square(x, scale):
+        return jnp.sum(jnp.square(x * inverse(scale)), dtype=jnp.float32)
 
-    inside = jnp.stack([square(r) for r, _ in pairs]).sum()
-    whole = jnp.stack([square(g) for _, g in pairs]).sum()
-    return inside / jnp.where(whole > 0, whole, 1)
+    inside = jnp.stack([square(r, s) for (r, _), s in zip(pairs, scales, strict=True)])
+    whole = jnp.stack([square(g, s) for (_, g), s in zip(pairs, scales, strict=True)])
+    return share @ inside * inverse(share @ whole)
 
 
 def low_rank(
@@ -153,16 +158,44 @@ def low_rank(
     period = check_integer("period", period, at_least=1)
     check_function("find_subspace", find_subspace, "gum_optax.svd_subspace")
     check_function("carry", carry, "gum_optax.keep")
-    step_from = stepping(residual)
     check_key(key)
+    subspace = Subspace(rank, period, find_subspace, carry, key)
+    return in_subspace(inner, subspace, stepping(residual), lambda shape: shape[0] > rank)
 
-    def split_by_rank(tree):
-        return split(tree, [leaf.shape[-2] > rank for leaf in jax.tree.leaves(tree)])
+
+class Subspace(NamedTuple):
+    """The arguments of `low_rank` that say where the subspace comes from, checked."""
+
+    rank: int
+    period: int
+    find: SubspaceFinder
+    carry: Carry
+    key: Any
+
+
+def in_subspace(
+    inner: optax.GradientTransformationExtraArgs,
+    subspace: Subspace,
+    step_from: optax.GradientTransformationExtraArgs,
+    is_projected: Callable[[tuple[int, int]], bool],
+) -> optax.GradientTransformationExtraArgs:
+    """`low_rank` with any way of making the full-size step, and any choice of shapes that are projected.
+
+    Args:
+      inner: the rule in the subspace.
+      subspace: where it comes from.
+      step_from: from gradients to steps; its `update` takes `told`, a `Told`, besides.
+      is_projected: of the shape `(m, n)` of a leaf's blocks.
+    """
+    rank, period, find_subspace, carry, key = subspace
+
+    def split_by_shape(tree):
+        return split(tree, [is_projected(leaf.shape[-2:]) for leaf in jax.tree.leaves(tree)])
 
     def init(params):
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
             check_matrix_leaf(path, leaf)
-        low, full = split_by_rank(params)
+        low, full = split_by_shape(params)
         data = key_data(key)
 
         def start(place, g):
@@ -187,7 +220,7 @@ def low_rank(
 
     def update(updates, state, params=None, **extra_args):
         del params
-        low, full = split_by_rank(updates)
+        low, full = split_by_shape(updates)
         due = state.count % period == 0
 
         find = finder_at(find_subspace, state.count)
@@ -206,8 +239,8 @@ def low_rank(
 
         inner_state = jax.lax.cond(due, carried, lambda: state.low)
         steps, inner_state = inner.update(coordinates, inner_state, None, **extra_args)
-        told = {**extra_args, "projectors": projectors, "coordinates": coordinates, "steps": steps}
-        steps, outside_state = step_from.update(low, state.outside, None, **told)
+        told = Told(projectors, coordinates, steps, state.count, state.key)
+        steps, outside_state = step_from.update(low, state.outside, None, **extra_args | {"told": told})
         full_steps, full_state = inner.update(as_float32(full), state.full, None, **extra_args)
         new_state = LowRankState(
             count=jnp.asarray(optax.safe_increment(state.count)),

@@ -9,9 +9,9 @@ from jaxtyping import Array, Scalar
 
 from ._low_rank import LowRankState
 from ._routing import SkipNonFiniteState
-from ._unbiased import UnbiasedLowRankState
+from ._unbiased import SampledState
 
-_STATES = (LowRankState, UnbiasedLowRankState, SkipNonFiniteState)
+_STATES = (LowRankState, SkipNonFiniteState)
 
 
 def _found(tree: Any) -> list[Any]:
@@ -46,10 +46,10 @@ def metrics(state: Any) -> dict[str, Scalar | Array]:
             found["captured_energy"] = node.captured
             found["residual_share"] = jnp.sqrt(jnp.clip(1 - node.captured, 0))
             found["refresh_count"] = node.refreshes
-        elif isinstance(node, UnbiasedLowRankState) and isinstance(node.index, dict):
-            blocks = sum(math.prod(p.shape[:-2]) for p in jax.tree.leaves(node.low.projectors))
-            slots = sum(i.shape[-1] for i in node.index.values())
-            found["realised_fraction"] = jnp.float32(slots / blocks)
-            for group, index in node.index.items():
-                found |= {f"sampled/{group}/{slot}": index[..., slot] for slot in range(index.shape[-1])}
+            if isinstance(node.outside, SampledState) and isinstance(node.outside.index, dict):
+                index = node.outside.index
+                blocks = sum(math.prod(p.shape[:-2]) for p in jax.tree.leaves(node.projectors))
+                found["realised_fraction"] = jnp.float32(sum(i.shape[-1] for i in index.values()) / blocks)
+                for group, i in index.items():
+                    found |= {f"sampled/{group}/{slot}": i[..., slot] for slot in range(i.shape[-1])}
     return found

@@ -1,15 +1,16 @@
 """What becomes of the gradient outside the subspace: nothing, its raw self, or the step of a rule."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, UInt32
 
 from ._checks import check_residual, is_rule
 from ._norms import inverse, norm
 from ._subspace import lift, outside
+from ._trees import map_in_turn
 
 # A choice (gradient, projector, coordinates R, inner step S) -> full-size step, or a rule for `G - P R`.
 Residual = Callable[[Array, Array, Array, Array], Array] | optax.GradientTransformation
@@ -60,27 +61,36 @@ def scale_as_inside() -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
+class Told(NamedTuple):
+    """What `low_rank` tells of a step to whatever makes the full-size step of it."""
+
+    projectors: Any  # P, a leaf (*, m, r)
+    coordinates: Any  # R = PᵀG, a leaf (*, r, n)
+    steps: Any  # S, a leaf (*, r, n)
+    count: Int[Array, ""]  # steps before this one  # pyright: ignore[reportIncompatibleMethodOverride]
+    key: UInt32[Array, "2"]
+
+
 def stepping(residual: Any) -> optax.GradientTransformationExtraArgs:
     """From the gradient and what the subspace made of it to the full-size step.
 
-    Either kind of residual as one transformation; it is told `projectors`, `coordinates` and `steps`.
+    Either kind of residual as one transformation; its `update` takes `told` besides.
     """
     check_residual(residual)
     if not is_rule(residual):
 
-        def choose(updates, state, params=None, **told):
-            del params
-            return jax.tree.map(
-                residual, updates, told["projectors"], told["coordinates"], told["steps"]
-            ), state
+        def choose(updates, state, params=None, *, told, **extra_args):
+            del params, extra_args
+            return map_in_turn(residual, updates, told.projectors, told.coordinates, told.steps), state
 
-        return optax.GradientTransformationExtraArgs(optax.init_empty_state, choose)
+        return optax.GradientTransformationExtraArgs(optax.init_empty_state, choose)  # pyright: ignore[reportArgumentType]
 
     rule = optax.with_extra_args_support(residual)
 
-    def add(updates, state, params=None, **told):
-        p = told.pop("projectors")
-        rest, state = rule.update(jax.tree.map(outside, p, updates), state, params, **told)
-        return jax.tree.map(lambda p, s, x: lift(p, s) + x, p, told["steps"], rest), state
+    def add(updates, state, params=None, *, told, **extra_args):
+        extra_args |= {"coordinates": told.coordinates, "steps": told.steps}
+        rest = jax.tree.map(outside, told.projectors, updates)
+        rest, state = rule.update(rest, state, params, **extra_args)
+        return map_in_turn(lambda p, x, s: lift(p, s) + x, told.projectors, rest, told.steps), state
 
-    return optax.GradientTransformationExtraArgs(rule.init, add)
+    return optax.GradientTransformationExtraArgs(rule.init, add)  # pyright: ignore[reportArgumentType]

@@ -61,7 +61,7 @@ def skip_non_finite(inner: optax.GradientTransformation) -> optax.GradientTransf
 
     def update(updates, state, params=None, **extra_args):
         # A sum of zeros or NaN, where XLA would write out the booleans of `isfinite(g)`.
-        finite = jnp.stack([jnp.isfinite(jnp.sum(g * 0)) for g in jax.tree.leaves(updates)] or [True]).all()
+        finite = jnp.stack([jnp.isfinite(jnp.sum(g - g)) for g in jax.tree.leaves(updates)] or [True]).all()
         steps, new = inner.update(updates, state.inner, params, **extra_args)
         like = updates if params is None else params
         steps = jax.tree.map(lambda s, x: jnp.where(finite, s, 0).astype(jnp.result_type(x)), steps, like)

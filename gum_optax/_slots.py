@@ -27,6 +27,11 @@ class Group(NamedTuple):
         return sum(self.sizes)
 
     @property
+    def starts(self) -> tuple[int, ...]:
+        """The number of each leaf's first block."""
+        return tuple(sum(self.sizes[:i]) for i in range(len(self.sizes)))
+
+    @property
     def fraction(self) -> float:
         """The realised `q`."""
         return self.slots / self.blocks
@@ -68,7 +73,7 @@ def take(leaves: Sequence[Any], index: Int[Array, "k"], group: Group) -> Any:
     blocked = [jax.tree.map(_as_blocks, leaf) for leaf in leaves]
     if len(blocked) == 1:
         return jax.tree.map(lambda x: jnp.take(x, index, axis=0, mode="clip").astype(jnp.float32), blocked[0])
-    starts = [sum(group.sizes[:i]) for i in range(len(group.sizes))]
+    starts = jnp.asarray(group.starts)
 
     def read(leaf):
         return lambda local: jax.tree.map(
@@ -76,32 +81,31 @@ def take(leaves: Sequence[Any], index: Int[Array, "k"], group: Group) -> Any:
         )
 
     def one(i):
-        leaf = jnp.searchsorted(jnp.asarray(starts), i, side="right") - 1
-        return jax.lax.switch(leaf, [read(x) for x in blocked], i - jnp.asarray(starts)[leaf])
+        leaf = jnp.searchsorted(starts, i, side="right") - 1
+        return jax.lax.switch(leaf, [read(x) for x in blocked], i - starts[leaf])
 
     chosen = [one(index[slot]) for slot in range(group.slots)]
     return jax.tree.map(lambda *xs: jnp.stack(xs), *chosen)
 
 
 def put(
-    leaves: Sequence[Float[Array, "... m n"]],
+    leaf: Float[Array, "... m n"],
+    *,
     values: Float[Array, "k m n"],
     index: Int[Array, "k"],
-    group: Group,
-) -> list[Float[Array, "... m n"]]:
-    """The leaves with `values` in place of the blocks at `index`."""
+    start: int,
+    alone: bool,
+) -> Float[Array, "... m n"]:
+    """A leaf, whose first block is number `start`, with `values` in place of the blocks at `index`.
 
-    def write(leaf, start, size):
-        here = (index >= start) & (index < start + size)
-        # Out of range is dropped; a negative index would count from the end.
-        local = jnp.where(here, index - start, size)
+    `alone` says that it holds all blocks of its group.
+    """
+    size = math.prod(leaf.shape[:-2])
+    here = (index >= start) & (index < start + size)
+    # Out of range is dropped; a negative index would count from the end.
+    local = jnp.where(here, index - start, size)
 
-        def overwrite(x):
-            return _as_blocks(x).at[local].set(values.astype(x.dtype), mode="drop").reshape(x.shape)
+    def overwrite(x):
+        return _as_blocks(x).at[local].set(values.astype(x.dtype), mode="drop").reshape(x.shape)
 
-        if len(leaves) == 1:
-            return overwrite(leaf)
-        return jax.lax.cond(here.any(), overwrite, lambda x: x, leaf)
-
-    starts = [sum(group.sizes[:i]) for i in range(len(group.sizes))]
-    return [write(*row) for row in zip(leaves, starts, group.sizes, strict=True)]
+    return overwrite(leaf) if alone else jax.lax.cond(here.any(), overwrite, lambda x: x, leaf)

@@ -4,7 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 
 
 def is_hole(x: Any) -> bool:
@@ -24,6 +26,28 @@ def split(tree: Any, chosen: Sequence[bool]) -> tuple[Any, Any]:
 def merge(some: Any, rest: Any) -> Any:
     """The tree that `split` took apart."""
     return jax.tree.map(lambda a, b: b if is_hole(a) else a, some, rest, is_leaf=is_hole)
+
+
+def _zero(x: Array) -> Array:
+    """A zero that hangs on `x`; NaN and infinity give zero too."""
+    zero = x[(0,) * x.ndim] * 0
+    return jnp.where(jnp.isnan(zero), 0, zero)
+
+
+def map_in_turn(f: Callable[..., Array], tree: Any, *others: Any) -> Any:
+    """`jax.tree.map` in which each leaf waits for the result of the one before.
+
+    Full-size results are then made, used and forgotten one at a time. Left alone, XLA's CPU scheduler makes
+    all of them first, for concurrency, which needs temporaries of all gradients' size; and it drops
+    `optimization_barrier` before it schedules: the order has to be in the data. The last operand, which
+    should be the smallest, carries it.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    results: list[Array] = []
+    for row in zip(leaves, *(treedef.flatten_up_to(other) for other in others), strict=True):
+        *operands, last = row
+        results.append(f(*operands, last + _zero(results[-1]).astype(last.dtype) if results else last))
+    return treedef.unflatten(results)
 
 
 def map_with_place(f: Callable[..., Any], tree: Any, *others: Any) -> Any:

@@ -1,5 +1,6 @@
 """The unbiased paradigm: a few sampled blocks run at full rank and carry what projection loses."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,11 +10,11 @@ import optax
 from jaxtyping import Array, Float
 
 from ._checks import check_fraction, check_function, check_integer, check_matrix_leaf, check_rule
-from ._low_rank import LowRankState, as_float32, float32_zeros, low_rank, restart
-from ._sampling import check_key, draw
+from ._low_rank import Subspace, in_subspace, restart
+from ._sampling import check_key, draw, key_data
 from ._slots import Group, groups_of, put, take
 from ._subspace import SubspaceFinder, lift, outside, project, subspace_iteration
-from ._trees import is_hole, merge, split
+from ._trees import is_hole, map_in_turn
 
 
 class Weights(NamedTuple):
@@ -47,14 +48,12 @@ def low_variance(q: float) -> Weights:
     return Weights(low=1.0, inside=1.0, outside=1 / q)
 
 
-class UnbiasedLowRankState(NamedTuple):
-    """State of `unbiased_low_rank`. A group is named by its shape, as in `"64x256"`.
+class SampledState(NamedTuple):
+    """What `unbiased_low_rank` keeps of its sampled blocks. A group is named by its shape, as in `"64x256"`.
 
     Where no group is sampled, `index` and `slots` are the scalar 0.
     """
 
-    low: LowRankState  # of the projected blocks, with the step count and the key
-    full: Any  # state of `inner` over the leaves that are never projected (*, m, n)
     index: Any  # {group: (k,) int32}, the sampled blocks of each group, counted over its leaves
     slots: Any  # state of `inner` over {group: (k, m, n)}, the sampled blocks' full-rank momentum
 
@@ -101,7 +100,7 @@ def unbiased_low_rank(
       key: an integer seed or a JAX key: all draws follow from it.
 
     Returns:
-      A transformation over trees of `(*, m, n)` leaves with state `UnbiasedLowRankState`:
+      A transformation over trees of `(*, m, n)` leaves with state `LowRankState`, `SampledState` within:
       `r (m + n) + q m n` numbers a block where inner keeps one momentum.
 
     Raises:
@@ -118,69 +117,96 @@ def unbiased_low_rank(
     check_function("compensation", compensation, "gum_optax.complement")
     check_key(key)
 
-    def plan(tree) -> tuple[dict[str, Group], list[bool], Any]:
-        """The sampled groups, which leaves are projected, and the rule of those."""
-        groups = groups_of(tree, rank, fraction).values()
-        sampled = {group.name: group for group in groups if group.slots and not group.is_full}
-        chosen = {place: not group.is_full for group in groups for place in group.places}
-        weight = {place: compensation(g.fraction).low for g in sampled.values() for place in g.places}
+    def rule_for(tree):
+        """The number of blocks of each shape decides how many are sampled: the rule depends on the tree."""
+        groups = groups_of(tree, rank, fraction)
+        sampled = {name: group for name, group in groups.items() if group.slots and not group.is_full}
+        projected = {group.shape for group in groups.values() if not group.is_full}
         leaves, treedef = jax.tree.flatten(tree)
+        weight = {place: compensation(g.fraction).low for g in sampled.values() for place in g.places}
         weights = treedef.unflatten([weight.get(place, 1.0) for place in range(len(leaves))])
-        fed = optax.chain(_weighted(weights), inner)
-        rule = low_rank(fed, rank, period, find_subspace=find_subspace, carry=restart, key=key)
-        return sampled, [chosen[place] for place in range(len(leaves))], rule
-
-    def fresh_slots(sampled):
-        return inner.init({name: jnp.zeros((g.slots, *g.shape), jnp.float32) for name, g in sampled.items()})
-
-    def draws(sampled, state):
-        period_index = state.count // period
-        return {name: draw(state.key, period_index, name, g.blocks, g.slots) for name, g in sampled.items()}
+        subspace = Subspace(rank, period, find_subspace, restart, key)
+        step_from = _sampled_steps(inner, sampled, compensation, period, key)
+        return in_subspace(
+            optax.chain(_weighted(weights), inner), subspace, step_from, lambda shape: shape in projected
+        )
 
     def init(params):
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
             check_matrix_leaf(path, leaf)
-        sampled, chosen, rule = plan(params)
-        low, full = split(params, chosen)
-        low_state = rule.init(low)
-        # Where nothing is sampled, one ordinary leaf and not an empty dict: `optax.tree.map_params` calls
-        # `init` with a leafless tree and compares structures.
-        index = draws(sampled, low_state) if sampled else jnp.zeros((), jnp.int32)
-        slots = fresh_slots(sampled) if sampled else jnp.zeros((), jnp.int32)
-        return UnbiasedLowRankState(low_state, inner.init(float32_zeros(full)), index, slots)
+        return rule_for(params).init(params)
 
     def update(updates, state, params=None, **extra_args):
-        del params
-        sampled, chosen, rule = plan(updates)
-        low, full = split(updates, chosen)
-        steps, low_state = rule.update(low, state.low, None, **extra_args)
-        full_steps, full_state = inner.update(as_float32(full), state.full, None, **extra_args)
-        steps = merge(steps, full_steps)
-        if not sampled:
-            return steps, UnbiasedLowRankState(low_state, full_state, state.index, state.slots)
+        return rule_for(updates).update(updates, state, params, **extra_args)
 
-        index = draws(sampled, state.low)
-        gradients = jax.tree.leaves(updates)
-        projectors = jax.tree.leaves(merge(low_state.projectors, full))
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _sampled_steps(
+    inner: optax.GradientTransformationExtraArgs,
+    sampled: dict[str, Group],
+    compensation: Compensation,
+    period: int,
+    key: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """`P S`, and for the sampled blocks the step of `inner` at full rank in its place."""
+
+    def draws(key, count):
+        return {n: draw(key, count // period, n, group.blocks, group.slots) for n, group in sampled.items()}
+
+    def fresh_slots():
+        return inner.init({n: jnp.zeros((g.slots, *g.shape), jnp.float32) for n, g in sampled.items()})
+
+    def init(params):
+        del params
+        if not sampled:
+            # One ordinary leaf and not an empty dict: `optax.tree.map_params` calls `init` with a leafless
+            # tree and compares structures.
+            return SampledState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+        return SampledState(draws(key_data(key), jnp.zeros((), jnp.int32)), fresh_slots())
+
+    def update(updates, state, params=None, *, told, **extra_args):
+        del params
+        index = draws(told.key, told.count) if sampled else state.index
+        gradients, projectors = (_by_place(tree) for tree in (updates, told.projectors))
         fed = {}
         for name, group in sampled.items():
             pairs = [(gradients[place], projectors[place]) for place in group.places]
             g, p = take(pairs, index[name], group)
             eps = max(float(jnp.finfo(gradients[place].dtype).eps) for place in group.places)
             fed[name] = _full_rank_input(g, p, compensation(group.fraction), eps)
-        due = state.low.count % period == 0
-        slots = jax.lax.cond(due, lambda: fresh_slots(sampled), lambda: state.slots)
-        slot_steps: Any
-        slot_steps, slots = inner.update(fed, slots, None, **extra_args)
+        slot_steps: Any = fed
+        slots = state.slots
+        if sampled:
+            slots = jax.lax.cond(told.count % period == 0, fresh_slots, lambda: state.slots)
+            slot_steps, slots = inner.update(fed, slots, None, **extra_args)
+        overlay = {
+            place: functools.partial(
+                put, values=slot_steps[name], index=index[name], start=start, alone=len(group.places) == 1
+            )
+            for name, group in sampled.items()
+            for place, start in zip(group.places, group.starts, strict=True)
+        }
 
-        leaves, treedef = jax.tree.flatten(steps)
-        for name, group in sampled.items():
-            written = put([leaves[place] for place in group.places], slot_steps[name], index[name], group)
-            for place, leaf in zip(group.places, written, strict=True):
-                leaves[place] = leaf
-        return treedef.unflatten(leaves), UnbiasedLowRankState(low_state, full_state, index, slots)
+        def step(place, p, s):
+            lifted = lift(p, s)
+            return overlay[place](lifted) if place in overlay else lifted
 
-    return optax.GradientTransformationExtraArgs(init, update)
+        steps = map_in_turn(step, _places(updates), told.projectors, told.steps)
+        return steps, SampledState(index, slots)
+
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def _places(tree: Any) -> Any:
+    """Each leaf's position, holes counted."""
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_hole)
+    return treedef.unflatten([x if is_hole(x) else place for place, x in enumerate(leaves)])
+
+
+def _by_place(tree: Any) -> list[Any]:
+    """The leaves, and holes at the positions between them."""
+    return jax.tree.leaves(tree, is_leaf=is_hole)
 
 
 def _weighted(weights: Any) -> optax.GradientTransformation:

@@ -26,7 +26,7 @@ def test_write_your_own_runs():
     exec(code, names)
     updates, state = run(names["tx"], [{"w": jnp.ones((8, 16, 24))}] * 2)
     assert updates[-1]["w"].shape == (8, 16, 24)
-    assert state[0].index["16x24"].shape == (2,)
+    assert state[0].outside.index["16x24"].shape == (2,)
 
 
 def test_the_usage_lines_build_the_transformation_that_they_show():

@@ -226,9 +226,9 @@ def test_the_paradigm_takes_any_base(base):
     updates, state = run(go.as_matrices(go.unbiased_low_rank(base(), 2, 2, 0.34)), gradients)
     assert all(np.isfinite(u["w"]).all() and u["w"].any() for u in updates)
     # Sampled blocks step outside the subspace, the others inside it.
-    p, step = state.low.projectors["w"], updates[-1]["w"]
+    p, step = state.projectors["w"], updates[-1]["w"]
     out = np.linalg.norm(step - p @ (p.mT @ step), axis=(1, 2)) / np.linalg.norm(step, axis=(1, 2))
-    sampled = np.asarray(state.index["4x7"])
+    sampled = np.asarray(state.outside.index["4x7"])
     assert (out[sampled] > 0.5).all()
     assert (np.delete(out, sampled) < 1e-5).all()
 

@@ -16,7 +16,7 @@ def test_metrics_are_what_the_last_step_did(rng):
     _, state = run(tx, g)
     found = go.metrics(state)
     inner = state[1].inner.inner_states["matrices"].inner_state[0]
-    p = inner.low.projectors["w"]
+    p = inner.projectors["w"]
     share = float(jnp.sum((p.mT @ g[-1]["w"]) ** 2) / jnp.sum(g[-1]["w"] ** 2))
     np.testing.assert_allclose(found["captured_energy"], share, rtol=1e-5)
     np.testing.assert_allclose(found["residual_share"], np.sqrt(1 - share), rtol=1e-5)
@@ -27,7 +27,7 @@ def test_metrics_are_what_the_last_step_did(rng):
     assert int(found["refresh_count"]) == 3
     np.testing.assert_allclose(found["realised_fraction"], 2 / 6)
     np.testing.assert_array_equal(
-        [found["sampled/4x7/0"], found["sampled/4x7/1"]], go.draw(inner.low.key, jnp.int32(2), "4x7", 6, 2)
+        [found["sampled/4x7/0"], found["sampled/4x7/1"]], go.draw(inner.key, jnp.int32(2), "4x7", 6, 2)
     )
     assert int(found["skipped_steps"]) == 0
     assert all(jnp.ndim(x) == 0 for x in found.values())

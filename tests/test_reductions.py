@@ -52,7 +52,7 @@ def test_a_shape_with_one_block_is_muon_and_the_others_are_not(gradients):
     full, _ = run(go.as_matrices(muon_rule()), gradients)
     np.testing.assert_allclose(updates[-1]["alone"], full[-1]["alone"], atol=1e-5)
     assert np.abs(updates[-1]["stack"] - full[-1]["stack"]).max() > 1e-2
-    assert set(state.index) == {"6x9"}
+    assert set(state.outside.index) == {"6x9"}
 
 
 def test_separate_leaves_and_one_stacked_leaf_are_the_same_blocks():

@@ -67,8 +67,8 @@ def test_the_draw_changes_at_refreshes_and_only_there():
     update, drawn = jax.jit(tx.update), []
     for g in gradients:
         _, state = update(g, state)
-        drawn.append(np.asarray(state.index["4x5"]))
-    expected = np.asarray([go.draw(state.low.key, jnp.int32(t // 3), "4x5", 12, 3) for t in range(12)])
+        drawn.append(np.asarray(state.outside.index["4x5"]))
+    expected = np.asarray([go.draw(state.key, jnp.int32(t // 3), "4x5", 12, 3) for t in range(12)])
     np.testing.assert_array_equal(drawn, expected)
     assert len({tuple(d) for d in drawn}) == 4
 
@@ -81,7 +81,7 @@ def test_the_same_key_draws_the_same_whatever_its_form(jit):
     for key in (7, np.int64(7), jax.random.key(7), jax.random.PRNGKey(7), jnp.int32(7)):
         tx = go.as_matrices(go.unbiased_low_rank(muon_rule(), 2, 3, 0.25, key=key))
         state = wrap(tx.init)(gradients[0])
-        drawn.append(np.asarray(wrap(tx.update)(gradients[0], state)[1].index["4x5"]))
+        drawn.append(np.asarray(wrap(tx.update)(gradients[0], state)[1].outside.index["4x5"]))
     np.testing.assert_array_equal(drawn, [drawn[0]] * len(drawn))
 
 
@@ -109,11 +109,11 @@ def test_the_number_of_slots_is_the_rounded_share_within_one_and_all(blocks, fra
     state = jax.eval_shape(tx.init, {"w": jax.ShapeDtypeStruct((blocks, 4, 5), jnp.float32)})
     expected = min(max(round(fraction * blocks), 1), blocks) if fraction else 0
     if expected in (0, blocks):  # nothing is sampled: all low rank, or all full rank
-        assert state.index.shape == ()
-        kept = state.low.projectors["w"] if expected == 0 else state.full[0].trace["w"]
+        assert state.outside.index.shape == ()
+        kept = state.projectors["w"] if expected == 0 else state.full[0].trace["w"]
         assert kept.shape == (blocks, 4, 2 if expected == 0 else 5)
     else:
-        assert state.index["4x5"].shape == (expected,)
+        assert state.outside.index["4x5"].shape == (expected,)
 
 
 def test_seeds_can_be_vmapped():
@@ -124,11 +124,11 @@ def test_seeds_can_be_vmapped():
         state = tx.init(gradients[0])
         for g in gradients:
             step, state = tx.update(g, state)
-        return step, state.index["4x5"]
+        return step, state.outside.index["4x5"]
 
     together = jax.jit(jax.vmap(steps))(jnp.arange(3))
     for seed in range(3):
         tx = go.as_matrices(go.unbiased_low_rank(muon_rule(), 2, 1, 0.25, key=seed))
         updates, state = run(tx, gradients)
-        np.testing.assert_array_equal(together[1][seed], state.index["4x5"])
+        np.testing.assert_array_equal(together[1][seed], state.outside.index["4x5"])
         np.testing.assert_allclose(together[0]["w"][seed], updates[-1]["w"], atol=AMPLIFIED)

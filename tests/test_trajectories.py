@@ -63,7 +63,7 @@ def test_both_branches_of_gum_follow_the_paper(leaves, compensation, weights, li
     for g in gradients:
         u, state = update(g, state)
         updates.append(u)
-        sampled.append({name: np.asarray(index) for name, index in state.index.items()})
+        sampled.append({name: np.asarray(index) for name, index in state.outside.index.items()})
     # Groups by shape, in the order of the leaves: 6x9 holds "stack" (3), "tall" (1), "wide" (1).
     blocks = {
         "stack": ("6x9", 0, 3),
@@ -102,4 +102,4 @@ class Variants(chex.TestCase):
             expected, reference = jax.jit(tx.update)(g, reference)
             chex.assert_trees_all_close(step, expected, atol=1e-5)
             chex.assert_trees_all_equal_shapes_and_dtypes(before, state)
-            chex.assert_trees_all_equal(state.index, reference.index)
+            chex.assert_trees_all_equal(state.outside.index, reference.outside.index)

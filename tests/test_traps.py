@@ -26,7 +26,7 @@ def test_a_sampled_block_of_a_rank_deficient_gradient_does_not_move(rng, finder)
     update = jax.jit(rule.update)
     for g in gradients:
         step, state = update(g, state)
-        sampled = np.asarray(state.index["8x12"])
+        sampled = np.asarray(state.outside.index["8x12"])
         np.testing.assert_array_equal(step[sampled], 0)
         moving = np.linalg.norm(np.delete(step, sampled, axis=0), axis=(1, 2))
         assert (moving > 0.5).all()
@@ -104,7 +104,7 @@ def test_state_is_r_m_plus_n_and_the_slots_share_of_mn_a_block(blocks, fraction,
     state = jax.eval_shape(tx.init, half)
     q = slots / blocks
     formula = blocks * (r * (m + n) + q * m * n)
-    small = numbers((state.low.count, state.low.refreshes, state.low.key, state.low.captured, state.index))
+    small = numbers((state.count, state.refreshes, state.key, state.captured, state.outside.index))
     assert numbers(state) - small == formula + (0 if slots else 1)  # `slots` is the scalar 0 without slots
     assert small == 3 + 2 + (slots or 1)
 

@@ -36,7 +36,7 @@ def estimates(problem, compensation, inner):
         for g in gradients:
             step, state = tx.update(g, state)
             steps.append(step)
-        return jnp.stack(steps), state.index[f"{M}x{N}"]
+        return jnp.stack(steps), state.outside.index[f"{M}x{N}"]
 
     return jax.jit(jax.vmap(one))(jnp.arange(DRAWS))
 
@@ -119,6 +119,6 @@ def test_a_users_own_compensation_is_a_function_of_q(problem):
     step, state = tx.update(g, tx.init(g))
     inside = p @ (p.mT @ g)
     expected = np.array(0.5 * inside)
-    for block in np.asarray(state.index[f"{M}x{N}"]):
+    for block in np.asarray(state.outside.index[f"{M}x{N}"]):
         expected[block] = 0.25 * inside[block] + 2 * (g - inside)[block]
     np.testing.assert_allclose(step, expected, atol=1e-5)
