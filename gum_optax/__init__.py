@@ -1,5 +1,9 @@
 """Memory-efficient matrix optimizers for JAX, as compositions of optax transformations."""
 
+from ._carries import keep as keep
+from ._carries import restart as restart
+from ._carries import rotate as rotate
+from ._carries import rotate_first_moment as rotate_first_moment
 from ._cosmos import CosmosState as CosmosState
 from ._cosmos import cosmos_rule as cosmos_rule
 from ._dimensions import LAST_TWO as LAST_TWO
@@ -19,11 +23,7 @@ from ._full_rank import sinkgd as sinkgd
 from ._full_rank import swan as swan
 from ._hidden import hidden_matrices as hidden_matrices
 from ._low_rank import LowRankState as LowRankState
-from ._low_rank import keep as keep
 from ._low_rank import low_rank as low_rank
-from ._low_rank import restart as restart
-from ._low_rank import rotate as rotate
-from ._low_rank import rotate_first_moment as rotate_first_moment
 from ._matrices import as_matrices as as_matrices
 from ._memory import LeafMemory as LeafMemory
 from ._memory import MemoryReport as MemoryReport

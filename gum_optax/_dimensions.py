@@ -1,15 +1,18 @@
 """Dimension numbers: which axes of a leaf are its fan-in, its fan-out, and a batch of blocks."""
 
+import dataclasses
 import math
 import numbers
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 from optax.contrib import MuonDimensionNumbers
 
 from ._checks import check_matrix_leaf
+from ._trees import is_hole
 
 # The last two axes, fan-in before fan-out: a Flax kernel, alone or in a stack.
 LAST_TWO = MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
@@ -87,21 +90,46 @@ def _axes(axes: Any, where: str, ndim: int) -> tuple[int, ...]:
     return tuple(axis % ndim for axis in given)
 
 
-class View(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class View:
     """How a leaf is seen as blocks: a transpose to (batch, rows, columns), then a reshape."""
 
     order: tuple[int, ...]  # the leaf's axes: batch axes, row axes, column axes
+    batch: int  # how many of them are batch axes
     permuted: tuple[int, ...]  # the leaf's shape in that order
-    blocks: tuple[int, int, int]  # (blocks, rows, columns)
+    shape: tuple[int, ...]  # (blocks, rows, columns)
     fan_in: int
     fan_out: int
 
-    def of(self, leaf: Float[Array, "..."]) -> Float[Array, "b m n"]:
-        return leaf.transpose(self.order).reshape(self.blocks)
+    def of(self, leaf: Float[Array, "..."]) -> Float[Array, "*b m n"]:
+        return leaf.transpose(self.order).reshape(self.shape)
 
-    def back(self, blocks: Float[Array, "b m n"]) -> Float[Array, "..."]:
+    def back(self, blocks: Float[Array, "*b m n"]) -> Float[Array, "..."]:
         inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
         return blocks.reshape(self.permuted).transpose(inverse)
+
+    def block(self, leaf: Float[Array, "..."], number: Int[Array, ""]) -> Float[Array, "m n"]:
+        """One of `of(leaf)`'s blocks, without the others."""
+        batch = self.permuted[: self.batch]
+        at = dict(zip(self.order, jnp.unravel_index(number, batch), strict=False)) if batch else {}
+        sizes = [1 if axis in at else size for axis, size in enumerate(leaf.shape)]
+        piece = jax.lax.dynamic_slice(leaf, [at.get(axis, 0) for axis in range(leaf.ndim)], sizes)
+        return piece.transpose(self.order).reshape(self.shape[-2:])
+
+
+def plain_view(x: Any) -> View:
+    """Of a leaf that is `(*, m, n)` as it stands."""
+    *batch, m, n = x.shape
+    return View(tuple(range(x.ndim)), len(batch), tuple(x.shape), tuple(x.shape), m, n)
+
+
+def views_beside(tree: Any, views: Any) -> Any:
+    """The views of a tree's leaves, one at each, where `tree` may have lost some to holes since."""
+    if views is None:
+        return jax.tree.map(plain_view, tree)
+    leaves = jax.tree.leaves(tree, is_leaf=is_hole)
+    kept = [v for x, v in zip(leaves, jax.tree.leaves(views, is_leaf=is_hole), strict=True) if not is_hole(x)]
+    return jax.tree.structure(tree).unflatten(kept)
 
 
 def view_of(path: Any, leaf: Any, entry: MuonDimensionNumbers | None, *, wide: bool) -> View:
@@ -135,7 +163,8 @@ def view_of(path: Any, leaf: Any, entry: MuonDimensionNumbers | None, *, wide: b
     rows, columns = (output, reduction) if wide and fan_in > fan_out else (reduction, output)
     order = batch + rows + columns
     size = [math.prod(leaf.shape[axis] for axis in axes) for axes in (batch, rows, columns)]
-    return View(order, tuple(leaf.shape[i] for i in order), (size[0], size[1], size[2]), fan_in, fan_out)
+    permuted = tuple(leaf.shape[i] for i in order)
+    return View(order, len(batch), permuted, tuple(size), fan_in, fan_out)
 
 
 def views_of(spec: WeightDimensionNumbers, tree: Any, *, wide: bool) -> Any:

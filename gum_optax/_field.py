@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ._carries import restart, rotate_first_moment
 from ._checks import check_integer, check_number
 from ._dimensions import WeightDimensionNumbers
 from ._full_rank import adam_rule, chosen
-from ._low_rank import low_rank, restart, rotate_first_moment
+from ._low_rank import low_rank
 from ._normalize import normalize
 from ._residuals import Residual, scale_as_inside
 from ._routing import by_constant, matrices_and_others

@@ -7,11 +7,11 @@ the arguments, defaults too, for a schedule.
 import functools
 from typing import Any
 
-import jax.numpy as jnp
 import optax
 
-from ._checks import check_adam, check_function, check_integer, check_number
+from ._checks import check_adam, check_function, check_integer
 from ._dimensions import WeightDimensionNumbers
+from ._momentum import heavy_ball
 from ._normalize import multi_norm, normalize, outputs_first, sinkhorn, standardize_rows, whiten
 from ._norms import LARGEST
 from ._orthogonalize import POLAR_EXPRESS, Orthogonalizer, newton_schulz, orthogonalize
@@ -25,10 +25,8 @@ def chosen(choice: Any, default: Any) -> Any:
 
 def muon_rule(momentum: Any, orthogonalizer: Orthogonalizer | None, nesterov: bool = False):
     """Muon's rule: `R ← β R + G,  step = NS(R)`, heavy ball in float32."""
-    check_number("momentum", momentum, at_least=0, below=1)
     method = check_function("orthogonalizer", chosen(orthogonalizer, newton_schulz), "gum_optax.polar")
-    trace = optax.trace(momentum, nesterov=nesterov, accumulator_dtype=jnp.float32)
-    return optax.chain(trace, orthogonalize(method))
+    return optax.chain(heavy_ball(momentum, nesterov), orthogonalize(method))
 
 
 def adam_rule(b1: Any, b2: Any, eps: Any) -> optax.GradientTransformation:

@@ -1,15 +1,18 @@
 """A rule run on the coordinates of the gradient in a slowly changing subspace."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from ._carries import Carry, keep
 from ._checks import check_function, check_integer, check_matrix_leaf, check_rule
+from ._dimensions import View, views_beside
+from ._guard import Guard
 from ._norms import inverse
 from ._residuals import Residual, Told, drop, stepping
 from ._sampling import check_key, key_data, stream
@@ -37,79 +40,26 @@ class LowRankState(NamedTuple):
     outside: Any  # state of what becomes of the rest: of `residual`, where it is a rule; GUM's slots
 
 
-# Carries: (inner, its state, coordinates, rotation P_newᵀ P_old) -> its state for the new subspace.
-Carry = Callable[[Any, Any, Any, Any], Any]
+class Energy(NamedTuple):
+    """`|PᵀG|²` and `|G|²` of a leaf, over the square of its largest coordinate: safe from 1e-30 to 1e30."""
+
+    scale: Float[Array, ""]
+    inside: Float[Array, ""]
+    whole: Float[Array, ""]
 
 
-def keep(inner: Any, state: Any, coordinates: Any, rotation: Any) -> Any:
-    """The state stays as it is: coordinates in the old subspace are read as ones in the new (GaLore)."""
-    del inner, coordinates, rotation
-    return state
+def _energy(r: Float[Array, "*b r n"], g: Float[Array, "..."]) -> Energy:
+    scale = jnp.max(jnp.abs(r))
+    inside, whole = (jnp.sum(jnp.square(x * inverse(scale)), dtype=jnp.float32) for x in (r, g))
+    return Energy(scale, inside, whole)
 
 
-def _rotated(rotation: Float[Array, "*b r r"], m: Float[Array, "*b r n"]) -> Float[Array, "*b r n"]:
-    return exact_matmul(rotation, m).astype(m.dtype)
-
-
-def rotate(inner: Any, state: Any, coordinates: Any, rotation: Any) -> Any:
-    """Every accumulator follows the subspace: `M ← (P_newᵀ P_old) M` (SUMO).
-
-    Right for what is linear in the gradient, such as `optax.trace`; a second moment is not. Leaves of
-    inner's state that do not have the coordinates' shape, such as norms, stay as they are.
-    """
-
-    def follow(m, q, r):
-        return _rotated(q, m) if m.shape == r.shape else m
-
-    return optax.tree.map_params(inner, follow, state, rotation, coordinates)
-
-
-def rotate_first_moment(inner: Any, state: Any, coordinates: Any, rotation: Any) -> Any:
-    """Adam's mean follows the subspace, `M ← (P_newᵀ P_old) M`; its squares stay as they are (GoLore).
-
-    For an inner rule whose state has one field `mu`, as those of `optax.scale_by_adam` and its kin.
-
-    Raises:
-      ValueError: there is no such field.
-      KeyError: there are several.
-    """
-    del inner, coordinates
-
-    def is_field(path, _):  # of a NamedTuple, and not a module of that name
-        return isinstance(path[-1], optax.tree_utils.NamedTupleKey)
-
-    mean = optax.tree.get(state, "mu", filtering=is_field)
-    if mean is None:
-        raise ValueError(
-            f"rotate_first_moment needs a state with a field mu, got {type(state).__name__}; use rotate."
-        )
-    rotated = jax.tree.map(_rotated, rotation, mean)
-    return optax.tree.set(state, is_field, mu=rotated)
-
-
-def restart(inner: Any, state: Any, coordinates: Any, rotation: Any) -> Any:
-    """The state starts again from `inner.init` (GUM)."""
-    del state, rotation
-    return inner.init(coordinates)
-
-
-def _captured(coordinates: Any, gradients: Any) -> Float[Array, ""]:
-    """`Σ|PᵀG|² / Σ|G|²`, zero for zero gradients.
-
-    Each leaf is scaled by its own largest coordinate against overflow: a scale that leaves shared would be
-    written out at their size.
-    """
-    pairs = list(zip(jax.tree.leaves(coordinates), jax.tree.leaves(gradients), strict=True))
-    if not pairs:
+def _captured(energies: Sequence[Energy]) -> Float[Array, ""]:
+    """`Σ|PᵀG|² / Σ|G|²`, zero for zero gradients."""
+    if not energies:
         return jnp.zeros((), jnp.float32)
-    scales = jnp.stack([jnp.max(jnp.abs(r)) for r, _ in pairs])
-    share = jnp.square(scales * inverse(scales.max()))
-
-    def square(x, scale):
-        return jnp.sum(jnp.square(x * inverse(scale)), dtype=jnp.float32)
-
-    inside = jnp.stack([square(r, s) for (r, _), s in zip(pairs, scales, strict=True)])
-    whole = jnp.stack([square(g, s) for (_, g), s in zip(pairs, scales, strict=True)])
+    scale, inside, whole = (jnp.stack(x) for x in zip(*energies, strict=True))
+    share = jnp.square(scale * inverse(scale.max()))
     return share @ inside * inverse(share @ whole)
 
 
@@ -163,6 +113,32 @@ def low_rank(
     return in_subspace(inner, subspace, stepping(residual), lambda shape: shape[0] > rank)
 
 
+def _refreshed(
+    find: SubspaceFinder,
+    due: Bool[Array, ""],
+    key: UInt32[Array, "2"],
+    g: Float[Array, "*b m n"],
+    view: View,
+    p: Float[Array, "*b m r"],
+) -> tuple[Float[Array, "*b m r"], Float[Array, "*b r r"]]:
+    """The projector of the new period where one is due, and the rotation `P_newᵀ P_old` into it.
+
+    One branch a leaf: a single one would hold every gradient at once. And the gradient goes into it as it is
+    stored: seen another way, it would be copied, period or not.
+    """
+
+    def found(key, stored, p):
+        # The barrier keeps XLA from moving the view out of the branch again.
+        new = find(key, view.of(jax.lax.optimization_barrier(stored)), p)
+        return new, exact_matmul(new.mT, p)
+
+    def stayed(key, stored, p):
+        del key, stored
+        return p, jnp.broadcast_to(jnp.eye(p.shape[-1], dtype=p.dtype), (*p.shape[:-2], *p.shape[-1:] * 2))
+
+    return jax.lax.cond(due, found, stayed, key, view.back(g), p)
+
+
 class Subspace(NamedTuple):
     """The arguments of `low_rank` that say where the subspace comes from, checked."""
 
@@ -206,7 +182,7 @@ def in_subspace(
         inner_state = inner.init(coordinates)
         # A carry that does not fit inner says so here, and not at the first refresh.
         rotation = jax.tree.map(lambda r: jnp.zeros((*r.shape[:-2], rank, rank)), coordinates)
-        jax.eval_shape(functools.partial(carry, inner), inner_state, coordinates, rotation)
+        jax.eval_shape(functools.partial(carry, inner), inner_state, coordinates, rotation, True)
         return LowRankState(
             count=jnp.zeros((), jnp.int32),
             refreshes=jnp.zeros((), jnp.int32),
@@ -218,35 +194,44 @@ def in_subspace(
             outside=step_from.init(float32_zeros(low)),
         )
 
-    def update(updates, state, params=None, **extra_args):
+    def update(updates, state, params=None, *, views=None, guard: Guard | None = None, **extra_args):
         del params
+        extra_args |= {"guard": guard}
         low, full = split_by_shape(updates)
+        views, _ = split_by_shape(views_beside(updates, views))
         due = state.count % period == 0
-
-        find = finder_at(find_subspace, state.count)
-
-        def refreshed(place, g, p):
-            place_key = stream(state.key, state.count // period, place)
-            # One branch a leaf: a single one would hold every gradient at once.
-            return jax.lax.cond(due, find, lambda key, g, p: p, place_key, g, p)
-
-        projectors = map_with_place(refreshed, low, state.projectors)
+        if guard is not None:
+            due &= guard.taken
+        find = functools.partial(_refreshed, finder_at(find_subspace, state.count), due)
+        keys = map_with_place(lambda place, _: stream(state.key, state.count // period, place), low)
+        found = [
+            find(*row)
+            for row in zip(*map(jax.tree.leaves, (keys, low, views, state.projectors)), strict=True)
+        ]
+        projectors, rotation = (
+            jax.tree.unflatten(jax.tree.structure(low), [pair[i] for pair in found]) for i in range(2)
+        )
+        if guard is not None:
+            guard.as_kept(projectors)
         coordinates = jax.tree.map(project, projectors, low)
 
-        def carried():
-            rotation = jax.tree.map(lambda new, old: exact_matmul(new.mT, old), projectors, state.projectors)
-            return carry(inner, state.low, coordinates, rotation)
-
-        inner_state = jax.lax.cond(due, carried, lambda: state.low)
+        inner_state = carry(inner, state.low, optax.tree.zeros_like(coordinates), rotation, due)
         steps, inner_state = inner.update(coordinates, inner_state, None, **extra_args)
-        told = Told(projectors, coordinates, steps, state.count, state.key)
+        # Measured before the steps are used: put off to the end, it would keep every leaf's coordinates.
+        # As they are stored: to sum up another view, XLA would write it out.
+        stored = jax.tree.map(lambda g, view: view.back(g), low, views)
+        energies = map(_energy, jax.tree.leaves(coordinates), jax.tree.leaves(stored))
+        rows = zip(jax.tree.leaves(steps), energies, strict=True)
+        rows = [jax.lax.optimization_barrier(row) for row in rows]
+        steps = jax.tree.unflatten(jax.tree.structure(low), [step for step, _ in rows])
+        told = Told(projectors, coordinates, steps, views, due, state.count, state.key)
         steps, outside_state = step_from.update(low, state.outside, None, **extra_args | {"told": told})
         full_steps, full_state = inner.update(as_float32(full), state.full, None, **extra_args)
         new_state = LowRankState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             refreshes=state.refreshes + due,
             key=state.key,
-            captured=_captured(coordinates, low),
+            captured=_captured([energy for _, energy in rows]),
             projectors=projectors,
             low=inner_state,
             full=full_state,

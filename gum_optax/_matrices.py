@@ -47,6 +47,8 @@ def as_matrices(
     def update(updates, state, params=None, **extra_args):
         views = views_of(weight_dimension_numbers, updates, wide=wide)
         params = None if params is None else seen(views, params)
+        # How leaves are stored, for rules that take them through a conditional: see `low_rank`.
+        extra_args |= {"views": views}
         steps, state = inner.update(seen(views, updates), state, params, **extra_args)
         return jax.tree.map(lambda x, view: view.back(x), steps, views), state
 

@@ -85,7 +85,7 @@ def memory_report(
     params: Any,
     *,
     gradient_dtype: Any = None,
-    compiled: bool = False,
+    compiled: Any = False,
 ) -> MemoryReport:
     """What a model and its optimizer hold: parameters, gradients, and the state by kind, leaf by leaf.
 
@@ -97,7 +97,9 @@ def memory_report(
       tx: any optax optimizer.
       params: a tree of arrays or of `jax.ShapeDtypeStruct`s.
       gradient_dtype: of the gradients; default each parameter's own.
-      compiled: also compile a donated update and apply for the default backend, and report its temporaries.
+      compiled: True: also compile a donated update and apply, and report its temporaries: for the default
+        backend, or for the device given, which may be one of a topology that is not here
+        (`jax.experimental.topologies`).
 
     Returns:
       A `MemoryReport`; print it.
@@ -129,7 +131,8 @@ def memory_report(
             kinds, kind = owner.state, _last_field(path)
         kinds[kind] = kinds.get(kind, 0) + _bytes(leaf)
     rest = tuple(LeafMemory(kind, (), 0, 0, {kind: size}) for kind, size in shared.items())
-    temporaries = _temporaries(tx, shapes, gradients, state) if compiled else None
+    device = None if isinstance(compiled, bool) else compiled
+    temporaries = _temporaries(tx, device, gradients, state, shapes) if compiled else None
     return MemoryReport((*owned.values(), *rest), temporaries)
 
 
@@ -143,12 +146,13 @@ def _last_field(path: Any) -> str:
     return fields[-1] if fields else "state"
 
 
-def _temporaries(tx: Any, params: Any, gradients: Any, state: Any) -> int | None:
+def _temporaries(tx: Any, device: Any, *arguments: Any) -> int | None:
     def step(gradients, state, params):
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
-    analysis = (
-        jax.jit(step, donate_argnums=(1, 2)).lower(gradients, state, params).compile().memory_analysis()
-    )
+    if device is not None:
+        place = jax.sharding.SingleDeviceSharding(device)
+        arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments)
+    analysis = jax.jit(step, donate_argnums=(1, 2)).lower(*arguments).compile().memory_analysis()
     return None if analysis is None else analysis.temp_size_in_bytes

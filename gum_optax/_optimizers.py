@@ -5,10 +5,11 @@ from typing import Any
 import jax
 import optax
 
+from ._carries import rotate
 from ._checks import check_number
 from ._dimensions import WeightDimensionNumbers
 from ._full_rank import adam_rule, chosen, muon_rule
-from ._low_rank import low_rank, rotate
+from ._low_rank import low_rank
 from ._orthogonalize import Orthogonalizer, polar
 from ._residuals import Residual, add_raw
 from ._routing import by_constant, by_shape, matrices_and_others

@@ -1,5 +1,6 @@
 """Orthogonalizers: the polar factor of a matrix, exactly or by Newton-Schulz."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -8,6 +9,7 @@ import optax
 from jaxtyping import Array, Float
 
 from ._checks import check_function
+from ._trees import map_in_turn
 
 Coefficients = Sequence[tuple[float, float, float]]
 Orthogonalizer = Callable[[Float[Array, "*b m n"]], Float[Array, "*b m n"]]
@@ -32,6 +34,9 @@ _POLAR_EXPRESS_MINIMAX: Coefficients = (
 # the start is X/(1.01 |X|_F). Both are folded into the coefficients, so every table starts from X/|X|_F.
 _HEADROOM = 1.01
 
+
+# Entries of a matrix that fills a processor by itself.
+_LARGE = 2**18
 
 # The singular values that an SVD in float32 gives a null space, in units of eps σ₁; measured below 3 up
 # to 512 × 2048.
@@ -68,6 +73,17 @@ def _unit(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
     return x / jnp.where(norm > 0, norm, 1)
 
 
+def _in_turn(f: Orthogonalizer, x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
+    """`f` of a stack, matrix by matrix where these are large: its buffers are then one matrix's.
+
+    Small ones go together, for the sake of speed.
+    """
+    *blocks, m, n = x.shape
+    if m * n < _LARGE or math.prod(blocks) == 1:
+        return f(x)
+    return jax.lax.map(f, x.reshape(-1, m, n)).reshape(x.shape)
+
+
 def newton_schulz(x: Float[Array, "*b m n"], coefficients: Coefficients = JORDAN) -> Float[Array, "*b m n"]:
     """Approximate the polar factor `U Vᵀ` of `x = U Σ Vᵀ` by odd quintic polynomials of `x`.
 
@@ -89,7 +105,7 @@ def newton_schulz(x: Float[Array, "*b m n"], coefficients: Coefficients = JORDAN
       Express, arXiv 2505.16932, Algorithm 1.
     """
     tall = x.shape[-2] > x.shape[-1]
-    start = _unit(x.mT if tall else x)  # X Xᵀ is now the smaller Gram matrix
+    table = jnp.asarray(coefficients, jnp.float32)
 
     def step(x, abc):
         a, b, c = abc
@@ -97,8 +113,10 @@ def newton_schulz(x: Float[Array, "*b m n"], coefficients: Coefficients = JORDAN
         return a * x + (b * gram + c * (gram @ gram)) @ x, None
 
     # A loop, not unrolled: the buffers of one step serve all of them.
-    table = jnp.asarray(coefficients, jnp.float32)
-    result, _ = jax.lax.scan(step, start, table)
+    def iterated(x):
+        return jax.lax.scan(step, _unit(x), table)[0]
+
+    result = _in_turn(iterated, x.mT if tall else x)  # X Xᵀ is now the smaller Gram matrix
     return (result.mT if tall else result).astype(x.dtype)
 
 
@@ -152,4 +170,4 @@ def orthogonalize(method: Orthogonalizer = newton_schulz) -> optax.GradientTrans
       TypeError: `method` is not a function.
     """
     check_function("method", method, "gum_optax.newton_schulz")
-    return optax.stateless(lambda updates, params: jax.tree.map(method, updates))
+    return optax.stateless(lambda updates, params: map_in_turn(method, updates))

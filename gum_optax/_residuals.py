@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from ._checks import check_residual, is_rule
 from ._norms import inverse, norm
@@ -67,6 +67,8 @@ class Told(NamedTuple):
     projectors: Any  # P, a leaf (*, m, r)
     coordinates: Any  # R = PᵀG, a leaf (*, r, n)
     steps: Any  # S, a leaf (*, r, n)
+    views: Any  # of the gradients, how they are stored
+    due: Bool[Array, ""]  # whether this step begins a period
     count: Int[Array, ""]  # steps before this one  # pyright: ignore[reportIncompatibleMethodOverride]
     key: UInt32[Array, "2"]
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Int
 
 from ._checks import check_number, check_rule
 from ._dimensions import WeightDimensionNumbers, dimension_numbers, views_of
+from ._guard import Guard
 from ._hidden import hidden_matrices
 from ._matrices import as_matrices
 from ._scaling import scale_by_fans, scale_by_shape
@@ -61,12 +62,14 @@ def skip_non_finite(inner: optax.GradientTransformation) -> optax.GradientTransf
 
     def update(updates, state, params=None, **extra_args):
         # A sum of zeros or NaN, where XLA would write out the booleans of `isfinite(g)`.
-        finite = jnp.stack([jnp.isfinite(jnp.sum(g - g)) for g in jax.tree.leaves(updates)] or [True]).all()
-        steps, new = inner.update(updates, state.inner, params, **extra_args)
+        # A pass of its own: fused with a sum that waits for more, it would make every step wait for that.
+        own = jax.lax.optimization_barrier(jax.tree.leaves(updates))
+        finite = jnp.stack([jnp.isfinite(jnp.sum(g - g)) for g in own] or [True]).all()
+        guard = Guard(finite)
+        steps, new = inner.update(updates, state.inner, params, **extra_args | {"guard": guard})
         like = updates if params is None else params
         steps = jax.tree.map(lambda s, x: jnp.where(finite, s, 0).astype(jnp.result_type(x)), steps, like)
-        new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state.inner)
-        return steps, SkipNonFiniteState(state.skipped + ~finite, new)
+        return steps, SkipNonFiniteState(state.skipped + ~finite, guard.keep(new, state.inner))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

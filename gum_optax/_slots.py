@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ._dimensions import View
+
 
 class Group(NamedTuple):
     """The blocks of one shape; which leaves hold them, how many there are, how many get a slot."""
@@ -41,6 +43,10 @@ class Group(NamedTuple):
         return self.slots == self.blocks
 
 
+def name_of(shape: tuple[int, int]) -> str:
+    return f"{shape[0]}x{shape[1]}"
+
+
 def groups_of(tree: Any, rank: int, fraction: float) -> dict[str, Group]:
     """Group the leaves of `tree` by the shape of their blocks.
 
@@ -56,36 +62,41 @@ def groups_of(tree: Any, rank: int, fraction: float) -> dict[str, Group]:
         slots = min(max(round(fraction * total), 1), total) if fraction > 0 else 0
         if shape[0] <= rank:
             slots = total
-        name = f"{shape[0]}x{shape[1]}"
+        name = name_of(shape)
         groups[name] = Group(name, shape, places, sizes, slots)
     return groups
 
 
-def _as_blocks(x: Array) -> Array:
-    return x.reshape(-1, *x.shape[-2:])
+def take(
+    members: Sequence[Sequence[tuple[Array, View]]], index: Int[Array, "k"], group: Group
+) -> list[list[Float[Array, "..."]]]:
+    """The blocks at `index`, counted over the group's leaves, in float32.
 
+    Args:
+      members: for each leaf of the group the arrays to read, as they are stored, each with its view.
+      index: numbers of blocks.
+      group: the group.
 
-def take(leaves: Sequence[Any], index: Int[Array, "k"], group: Group) -> Any:
-    """The blocks at `index`, counted over the group's leaves: a tree of float32 `(k, ...)` arrays.
-
-    `leaves` has one entry a leaf of the group: an array `(*, m, n)` or a tuple of such arrays.
+    Returns:
+      For each slot the block of each of a member's arrays.
     """
-    blocked = [jax.tree.map(_as_blocks, leaf) for leaf in leaves]
-    if len(blocked) == 1:
-        return jax.tree.map(lambda x: jnp.take(x, index, axis=0, mode="clip").astype(jnp.float32), blocked[0])
     starts = jnp.asarray(group.starts)
 
-    def read(leaf):
-        return lambda local: jax.tree.map(
-            lambda x: jax.lax.dynamic_index_in_dim(x, local, keepdims=False).astype(jnp.float32), leaf
-        )
+    def reader(member):
+        # Behind a barrier, or XLA would move the view out of the branch, and copy every leaf.
+        return lambda local: [
+            view.block(jax.lax.optimization_barrier(x), local).astype(jnp.float32).ravel()
+            for x, view in member
+        ]
+
+    readers = [reader(member) for member in members]
 
     def one(i):
         leaf = jnp.searchsorted(starts, i, side="right") - 1
-        return jax.lax.switch(leaf, [read(x) for x in blocked], i - starts[leaf])
+        flat = jax.lax.switch(leaf, readers, i - starts[leaf])
+        return [x.reshape(view.shape[-2:]) for x, (_, view) in zip(flat, members[0], strict=True)]
 
-    chosen = [one(index[slot]) for slot in range(group.slots)]
-    return jax.tree.map(lambda *xs: jnp.stack(xs), *chosen)
+    return [one(index[slot]) for slot in range(group.slots)]
 
 
 def put(
@@ -94,18 +105,22 @@ def put(
     values: Float[Array, "k m n"],
     index: Int[Array, "k"],
     start: int,
-    alone: bool,
 ) -> Float[Array, "... m n"]:
-    """A leaf, whose first block is number `start`, with `values` in place of the blocks at `index`.
-
-    `alone` says that it holds all blocks of its group.
-    """
+    """A leaf, whose first block is number `start`, with `values` in place of the blocks at `index`."""
     size = math.prod(leaf.shape[:-2])
     here = (index >= start) & (index < start + size)
-    # Out of range is dropped; a negative index would count from the end.
-    local = jnp.where(here, index - start, size)
+    values = values.astype(leaf.dtype)
+    if size == 1:
+        # A choice that XLA can make entry by entry, where it next reads the leaf.
+        return jnp.where(here.any(), values[jnp.argmax(here)].reshape(leaf.shape), leaf)
 
-    def overwrite(x):
-        return _as_blocks(x).at[local].set(values.astype(x.dtype), mode="drop").reshape(x.shape)
+    def overwritten(slot, blocks):
+        at = jnp.clip(index[slot] - start, 0, size - 1)
+        before = jax.lax.dynamic_index_in_dim(blocks, at, keepdims=False)
+        return jax.lax.dynamic_update_index_in_dim(
+            blocks, jnp.where(here[slot], values[slot], before), at, axis=0
+        )
 
-    return overwrite(leaf) if alone else jax.lax.cond(here.any(), overwrite, lambda x: x, leaf)
+    # Block by block and in place, where a scatter would write the leaf anew.
+    blocks = leaf.reshape(-1, *leaf.shape[-2:])
+    return jax.lax.fori_loop(0, len(values), overwritten, blocks).reshape(leaf.shape)

@@ -40,13 +40,20 @@ def map_in_turn(f: Callable[..., Array], tree: Any, *others: Any) -> Any:
     Full-size results are then made, used and forgotten one at a time. Left alone, XLA's CPU scheduler makes
     all of them first, for concurrency, which needs temporaries of all gradients' size; and it drops
     `optimization_barrier` before it schedules: the order has to be in the data. The last operand, which
-    should be the smallest, carries it.
+    should be the smallest, carries it. On a TPU, whose scheduler saves memory by itself, the order would
+    only keep the result from being fused into what reads it.
     """
+
+    def after(x, result):
+        return x + _zero(result).astype(x.dtype)
+
     leaves, treedef = jax.tree.flatten(tree)
     results: list[Array] = []
     for row in zip(leaves, *(treedef.flatten_up_to(other) for other in others), strict=True):
         *operands, last = row
-        results.append(f(*operands, last + _zero(results[-1]).astype(last.dtype) if results else last))
+        if results:
+            last = jax.lax.platform_dependent(last, results[-1], cpu=after, default=lambda x, _: x)
+        results.append(f(*operands, last))
     return treedef.unflatten(results)
 
 

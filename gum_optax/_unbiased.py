@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from ._carries import restart
 from ._checks import check_fraction, check_function, check_integer, check_matrix_leaf, check_rule
-from ._low_rank import Subspace, in_subspace, restart
+from ._dimensions import plain_view
+from ._low_rank import Subspace, in_subspace
 from ._sampling import check_key, draw, key_data
-from ._slots import Group, groups_of, put, take
+from ._slots import Group, groups_of, name_of, put, take
 from ._subspace import SubspaceFinder, lift, outside, project, subspace_iteration
-from ._trees import is_hole, map_in_turn
+from ._trees import is_hole, map_in_turn, map_with_place, split
 
 
 class Weights(NamedTuple):
@@ -120,16 +122,16 @@ def unbiased_low_rank(
     def rule_for(tree):
         """The number of blocks of each shape decides how many are sampled: the rule depends on the tree."""
         groups = groups_of(tree, rank, fraction)
-        sampled = {name: group for name, group in groups.items() if group.slots and not group.is_full}
         projected = {group.shape for group in groups.values() if not group.is_full}
         leaves, treedef = jax.tree.flatten(tree)
-        weight = {place: compensation(g.fraction).low for g in sampled.values() for place in g.places}
-        weights = treedef.unflatten([weight.get(place, 1.0) for place in range(len(leaves))])
+        low, _ = split(leaves, [leaf.shape[-2:] in projected for leaf in leaves])
+        # Numbered over the projected leaves alone.
+        sampled = {n: g for n, g in groups_of(low, rank, fraction).items() if g.slots}
+        weight = {name: compensation(group.fraction).low for name, group in sampled.items()}
+        weights = treedef.unflatten([weight.get(name_of(leaf.shape[-2:]), 1.0) for leaf in leaves])
         subspace = Subspace(rank, period, find_subspace, restart, key)
         step_from = _sampled_steps(inner, sampled, compensation, period, key)
-        return in_subspace(
-            optax.chain(_weighted(weights), inner), subspace, step_from, lambda shape: shape in projected
-        )
+        return in_subspace(_weighted(inner, weights), subspace, step_from, lambda shape: shape in projected)
 
     def init(params):
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -154,8 +156,7 @@ def _sampled_steps(
     def draws(key, count):
         return {n: draw(key, count // period, n, group.blocks, group.slots) for n, group in sampled.items()}
 
-    def fresh_slots():
-        return inner.init({n: jnp.zeros((g.slots, *g.shape), jnp.float32) for n, g in sampled.items()})
+    fresh = {n: jnp.zeros((g.slots, *g.shape), jnp.float32) for n, g in sampled.items()}
 
     def init(params):
         del params
@@ -163,27 +164,30 @@ def _sampled_steps(
             # One ordinary leaf and not an empty dict: `optax.tree.map_params` calls `init` with a leafless
             # tree and compares structures.
             return SampledState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
-        return SampledState(draws(key_data(key), jnp.zeros((), jnp.int32)), fresh_slots())
+        return SampledState(draws(key_data(key), jnp.zeros((), jnp.int32)), inner.init(fresh))
 
     def update(updates, state, params=None, *, told, **extra_args):
         del params
         index = draws(told.key, told.count) if sampled else state.index
-        gradients, projectors = (_by_place(tree) for tree in (updates, told.projectors))
+        gradients, views, projectors = map(jax.tree.leaves, (updates, told.views, told.projectors))
         fed = {}
         for name, group in sampled.items():
-            pairs = [(gradients[place], projectors[place]) for place in group.places]
-            g, p = take(pairs, index[name], group)
+            members = [
+                ((views[i].back(gradients[i]), views[i]), (projectors[i], plain_view(projectors[i])))
+                for i in group.places
+            ]
             eps = max(float(jnp.finfo(gradients[place].dtype).eps) for place in group.places)
-            fed[name] = _full_rank_input(g, p, compensation(group.fraction), eps)
+            weights = compensation(group.fraction)
+            # Each block by itself: of a gradient and its residual only the latter is then held for all.
+            blocks = [_full_rank_input(g, p, weights, eps) for g, p in take(members, index[name], group)]
+            fed[name] = jnp.stack(blocks)
         slot_steps: Any = fed
         slots = state.slots
         if sampled:
-            slots = jax.lax.cond(told.count % period == 0, fresh_slots, lambda: state.slots)
+            slots = restart(inner, state.slots, fresh, None, told.due)
             slot_steps, slots = inner.update(fed, slots, None, **extra_args)
         overlay = {
-            place: functools.partial(
-                put, values=slot_steps[name], index=index[name], start=start, alone=len(group.places) == 1
-            )
+            place: functools.partial(put, values=slot_steps[name], index=index[name], start=start)
             for name, group in sampled.items()
             for place, start in zip(group.places, group.starts, strict=True)
         }
@@ -192,36 +196,28 @@ def _sampled_steps(
             lifted = lift(p, s)
             return overlay[place](lifted) if place in overlay else lifted
 
-        steps = map_in_turn(step, _places(updates), told.projectors, told.steps)
+        places = map_with_place(lambda place, _: place, updates)
+        steps = map_in_turn(step, places, told.projectors, told.steps)
         return steps, SampledState(index, slots)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
-def _places(tree: Any) -> Any:
-    """Each leaf's position, holes counted."""
-    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_hole)
-    return treedef.unflatten([x if is_hole(x) else place for place, x in enumerate(leaves)])
+def _weighted(
+    inner: optax.GradientTransformationExtraArgs, weights: Any
+) -> optax.GradientTransformationExtraArgs:
+    """`inner`, fed each leaf, where there is one, times its weight."""
 
+    def update(updates, state, params=None, **extra_args):
+        fed = jax.tree.map(lambda w, x: x if is_hole(x) else w * x, weights, updates)
+        return inner.update(fed, state, params, **extra_args)
 
-def _by_place(tree: Any) -> list[Any]:
-    """The leaves, and holes at the positions between them."""
-    return jax.tree.leaves(tree, is_leaf=is_hole)
-
-
-def _weighted(weights: Any) -> optax.GradientTransformation:
-    """Multiply each leaf, where there is one, by its weight."""
-
-    def multiply(updates, params):
-        del params
-        return jax.tree.map(lambda w, x: x if is_hole(x) else w * x, weights, updates)
-
-    return optax.stateless(multiply)
+    return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 def _full_rank_input(
-    g: Float[Array, "k m n"], p: Float[Array, "k m r"], weights: Weights, eps: float
-) -> Float[Array, "k m n"]:
+    g: Float[Array, "m n"], p: Float[Array, "m r"], weights: Weights, eps: float
+) -> Float[Array, "m n"]:
     """`inside · P PᵀG + outside · (G - P PᵀG)`."""
     fed = weights.outside * outside(p, g, eps)
     return fed + weights.inside * lift(p, project(p, g)) if weights.inside else fed

@@ -1,0 +1,122 @@
+"""Temporaries of a compiled update and apply, gradients not donated, over the bytes of the gradients.
+
+    python benchmarks/memory.py                     # CPU
+    python benchmarks/memory.py --platform tpu      # TPU v5e, ahead of time: needs libtpu, but no TPU
+
+Exact figures of XLA's buffer assignment, of twelve decoder layers, as separate leaves and as scanned ones.
+Results are merged into `docs/results/memory.json`, and the table of all of them is written beside it.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+# (width, feed-forward, rank): the small one of the tests, LLaMA-350M's, LLaMA-1B's.
+SIZES = {"512": (512, 1376, 64), "1024": (1024, 2736, 256), "2048": (2048, 5461, 512)}
+
+
+def layers(width: int, ff: int, count: int, *, scanned: bool) -> dict[str, Any]:
+    """The matrices of decoder layers, as shapes."""
+    import jax
+    import jax.numpy as jnp
+
+    square = dict.fromkeys(("q", "k", "v", "o"), (width, width))
+    one = square | {"up": (width, ff), "gate": (width, ff), "down": (ff, width)}
+
+    def leaf(*shape: int) -> dict[str, Any]:
+        return {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}
+
+    if scanned:
+        return {name: leaf(count, *shape) for name, shape in one.items()}
+    return {str(i): {name: leaf(*shape) for name, shape in one.items()} for i in range(count)}
+
+
+def optimizers(rank: int) -> dict[str, Callable[[], Any]]:
+    """The library's three with a budget, and the peers."""
+    import optax
+
+    import gum_optax as go
+
+    return {
+        "galore_muon": lambda: go.galore_muon(1e-3, rank),
+        "gum": lambda: go.gum(1e-3, rank, full_rank_fraction=1 / 12),
+        "sumo": lambda: go.sumo(1e-3, rank, orthogonalizer=go.polar_by_products),
+        "sinkgd": lambda: go.sinkgd(1e-3),
+        "muon": lambda: go.muon(1e-3),
+        "optax.contrib.muon": lambda: optax.contrib.muon(1e-3),
+        "optax.contrib.galore": lambda: optax.contrib.galore(1e-3, rank),
+        "optax.adamw": lambda: optax.adamw(1e-3),
+    }
+
+
+def device_of(platform: str) -> Any:
+    """True for the CPU that is here, or a TPU that is not."""
+    if platform == "cpu":
+        return True
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices[0]
+
+
+def measure(tx: Any, shapes: Any, device: Any) -> float:
+    """Temporaries over gradients."""
+    import gum_optax as go
+
+    report = go.memory_report(tx, shapes, compiled=device)
+    assert report.temporaries is not None
+    return report.temporaries / report.gradients
+
+
+def table(found: dict[str, Any]) -> str:
+    """One row an optimizer, one column a setting."""
+    settings = list(dict.fromkeys(setting for row in found.values() for setting in row))
+    lines = ["| optimizer | " + " | ".join(settings) + " |", "|---" * (len(settings) + 1) + "|"]
+    for name, row in found.items():
+        cells = [f"{row[s]:.2f}" if s in row else "" for s in settings]
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--platform", choices=("cpu", "tpu"), default="cpu")
+    p.add_argument("--width", choices=SIZES, default="512")
+    p.add_argument("--layers", type=int, default=12)
+    p.add_argument("--optimizers", help="some of them, separated by commas; default: all")
+    p.add_argument("--kinds", default="separate,scanned", help="default: both")
+    p.add_argument("--out", type=Path, default=RESULTS)
+    options = p.parse_args(argv)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    import jax
+    import optax
+
+    width, ff, rank = SIZES[options.width]
+    makers = optimizers(rank)
+    names = options.optimizers.split(",") if options.optimizers else list(makers)
+    path = options.out / "memory.json"
+    data = json.loads(path.read_text()) if path.exists() else {"temporaries": {}}
+    data["versions"] = {"jax": jax.__version__, "optax": optax.__version__}
+    for kind in options.kinds.split(","):
+        scanned = kind == "scanned"
+        setting = f"{options.platform} {width} × {options.layers} {kind}"
+        for name in names:
+            if scanned and name == "optax.contrib.galore":
+                continue  # it has no batch axes: stacked leaves raise
+            share = measure(
+                makers[name](),
+                layers(width, ff, options.layers, scanned=scanned),
+                device_of(options.platform),
+            )
+            data["temporaries"].setdefault(name, {})[setting] = round(share, 4)
+            print(f"{setting}  {name}  {share:.3f}", flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=1) + "\n")
+    (options.out / "memory.md").write_text(table(data["temporaries"]))
+
+
+if __name__ == "__main__":
+    main()
