@@ -1,17 +1,25 @@
-"""Temporaries of the compiled step over the gradients' bytes, on twelve layers: exact, so a test."""
+"""Temporaries of the compiled step over the gradients' bytes: exact, so a test. And the benchmarks run."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import chex
+import optax
 import pytest
+
+import gum_optax as go
+
+from helpers import AMPLIFIED, muon_rule, run
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import memory  # noqa: E402
+import speed  # noqa: E402
 
 WIDTH, FF, RANK = memory.SIZES["512"]
 # Scanned, the step of the largest leaf alone is 0.22 of the gradients, and XLA's CPU backend fuses no product
@@ -55,3 +63,24 @@ def test_the_table_has_a_row_an_optimizer_and_keeps_what_was_measured_elsewhere(
     lines = (tmp_path / "memory.md").read_text().splitlines()
     assert [line.split("`")[1] for line in lines[2:]] == ["optax.adamw", "sinkgd", "galore_muon"]
     assert lines[0] == "| optimizer | cpu 512 × 1 separate | cpu 512 × 1 scanned |"
+
+
+def test_the_speed_benchmark_times_steps_and_refreshes_and_ratios_are_to_optax_muon(tmp_path):
+    common = ["--model", "tiny", "--rank", "4", "--rounds", "2", "--out", str(tmp_path)]
+    peer = "optax.contrib.muon,"
+    speed.main([*common, "--kinds", "separate", "--optimizers", peer + "batched Muon,galore_muon"])
+    speed.main([*common, "--kinds", "scanned", "--optimizers", peer + "sinkgd"])
+    data = json.loads((tmp_path / "speed.json").read_text())
+    rows = data["settings"]["cpu, tiny, separate layers, rank 4"]
+    assert rows["galore_muon"]["amortised"] >= rows["galore_muon"]["step"] > 0
+    assert rows["batched Muon"]["refresh"] == rows["batched Muon"]["step"]
+    text = (tmp_path / "speed.md").read_text()
+    assert text.count("| 1.000 |") == 2
+    assert "cpu, tiny, scanned layers, rank 4" in text
+
+
+def test_the_plain_batched_muon_of_the_benchmark_is_muon():
+    gradients = speed.gradients_of(4, 6, 2, scanned=False)
+    plain, _ = run(speed.batched_muon(0.1), [gradients] * 2)
+    rule = optax.chain(go.as_matrices(muon_rule(0.95)), optax.scale(-0.1))
+    chex.assert_trees_all_close(plain, run(rule, [gradients] * 2)[0], atol=AMPLIFIED)

@@ -1,0 +1,184 @@
+"""Time of one jitted update, this library beside its peers in one process.
+
+    python benchmarks/speed.py --model 130m --rank 128
+
+The matrices of a LLaMA (Lialin et al.'s sizes, as in the GaLore paper) with random gradients, state donated.
+Rounds go round-robin over the optimizers, so that a busy machine slows all of them; medians are reported.
+A refresh is timed by itself and amortised over the period of 200. Results are merged into
+`docs/results/speed.json`, and the table of all of them is written beside it.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import memory
+import optax
+
+import gum_optax as go
+
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+# (width, feed-forward, layers)
+MODELS = {"tiny": (32, 48, 2), "60m": (512, 1376, 8), "130m": (768, 2048, 12), "350m": (1024, 2736, 24)}
+PERIOD = 200
+FRACTION = 1 / 16
+
+
+def batched_muon(learning_rate: float) -> optax.GradientTransformation:
+    """The plain way: momentum, then Newton-Schulz of all matrices of one shape as a single stack."""
+
+    def orthogonalized(updates, params):
+        del params
+        leaves, treedef = jax.tree.flatten(updates)
+        groups: dict[Any, list[int]] = {}
+        for place, leaf in enumerate(leaves):
+            groups.setdefault(leaf.shape[-2:], []).append(place)
+        for shape, places in groups.items():
+            stack = jnp.concatenate([leaves[i].reshape(-1, *shape) for i in places])
+            parts = jnp.split(go.newton_schulz(stack), len(places))
+            for place, part in zip(places, parts, strict=True):
+                leaves[place] = part.reshape(leaves[place].shape)
+        return treedef.unflatten(leaves)
+
+    return optax.chain(optax.trace(0.95), optax.stateless(orthogonalized), optax.scale(-learning_rate))
+
+
+def optimizers(rank: int) -> dict[str, Callable[[], optax.GradientTransformation]]:
+    """The peers first: the ratios are to `optax.contrib.muon`."""
+    return {
+        "optax.contrib.muon": lambda: optax.contrib.muon(1e-3),
+        "optax.contrib.galore": lambda: optax.contrib.galore(1e-3, rank, PERIOD),
+        "optax.adamw": lambda: optax.adamw(1e-3),
+        "batched Muon": lambda: batched_muon(1e-3),
+        "muon": lambda: go.muon(1e-3),
+        "gum": lambda: go.gum(1e-3, rank, PERIOD, FRACTION),
+        "galore_muon": lambda: go.galore_muon(1e-3, rank, PERIOD),
+        "sumo": lambda: go.sumo(1e-3, rank, PERIOD),
+        "sinkgd": lambda: go.sinkgd(1e-3),
+    }
+
+
+class Timed:
+    """An optimizer's jitted update, compiled, with its state."""
+
+    def __init__(self, tx: optax.GradientTransformation, gradients: Any):
+        self.gradients = gradients
+        self.init = jax.jit(tx.init)
+        start = time.perf_counter()
+        state = jax.eval_shape(tx.init, gradients)
+        lowered = jax.jit(tx.update, donate_argnums=1).lower(gradients, state, gradients)
+        self.update = lowered.compile()
+        self.compile_seconds = time.perf_counter() - start
+        self.state: Any = None
+
+    def first(self) -> float:
+        """A step that refreshes."""
+        self.state = jax.block_until_ready(self.init(self.gradients))
+        return self.next()
+
+    def next(self) -> float:
+        start = time.perf_counter()
+        updates, self.state = jax.block_until_ready(self.update(self.gradients, self.state, self.gradients))
+        elapsed = time.perf_counter() - start
+        del updates
+        return elapsed
+
+
+def gradients_of(width: int, ff: int, layers: int, *, scanned: bool) -> Any:
+    shapes, treedef = jax.tree.flatten(memory.layers(width, ff, layers, scanned=scanned))
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return treedef.unflatten(
+        [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, shapes, strict=True)]
+    )
+
+
+def measure(names: list[str], rank: int, gradients: Any, rounds: int) -> dict[str, dict[str, float]]:
+    """Seconds of an ordinary step, of a refresh, of both amortised, and of compilation."""
+    makers = optimizers(rank)
+    timed, first = {}, {}
+    for name in names:
+        timed[name] = Timed(makers[name](), gradients)
+        first[name] = timed[name].first()
+        print(
+            f"  {name}: compiled in {timed[name].compile_seconds:.1f} s, first {first[name]:.2f} s",
+            flush=True,
+        )
+    steps: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for name in names:
+            steps[name].append(timed[name].next())
+    found = {}
+    for name in names:
+        step = statistics.median(steps[name])
+        # A rule without a subspace has no refresh: its first step is an ordinary one.
+        refresh = first[name] if "galore" in name or name in ("gum", "sumo") else step
+        amortised = step + max(refresh - step, 0.0) / PERIOD
+        found[name] = {
+            "step": step,
+            "refresh": refresh,
+            "amortised": amortised,
+            "compile": timed[name].compile_seconds,
+        }
+    return found
+
+
+def table(data: dict[str, Any]) -> str:
+    """Milliseconds and ratios, a section a setting."""
+    lines = []
+    for setting, rows in data["settings"].items():
+        base = rows["optax.contrib.muon"]["amortised"]
+        lines += [
+            f"{setting}:",
+            "",
+            "| optimizer | step ms | refresh ms | amortised ms | of optax's Muon | compile s |",
+        ]
+        lines += ["|---" * 6 + "|"]
+        for name, row in rows.items():
+            step, refresh, amortised = (f"{1e3 * row[k]:.0f}" for k in ("step", "refresh", "amortised"))
+            ratio = f"{row['amortised'] / base:.3f}"
+            lines.append(f"| `{name}` | {step} | {refresh} | {amortised} | {ratio} | {row['compile']:.0f} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", choices=MODELS, default="130m")
+    p.add_argument("--rank", type=int, default=128)
+    p.add_argument("--kinds", default="separate,scanned", help="default: both")
+    p.add_argument("--optimizers", help="some of them, separated by commas; default: all")
+    p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--out", type=Path, default=RESULTS)
+    options = p.parse_args(argv)
+    path = options.out / "speed.json"
+    data: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"settings": {}}
+    data["versions"] = {
+        "jax": jax.__version__,
+        "optax": optax.__version__,
+        "python": platform.python_version(),
+    }
+    data["machine"] = f"{jax.devices()[0].device_kind}, {len(os.sched_getaffinity(0))} cores"
+    for kind in options.kinds.split(","):
+        setting = f"{jax.default_backend()}, {options.model}, {kind} layers, rank {options.rank}"
+        print(setting, flush=True)
+        names = options.optimizers.split(",") if options.optimizers else list(optimizers(options.rank))
+        if kind == "scanned":
+            names = [name for name in names if name != "optax.contrib.galore"]  # it raises on stacked leaves
+        gradients = gradients_of(*MODELS[options.model], scanned=kind == "scanned")
+        data["settings"][setting] = measure(names, options.rank, gradients, options.rounds)
+        options.out.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(data, indent=1) + "\n")
+        (options.out / "speed.md").write_text(table(data))
+    print(table(data))
+
+
+if __name__ == "__main__":
+    main()
