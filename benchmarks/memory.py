@@ -35,6 +35,17 @@ def layers(width: int, ff: int, count: int, *, scanned: bool) -> dict[str, Any]:
     return {str(i): {name: leaf(*shape) for name, shape in one.items()} for i in range(count)}
 
 
+def optax_muon() -> Any:
+    """`optax.contrib.muon`, told that leaves of three axes are stacks: by itself it gives them to AdamW."""
+    import jax
+    import optax
+
+    def stacks(tree: Any) -> Any:
+        return jax.tree.map(lambda x: optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), tree)
+
+    return optax.contrib.muon(1e-3, muon_weight_dimension_numbers=stacks)
+
+
 def optimizers(rank: int) -> dict[str, Callable[[], Any]]:
     """The library's three with a budget, and the peers."""
     import optax
@@ -47,7 +58,7 @@ def optimizers(rank: int) -> dict[str, Callable[[], Any]]:
         "sumo": lambda: go.sumo(1e-3, rank, orthogonalizer=go.polar_by_products),
         "sinkgd": lambda: go.sinkgd(1e-3),
         "muon": lambda: go.muon(1e-3),
-        "optax.contrib.muon": lambda: optax.contrib.muon(1e-3),
+        "optax.contrib.muon": optax_muon,
         "optax.contrib.galore": lambda: optax.contrib.galore(1e-3, rank),
         "optax.adamw": lambda: optax.adamw(1e-3),
     }

@@ -54,7 +54,7 @@ def batched_muon(learning_rate: float) -> optax.GradientTransformation:
 def optimizers(rank: int) -> dict[str, Callable[[], optax.GradientTransformation]]:
     """The peers first: the ratios are to `optax.contrib.muon`."""
     return {
-        "optax.contrib.muon": lambda: optax.contrib.muon(1e-3),
+        "optax.contrib.muon": memory.optax_muon,
         "optax.contrib.galore": lambda: optax.contrib.galore(1e-3, rank, PERIOD),
         "optax.adamw": lambda: optax.adamw(1e-3),
         "batched Muon": lambda: batched_muon(1e-3),

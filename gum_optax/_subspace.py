@@ -72,15 +72,18 @@ def orthonormalize(y: Float[Array, "*b m r"], shifted_passes: int = 1) -> Float[
     Only `r × r` matrices are factorized, so the columns may stay sharded. A shifted pass lowers the
     condition of `Y` by up to 1e3, a second one by 1e3/√r: one is enough for 1e6, three for 1/eps.
     """
-    for clean in (False,) * shifted_passes + (True,) * _CLEAN_PASSES:
+    eye = jnp.eye(y.shape[-1], dtype=y.dtype)
+
+    def one_pass(y, shift):
         gram = exact_matmul(y.mT, y)
-        eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
-        if not clean:
-            gram = gram + _SHIFT * jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None] * eye
+        gram = gram + shift * jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None] * eye
         lower = jnp.linalg.cholesky(gram)
         inverse = jax.scipy.linalg.solve_triangular(lower, jnp.broadcast_to(eye, gram.shape), lower=True)
-        y = exact_matmul(y, inverse.mT)
-    return y
+        return exact_matmul(y, inverse.mT), None
+
+    # A loop, not unrolled: every leaf has one, and XLA compiles each.
+    shifts = jnp.asarray([_SHIFT] * shifted_passes + [0.0] * _CLEAN_PASSES, y.dtype)
+    return jax.lax.scan(one_pass, y, shifts)[0]
 
 
 def regularized(
@@ -126,6 +129,7 @@ def subspace_iteration(
     """
     del key
     p = previous
+    # Unrolled: a loop would hold a gradient that is stored the other way round as a copy.
     for _ in range(iterations):
         p = _power_step(gradient, p)
     return p
