@@ -5,20 +5,25 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import chex
+import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 import gum_optax as go
 
-from helpers import AMPLIFIED, muon_rule, run
+from helpers import AMPLIFIED, muon_rule, run, sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT / "examples"))
 
 import memory  # noqa: E402
+import refresh  # noqa: E402
 import speed  # noqa: E402
 
 WIDTH, FF, RANK = memory.SIZES["512"]
@@ -84,3 +89,35 @@ def test_the_plain_batched_muon_of_the_benchmark_is_muon():
     plain, _ = run(speed.batched_muon(0.1), [gradients] * 2)
     rule = optax.chain(go.as_matrices(muon_rule(0.95)), optax.scale(-0.1))
     chex.assert_trees_all_close(plain, run(rule, [gradients] * 2)[0], atol=AMPLIFIED)
+
+
+class Noise:
+    """What the refresh benchmark asks of a run, with gradients that are given."""
+
+    settings = types.SimpleNamespace(batch=8, seq=12, seed=0)
+    state = ({"layer": {"kernel": jnp.zeros((12, 8))}}, None)
+    step = 0
+
+    @property
+    def corpus(self):
+        def batch(step, *, batch, length, seed):
+            shape = (batch, length)
+            return sequence(np.random.default_rng(seed), shape, 8)[step].T
+
+        return types.SimpleNamespace(batch=batch)
+
+    def _loss(self, params, gradient):
+        return jnp.sum(params["layer"]["kernel"] * gradient)
+
+    def train_step(self):
+        self.step += 1
+
+
+def test_the_refresh_benchmark_measures_energy_beside_the_exact_one():
+    found = refresh.energies(Noise(), rank=3, period=2, refreshes=4)
+    assert np.shape(found["svd_subspace"]) == (4, 1)
+    np.testing.assert_array_equal(found["svd_subspace"], 1)
+    shares = [np.min(found[f"subspace_iteration, {n} step{'s' * (n > 1)}"]) for n in (1, 2, 3)]
+    assert 0.5 < shares[0] < shares[1] < shares[2] <= 1 + 1e-5
+    text = refresh.table({"energies": found, "ms": dict.fromkeys(found, 2.0)})
+    assert text.splitlines()[2] == "| `svd_subspace` | 1.000 | 1.000 | 1.000 | 2 | 1/1 |"
