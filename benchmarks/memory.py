@@ -9,10 +9,16 @@ Results are merged into `docs/results/memory.json`, and the table of all of them
 
 import argparse
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.experimental import topologies
+
+import gum_optax as go
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 # (width, feed-forward, rank): the small one of the tests, LLaMA-350M's, LLaMA-1B's.
@@ -21,9 +27,6 @@ SIZES = {"512": (512, 1376, 64), "1024": (1024, 2736, 256), "2048": (2048, 5461,
 
 def layers(width: int, ff: int, count: int, *, scanned: bool) -> dict[str, Any]:
     """The matrices of decoder layers, as shapes."""
-    import jax
-    import jax.numpy as jnp
-
     square = dict.fromkeys(("q", "k", "v", "o"), (width, width))
     one = square | {"up": (width, ff), "gate": (width, ff), "down": (ff, width)}
 
@@ -37,8 +40,6 @@ def layers(width: int, ff: int, count: int, *, scanned: bool) -> dict[str, Any]:
 
 def optax_muon() -> Any:
     """`optax.contrib.muon`, told that leaves of three axes are stacks: by itself it gives them to AdamW."""
-    import jax
-    import optax
 
     def stacks(tree: Any) -> Any:
         return jax.tree.map(lambda x: optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), tree)
@@ -48,10 +49,6 @@ def optax_muon() -> Any:
 
 def optimizers(rank: int) -> dict[str, Callable[[], Any]]:
     """The library's three with a budget, and the peers."""
-    import optax
-
-    import gum_optax as go
-
     return {
         "galore_muon": lambda: go.galore_muon(1e-3, rank),
         "gum": lambda: go.gum(1e-3, rank, full_rank_fraction=1 / 12),
@@ -68,15 +65,11 @@ def device_of(platform: str) -> Any:
     """True for the CPU that is here, or a TPU that is not."""
     if platform == "cpu":
         return True
-    from jax.experimental import topologies
-
     return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices[0]
 
 
 def measure(tx: Any, shapes: Any, device: Any) -> float:
     """Temporaries over gradients."""
-    import gum_optax as go
-
     report = go.memory_report(tx, shapes, compiled=device)
     assert report.temporaries is not None
     return report.temporaries / report.gradients
@@ -101,10 +94,8 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--kinds", default="separate,scanned", help="default: both")
     p.add_argument("--out", type=Path, default=RESULTS)
     options = p.parse_args(argv)
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    import jax
-    import optax
-
+    # A TPU is only compiled for; everything else is on the CPU.
+    jax.config.update("jax_platforms", "cpu")
     width, ff, rank = SIZES[options.width]
     makers = optimizers(rank)
     names = options.optimizers.split(",") if options.optimizers else list(makers)

@@ -117,7 +117,7 @@ def _refreshed(
     find: SubspaceFinder,
     due: Bool[Array, ""],
     key: UInt32[Array, "2"],
-    g: Float[Array, "*b m n"],
+    stored: Float[Array, "..."],
     view: View,
     p: Float[Array, "*b m r"],
 ) -> tuple[Float[Array, "*b m r"], Float[Array, "*b r r"]]:
@@ -136,7 +136,7 @@ def _refreshed(
         del key, stored
         return p, jnp.broadcast_to(jnp.eye(p.shape[-1], dtype=p.dtype), (*p.shape[:-2], *p.shape[-1:] * 2))
 
-    return jax.lax.cond(due, found, stayed, key, view.back(g), p)
+    return jax.lax.cond(due, found, stayed, key, stored, p)
 
 
 class Subspace(NamedTuple):
@@ -203,10 +203,10 @@ def in_subspace(
         if guard is not None:
             due &= guard.taken
         find = functools.partial(_refreshed, finder_at(find_subspace, state.count), due)
-        keys = map_with_place(lambda place, _: stream(state.key, state.count // period, place), low)
+        stored = jax.tree.map(lambda g, view: view.back(g), low, views)
+        rows = zip(*map(jax.tree.leaves, (stored, views, state.projectors)), strict=True)
         found = [
-            find(*row)
-            for row in zip(*map(jax.tree.leaves, (keys, low, views, state.projectors)), strict=True)
+            find(stream(state.key, state.count // period, place), *row) for place, row in enumerate(rows)
         ]
         projectors, rotation = (
             jax.tree.unflatten(jax.tree.structure(low), [pair[i] for pair in found]) for i in range(2)
@@ -219,12 +219,11 @@ def in_subspace(
         steps, inner_state = inner.update(coordinates, inner_state, None, **extra_args)
         # Measured before the steps are used: put off to the end, it would keep every leaf's coordinates.
         # As they are stored: to sum up another view, XLA would write it out.
-        stored = jax.tree.map(lambda g, view: view.back(g), low, views)
         energies = map(_energy, jax.tree.leaves(coordinates), jax.tree.leaves(stored))
         rows = zip(jax.tree.leaves(steps), energies, strict=True)
         rows = [jax.lax.optimization_barrier(row) for row in rows]
         steps = jax.tree.unflatten(jax.tree.structure(low), [step for step, _ in rows])
-        told = Told(projectors, coordinates, steps, views, due, state.count, state.key)
+        told = Told(projectors, coordinates, steps, stored, views, due, state.count, state.key)
         steps, outside_state = step_from.update(low, state.outside, None, **extra_args | {"told": told})
         full_steps, full_state = inner.update(as_float32(full), state.full, None, **extra_args)
         new_state = LowRankState(

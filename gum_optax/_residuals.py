@@ -67,7 +67,8 @@ class Told(NamedTuple):
     projectors: Any  # P, a leaf (*, m, r)
     coordinates: Any  # R = PᵀG, a leaf (*, r, n)
     steps: Any  # S, a leaf (*, r, n)
-    views: Any  # of the gradients, how they are stored
+    stored: Any  # the gradients as they are stored
+    views: Any  # how those are seen as `(*, m, n)`
     due: Bool[Array, ""]  # whether this step begins a period
     count: Int[Array, ""]  # steps before this one  # pyright: ignore[reportIncompatibleMethodOverride]
     key: UInt32[Array, "2"]

@@ -43,10 +43,6 @@ class Group(NamedTuple):
         return self.slots == self.blocks
 
 
-def name_of(shape: tuple[int, int]) -> str:
-    return f"{shape[0]}x{shape[1]}"
-
-
 def groups_of(tree: Any, rank: int, fraction: float) -> dict[str, Group]:
     """Group the leaves of `tree` by the shape of their blocks.
 
@@ -62,7 +58,7 @@ def groups_of(tree: Any, rank: int, fraction: float) -> dict[str, Group]:
         slots = min(max(round(fraction * total), 1), total) if fraction > 0 else 0
         if shape[0] <= rank:
             slots = total
-        name = name_of(shape)
+        name = f"{shape[0]}x{shape[1]}"
         groups[name] = Group(name, shape, places, sizes, slots)
     return groups
 

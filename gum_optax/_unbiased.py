@@ -14,7 +14,7 @@ from ._checks import check_fraction, check_function, check_integer, check_matrix
 from ._dimensions import plain_view
 from ._low_rank import Subspace, in_subspace
 from ._sampling import check_key, draw, key_data
-from ._slots import Group, groups_of, name_of, put, take
+from ._slots import Group, groups_of, put, take
 from ._subspace import SubspaceFinder, lift, outside, project, subspace_iteration
 from ._trees import is_hole, map_in_turn, map_with_place, split
 
@@ -127,8 +127,8 @@ def unbiased_low_rank(
         low, _ = split(leaves, [leaf.shape[-2:] in projected for leaf in leaves])
         # Numbered over the projected leaves alone.
         sampled = {n: g for n, g in groups_of(low, rank, fraction).items() if g.slots}
-        weight = {name: compensation(group.fraction).low for name, group in sampled.items()}
-        weights = treedef.unflatten([weight.get(name_of(leaf.shape[-2:]), 1.0) for leaf in leaves])
+        weight = {group.shape: compensation(group.fraction).low for group in sampled.values()}
+        weights = treedef.unflatten([weight.get(leaf.shape[-2:], 1.0) for leaf in leaves])
         subspace = Subspace(rank, period, find_subspace, restart, key)
         step_from = _sampled_steps(inner, sampled, compensation, period, key)
         return in_subspace(_weighted(inner, weights), subspace, step_from, lambda shape: shape in projected)
@@ -169,14 +169,13 @@ def _sampled_steps(
     def update(updates, state, params=None, *, told, **extra_args):
         del params
         index = draws(told.key, told.count) if sampled else state.index
-        gradients, views, projectors = map(jax.tree.leaves, (updates, told.views, told.projectors))
+        stored, views, projectors = map(jax.tree.leaves, (told.stored, told.views, told.projectors))
         fed = {}
         for name, group in sampled.items():
             members = [
-                ((views[i].back(gradients[i]), views[i]), (projectors[i], plain_view(projectors[i])))
-                for i in group.places
+                ((stored[i], views[i]), (projectors[i], plain_view(projectors[i]))) for i in group.places
             ]
-            eps = max(float(jnp.finfo(gradients[place].dtype).eps) for place in group.places)
+            eps = max(float(jnp.finfo(stored[place].dtype).eps) for place in group.places)
             weights = compensation(group.fraction)
             # Each block by itself: of a gradient and its residual only the latter is then held for all.
             blocks = [_full_rank_input(g, p, weights, eps) for g, p in take(members, index[name], group)]
