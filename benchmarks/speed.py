@@ -76,12 +76,23 @@ class Timed:
         state = jax.eval_shape(tx.init, gradients)
         lowered = jax.jit(tx.update, donate_argnums=1).lower(gradients, state, gradients)
         self.update = lowered.compile()
+        paths = (jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state))
+        self.refreshes = any("projector" in path for path in paths)
         self.compile_seconds = time.perf_counter() - start
         self.state: Any = None
 
     def first(self) -> float:
-        """A step that refreshes."""
+        """The first step: every subspace is found from nothing."""
         self.state = jax.block_until_ready(self.init(self.gradients))
+        return self.next()
+
+    def refresh(self) -> float:
+        """The first step of a later period."""
+
+        def counted(path, x):  # an array of its own for each counter: the state is donated
+            return jnp.full(x.shape, PERIOD, x.dtype) if getattr(path[-1], "name", "") == "count" else x
+
+        self.state = jax.tree_util.tree_map_with_path(counted, self.state)
         return self.next()
 
     def next(self) -> float:
@@ -112,19 +123,20 @@ def measure(names: list[str], rank: int, gradients: Any, rounds: int) -> dict[st
             flush=True,
         )
     steps: dict[str, list[float]] = {name: [] for name in names}
+    refreshes: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         for name in names:
+            if timed[name].refreshes:
+                refreshes[name].append(timed[name].refresh())
             steps[name].append(timed[name].next())
     found = {}
     for name in names:
-        step = statistics.median(steps[name])
-        # A rule without a subspace has no refresh: its first step is an ordinary one.
-        refresh = first[name] if "galore" in name or name in ("gum", "sumo") else step
-        amortised = step + max(refresh - step, 0.0) / PERIOD
+        step, refresh = (statistics.median(times[name] or steps[name]) for times in (steps, refreshes))
         found[name] = {
+            "first": first[name],
             "step": step,
             "refresh": refresh,
-            "amortised": amortised,
+            "amortised": step + max(refresh - step, 0.0) / PERIOD,
             "compile": timed[name].compile_seconds,
         }
     return found

@@ -66,6 +66,7 @@ from ._subspace import randomized_svd as randomized_svd
 from ._subspace import subspace_iteration as subspace_iteration
 from ._subspace import svd_subspace as svd_subspace
 from ._subspace import switch_subspace as switch_subspace
+from ._subspace import track_subspace as track_subspace
 from ._unbiased import SampledState as SampledState
 from ._unbiased import Weights as Weights
 from ._unbiased import complement as complement

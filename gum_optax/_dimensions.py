@@ -110,8 +110,10 @@ class View:
 
     def block(self, leaf: Float[Array, "..."], number: Int[Array, ""]) -> Float[Array, "m n"]:
         """One of `of(leaf)`'s blocks, without the others."""
+        if math.prod(self.shape[:-2]) == 1:
+            return self.of(leaf).reshape(self.shape[-2:])
         batch = self.permuted[: self.batch]
-        at = dict(zip(self.order, jnp.unravel_index(number, batch), strict=False)) if batch else {}
+        at = dict(zip(self.order, jnp.unravel_index(number, batch), strict=False))
         sizes = [1 if axis in at else size for axis, size in enumerate(leaf.shape)]
         piece = jax.lax.dynamic_slice(leaf, [at.get(axis, 0) for axis in range(leaf.ndim)], sizes)
         return piece.transpose(self.order).reshape(self.shape[-2:])

@@ -15,7 +15,7 @@ from ._normalize import normalize
 from ._residuals import Residual, scale_as_inside
 from ._routing import by_constant, matrices_and_others
 from ._scaling import limit_norm_growth
-from ._subspace import SubspaceFinder, random_subspace, subspace_iteration, switch_subspace
+from ._subspace import SubspaceFinder, random_subspace, switch_subspace, track_subspace
 
 
 def golore(
@@ -47,7 +47,7 @@ def golore(
     Args:
       learning_rate, rank, period, key, scale, b1, b2, eps: as in `galore`.
       random_after: steps before the subspace is random; the paper's experiments take 80 % of all.
-      find_subspace: of the steps before; `subspace_iteration` (the default), `svd_subspace` (the paper's).
+      find_subspace: of the steps before; `track_subspace` (the default), `svd_subspace` (the paper's).
       weight_decay, weight_decay_mask, weight_dimension_numbers, others: as in `muon`.
 
     Raises:
@@ -61,9 +61,7 @@ def golore(
         adam_rule(b1, b2, eps),
         rank,
         period,
-        find_subspace=switch_subspace(
-            random_after, chosen(find_subspace, subspace_iteration), random_subspace
-        ),
+        find_subspace=switch_subspace(random_after, chosen(find_subspace, track_subspace), random_subspace),
         carry=rotate_first_moment,
         key=key,
     )
@@ -112,7 +110,7 @@ def fira(
         adam_rule(b1, b2, eps),
         rank,
         period,
-        find_subspace=chosen(find_subspace, subspace_iteration),
+        find_subspace=chosen(find_subspace, track_subspace),
         residual=optax.chain(scale_as_inside(), limit_norm_growth(norm_growth)),
         key=key,
     )
@@ -160,7 +158,7 @@ def frugal(
         adam_rule(b1, b2, eps),
         rank,
         period,
-        find_subspace=chosen(find_subspace, subspace_iteration),
+        find_subspace=chosen(find_subspace, track_subspace),
         carry=restart,
         residual=chosen(residual, normalize(jnp.sign)),
         key=key,

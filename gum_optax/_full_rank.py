@@ -23,10 +23,12 @@ def chosen(choice: Any, default: Any) -> Any:
     return default if choice is None else choice
 
 
-def muon_rule(momentum: Any, orthogonalizer: Orthogonalizer | None, nesterov: bool = False):
+def muon_rule(
+    momentum: Any, orthogonalizer: Orthogonalizer | None, nesterov: bool = False, *, together: bool = False
+) -> optax.GradientTransformationExtraArgs:
     """Muon's rule: `R ← β R + G,  step = NS(R)`, heavy ball in float32."""
     method = check_function("orthogonalizer", chosen(orthogonalizer, newton_schulz), "gum_optax.polar")
-    return optax.chain(heavy_ball(momentum, nesterov), orthogonalize(method))
+    return optax.chain(heavy_ball(momentum, nesterov), orthogonalize(method, together=together))
 
 
 def adam_rule(b1: Any, b2: Any, eps: Any) -> optax.GradientTransformation:

@@ -7,23 +7,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Float, Int, UInt32
 
 from ._carries import Carry, keep
 from ._checks import check_function, check_integer, check_matrix_leaf, check_rule
-from ._dimensions import View, views_beside
+from ._dimensions import views_beside
 from ._guard import Guard
 from ._norms import inverse
+from ._refresh import refreshed
 from ._residuals import Residual, Told, drop, stepping
-from ._sampling import check_key, key_data, stream
-from ._subspace import (
-    SubspaceFinder,
-    exact_matmul,
-    finder_at,
-    project,
-    random_subspace,
-    subspace_iteration,
-)
+from ._sampling import check_key, key_data, stream, streams
+from ._subspace import SubspaceFinder, project, random_subspace, track_subspace
 from ._trees import map_with_place, merge, split
 
 
@@ -68,7 +62,7 @@ def low_rank(
     rank: int,
     period: int,
     *,
-    find_subspace: SubspaceFinder = subspace_iteration,
+    find_subspace: SubspaceFinder = track_subspace,
     carry: Carry = keep,
     residual: Residual = drop,
     key: int | jax.Array = 0,
@@ -84,7 +78,7 @@ def low_rank(
         given no parameters: they live in the full space.
       rank: `r`, columns of the projector.
       period: `K`, steps between refreshes; the first step refreshes.
-      find_subspace: `svd_subspace`, `subspace_iteration`, `random_subspace`, or any function
+      find_subspace: `track_subspace`, `svd_subspace`, `random_subspace`, or any function
         `(key, gradient, previous) -> projector` with orthonormal columns; `switch_subspace` changes
         between two.
       carry: what happens to inner's state at a refresh: `keep`, `rotate` or `restart`.
@@ -111,32 +105,6 @@ def low_rank(
     check_key(key)
     subspace = Subspace(rank, period, find_subspace, carry, key)
     return in_subspace(inner, subspace, stepping(residual), lambda shape: shape[0] > rank)
-
-
-def _refreshed(
-    find: SubspaceFinder,
-    due: Bool[Array, ""],
-    key: UInt32[Array, "2"],
-    stored: Float[Array, "..."],
-    view: View,
-    p: Float[Array, "*b m r"],
-) -> tuple[Float[Array, "*b m r"], Float[Array, "*b r r"]]:
-    """The projector of the new period where one is due, and the rotation `P_newᵀ P_old` into it.
-
-    One branch a leaf: a single one would hold every gradient at once. And the gradient goes into it as it is
-    stored: seen another way, it would be copied, period or not.
-    """
-
-    def found(key, stored, p):
-        # The barrier keeps XLA from moving the view out of the branch again.
-        new = find(key, view.of(jax.lax.optimization_barrier(stored)), p)
-        return new, exact_matmul(new.mT, p)
-
-    def stayed(key, stored, p):
-        del key, stored
-        return p, jnp.broadcast_to(jnp.eye(p.shape[-1], dtype=p.dtype), (*p.shape[:-2], *p.shape[-1:] * 2))
-
-    return jax.lax.cond(due, found, stayed, key, stored, p)
 
 
 class Subspace(NamedTuple):
@@ -202,12 +170,10 @@ def in_subspace(
         due = state.count % period == 0
         if guard is not None:
             due &= guard.taken
-        find = functools.partial(_refreshed, finder_at(find_subspace, state.count), due)
         stored = jax.tree.map(lambda g, view: view.back(g), low, views)
         rows = zip(*map(jax.tree.leaves, (stored, views, state.projectors)), strict=True)
-        found = [
-            find(stream(state.key, state.count // period, place), *row) for place, row in enumerate(rows)
-        ]
+        keys = streams(state.key, state.count // period, len(jax.tree.leaves(low)))
+        found = refreshed(find_subspace, due, state.count, keys, list(rows))
         projectors, rotation = (
             jax.tree.unflatten(jax.tree.structure(low), [pair[i] for pair in found]) for i in range(2)
         )

@@ -14,7 +14,7 @@ from ._orthogonalize import Orthogonalizer, polar
 from ._residuals import Residual, add_raw
 from ._routing import by_constant, by_shape, matrices_and_others
 from ._scaling import limit_norm_growth
-from ._subspace import SubspaceFinder, randomized_svd, subspace_iteration
+from ._subspace import SubspaceFinder, randomized_svd, track_subspace
 from ._unbiased import Compensation, complement, unbiased_low_rank
 
 
@@ -46,7 +46,8 @@ def galore_muon(
       rank: `r`; matrices with `m <= rank` run plain Muon.
       period: `K`; 200 as in GaLore.
       key: an integer seed or a JAX key, for finders that draw.
-      find_subspace: `subspace_iteration` (the default: warm start, fast), `svd_subspace` (the paper's).
+      find_subspace: `track_subspace` (the default: `subspace_iteration`, two steps at first and one at
+        each refresh), `svd_subspace` (the paper's).
       momentum, orthogonalizer, consistent_rms, weight_decay, weight_decay_mask,
         weight_dimension_numbers, others: as in `muon`.
 
@@ -57,10 +58,10 @@ def galore_muon(
       Zhao et al., GaLore, arXiv 2403.03507, Algorithm 2; Pan et al., arXiv 2510.17802, section 3.
     """
     rule = low_rank(
-        muon_rule(momentum, orthogonalizer),
+        muon_rule(momentum, orthogonalizer, together=True),
         rank,
         period,
-        find_subspace=chosen(find_subspace, subspace_iteration),
+        find_subspace=chosen(find_subspace, track_subspace),
         key=key,
     )
     shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
@@ -102,7 +103,7 @@ def gum(
         (0 only for 0), and one with a single block runs plain Muon. The paper's is 2 of L layers.
       key: an integer seed or a JAX key: the draws of period `p` are a function of it and `p`.
       compensation: `complement` (the default, the paper's) or `low_variance`.
-      find_subspace: as in `galore_muon`.
+      find_subspace: `subspace_iteration` (the default), `svd_subspace` (the paper's).
       momentum, orthogonalizer, consistent_rms, weight_decay, weight_decay_mask,
         weight_dimension_numbers, others: as in `muon`.
 
@@ -113,11 +114,11 @@ def gum(
       Pan et al., Unbiased Gradient Low-Rank Projection, arXiv 2510.17802, Algorithm 2.
     """
     rule = unbiased_low_rank(
-        muon_rule(momentum, orthogonalizer),
+        muon_rule(momentum, orthogonalizer, together=True),
         rank,
         period,
         full_rank_fraction,
-        find_subspace=chosen(find_subspace, subspace_iteration),
+        find_subspace=chosen(find_subspace, track_subspace),
         compensation=chosen(compensation, complement),
         key=key,
     )
@@ -155,7 +156,7 @@ def galore(
       key: an integer seed or a JAX key, for finders that draw.
       scale: `α`; 0.25 in the paper.
       b1, b2, eps: Adam's.
-      find_subspace: `subspace_iteration` (the default), `svd_subspace` (the paper's).
+      find_subspace: `track_subspace` (the default), `svd_subspace` (the paper's).
       weight_decay, weight_decay_mask, weight_dimension_numbers, others: as in `muon`.
 
     Raises:
@@ -164,7 +165,7 @@ def galore(
     References:
       Zhao et al., GaLore, arXiv 2403.03507, Algorithm 2.
     """
-    finder = chosen(find_subspace, subspace_iteration)
+    finder = chosen(find_subspace, track_subspace)
     rule = low_rank(adam_rule(b1, b2, eps), rank, period, find_subspace=finder, key=key)
     shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
     return matrices_and_others(rule, learning_rate, by_constant(scale), *shared)

@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float
 
 from ._checks import check_function
-from ._trees import map_in_turn
+from ._trees import map_in_turn, map_together
 
 Coefficients = Sequence[tuple[float, float, float]]
 Orthogonalizer = Callable[[Float[Array, "*b m n"]], Float[Array, "*b m n"]]
@@ -154,7 +154,9 @@ def polar_by_products(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
         return newton_schulz(x, _EXACT)
 
 
-def orthogonalize(method: Orthogonalizer = newton_schulz) -> optax.GradientTransformation:
+def orthogonalize(
+    method: Orthogonalizer = newton_schulz, *, together: bool = False
+) -> optax.GradientTransformation:
     """Replace each matrix by its polar factor: `step = method(g)`.
 
     With momentum before it this is Muon's rule: `optax.chain(optax.trace(0.95), orthogonalize())`.
@@ -170,4 +172,6 @@ def orthogonalize(method: Orthogonalizer = newton_schulz) -> optax.GradientTrans
       TypeError: `method` is not a function.
     """
     check_function("method", method, "gum_optax.newton_schulz")
-    return optax.stateless(lambda updates, params: map_in_turn(method, updates))
+    mapped = map_together if together else map_in_turn
+    once = jax.jit(method)  # traced once for all leaves of a shape
+    return optax.stateless(lambda updates, params: mapped(once, updates))

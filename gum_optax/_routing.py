@@ -64,7 +64,10 @@ def skip_non_finite(inner: optax.GradientTransformation) -> optax.GradientTransf
         # A sum of zeros or NaN, where XLA would write out the booleans of `isfinite(g)`.
         # A pass of its own: fused with a sum that waits for more, it would make every step wait for that.
         own = jax.lax.optimization_barrier(jax.tree.leaves(updates))
-        finite = jnp.stack([jnp.isfinite(jnp.sum(g - g)) for g in own] or [True]).all()
+        # The product of the sums with themselves is no chain of operations that XLA would fuse, once more
+        # each time, into all that asks whether the step is taken.
+        sums = jnp.stack([jnp.sum(g - g).astype(jnp.float32) for g in own] or [0.0])
+        finite = jnp.isfinite(jnp.dot(sums, sums))
         guard = Guard(finite)
         steps, new = inner.update(updates, state.inner, params, **extra_args | {"guard": guard})
         like = updates if params is None else params

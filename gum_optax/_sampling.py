@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PRNGKeyArray, UInt32
+from jaxtyping import Array, Int, Key, PRNGKeyArray, UInt32
 
 # JAX's counter-based generator: the same numbers on every platform and in every process.
 _IMPLEMENTATION = "threefry2x32"
@@ -49,10 +49,15 @@ def key_data(key: Any) -> UInt32[Array, "2"]:
     return jnp.array(key, copy=True)
 
 
-def stream(key: UInt32[Array, "2"], period: Int[Array, ""], place: int) -> PRNGKeyArray:
+def stream(key: UInt32[Array, "2"], period: Int[Array, ""], place: int | Int[Array, ""]) -> PRNGKeyArray:
     """The key of one place (a leaf or a group) in one period."""
     typed = jax.random.wrap_key_data(key, impl=_IMPLEMENTATION)
     return jax.random.fold_in(jax.random.fold_in(typed, period), place)
+
+
+def streams(key: UInt32[Array, "2"], period: Int[Array, ""], places: int) -> Key[Array, "places"]:
+    """The keys of all places in one period, `stream(key, period, place)` at each."""
+    return jax.vmap(stream, in_axes=(None, None, 0))(key, period, jnp.arange(places))
 
 
 def draw(key: UInt32[Array, "2"], period: Int[Array, ""], group: str, blocks: int, k: int) -> Int[Array, "k"]:

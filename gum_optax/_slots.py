@@ -4,8 +4,9 @@ Full-size leaves are never concatenated: a slot is read by a branch on the leaf 
 and written back into the leaves that hold one.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ._dimensions import View
+from ._trees import rolled_but_on_tpu
 
 
 class Group(NamedTuple):
@@ -63,58 +65,67 @@ def groups_of(tree: Any, rank: int, fraction: float) -> dict[str, Group]:
     return groups
 
 
-def take(
-    members: Sequence[Sequence[tuple[Array, View]]], index: Int[Array, "k"], group: Group
-) -> list[list[Float[Array, "..."]]]:
-    """The blocks at `index`, counted over the group's leaves, in float32.
+# The arrays to read of one leaf, as they are stored, each with its view.
+Member = Sequence[tuple[Array, View]]
 
-    Args:
-      members: for each leaf of the group the arrays to read, as they are stored, each with its view.
-      index: numbers of blocks.
-      group: the group.
 
-    Returns:
-      For each slot the block of each of a member's arrays.
+def read(
+    members: Sequence[Member], leaf: Int[Array, ""], number: Int[Array, ""]
+) -> list[Float[Array, "m n"]]:
+    """Block `number` of one of several leaves, of each of its arrays, in float32.
+
+    The views of all members show blocks of the same shapes.
     """
-    starts = jnp.asarray(group.starts)
 
     def reader(member):
-        # Behind a barrier, or XLA would move the view out of the branch, and copy every leaf.
-        return lambda local: [
-            view.block(jax.lax.optimization_barrier(x), local).astype(jnp.float32).ravel()
+        # Behind a barrier, or XLA would move the view out of the branch, and copy every leaf. Flat, so that
+        # all branches give the block in one layout.
+        return lambda number: [
+            view.block(jax.lax.optimization_barrier(x), number).astype(jnp.float32).ravel()
             for x, view in member
         ]
 
-    readers = [reader(member) for member in members]
+    flat = jax.lax.switch(leaf, [reader(member) for member in members], number)
+    return [x.reshape(view.shape[-2:]) for x, (_, view) in zip(flat, members[0], strict=True)]
 
+
+def map_blocks(
+    f: Callable[..., Float[Array, "..."]], members: Sequence[Member], index: Int[Array, "k"], group: Group
+) -> Float[Array, "k ..."]:
+    """`f` of the blocks at `index`, counted over the group's leaves, one at a time."""
+    starts = jnp.asarray(group.starts)
+
+    @jax.jit  # traced once for all slots
     def one(i):
         leaf = jnp.searchsorted(starts, i, side="right") - 1
-        flat = jax.lax.switch(leaf, readers, i - starts[leaf])
-        return [x.reshape(view.shape[-2:]) for x, (_, view) in zip(flat, members[0], strict=True)]
+        return f(*read(members, leaf, i - starts[leaf]))
 
-    return [one(index[slot]) for slot in range(group.slots)]
+    def unrolled(index):
+        return jnp.stack([one(i) for i in index])
+
+    return rolled_but_on_tpu(functools.partial(jax.lax.map, one), unrolled, index)
+
+
+def holders(index: Int[Array, "k"], blocks: int) -> Int[Array, "blocks"]:
+    """The number of the slot that holds each block, -1 where none does."""
+    return jnp.full(blocks, -1, jnp.int32).at[index].set(jnp.arange(len(index), dtype=jnp.int32))
 
 
 def put(
-    leaf: Float[Array, "... m n"],
-    *,
-    values: Float[Array, "k m n"],
-    index: Int[Array, "k"],
-    start: int,
+    leaf: Float[Array, "... m n"], values: Float[Array, "k m n"], slots: Int[Array, "size"]
 ) -> Float[Array, "... m n"]:
-    """A leaf, whose first block is number `start`, with `values` in place of the blocks at `index`."""
-    size = math.prod(leaf.shape[:-2])
-    here = (index >= start) & (index < start + size)
+    """A leaf with `values[slots[i]]` in place of its block `i`, where that is not -1."""
     values = values.astype(leaf.dtype)
-    if size == 1:
+    if len(slots) == 1:
         # A choice that XLA can make entry by entry, where it next reads the leaf.
-        return jnp.where(here.any(), values[jnp.argmax(here)].reshape(leaf.shape), leaf)
+        return jnp.where(slots[0] < 0, leaf, values[slots[0]].reshape(leaf.shape))
 
     def overwritten(slot, blocks):
-        at = jnp.clip(index[slot] - start, 0, size - 1)
+        here = slots == slot
+        at = jnp.argmax(here)
         before = jax.lax.dynamic_index_in_dim(blocks, at, keepdims=False)
         return jax.lax.dynamic_update_index_in_dim(
-            blocks, jnp.where(here[slot], values[slot], before), at, axis=0
+            blocks, jnp.where(here[at], values[slot], before), at, axis=0
         )
 
     # Block by block and in place, where a scatter would write the leaf anew.

@@ -2,14 +2,14 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ._checks import check_function, check_integer
-from ._norms import frobenius
+from ._norms import frobenius, inverse
 
 # (key, gradient, previous) -> projector, its r = previous.shape[-1] columns orthonormal.
 SubspaceFinder = Callable[
@@ -20,8 +20,8 @@ SubspaceFinder = Callable[
 # passes after it: orthonormal to rounding up to condition 1e6 (Fukaya et al., shifted CholeskyQR3).
 _SHIFT = 1e-6
 _CLEAN_PASSES = 2
-# Added to the spectrum of G Gᵀ, relative to its trace: the same eigenvectors, but directions that G
-# does not see (rank-deficient, zero) keep their column of the previous subspace. Bounds Y's condition by 1e5.
+# How much of the previous subspace a power step keeps: directions that G does not see (rank-deficient, zero)
+# have nothing else. Bounds Y's condition by 1e5.
 _FLOOR = 1e-5
 # The rounding of two float32 products, in units of float32's eps (measured: 1.3): see `outside`.
 _PRODUCT_ROUNDINGS = 8.0
@@ -116,7 +116,7 @@ def subspace_iteration(
 ) -> Float[Array, "*b m r"]:
     """Warm-started power steps from the previous subspace.
 
-        repeat:   P ← orthonormalize((G Gᵀ / |G|² + δ I) P)
+        repeat:   P ← orthonormalize(G GᵀP / |G GᵀP| + δ P)
 
     Two products of the projection's own size and `r × r` factorizations in place of an SVD. A zero
     gradient returns the previous subspace.
@@ -125,23 +125,26 @@ def subspace_iteration(
       key: unused.
       gradient: `(*, m, n)`.
       previous: `(*, m, r)`, orthonormal columns, the start.
-      iterations: power steps; one follows a slowly moving subspace, two also start well from nothing.
+      iterations: power steps; one follows a slowly moving subspace, from nothing it takes two or three.
     """
     del key
     p = previous
     # Unrolled: a loop would hold a gradient that is stored the other way round as a copy.
     for _ in range(iterations):
-        p = _power_step(gradient, p)
+        p = orthonormalize(regularized(_power_step(gradient, p), p))
     return p
 
 
 def _power_step(g: Float[Array, "*b m n"], p: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:
-    """`orthonormalize((G Gᵀ / |G|² + δ I) P)`."""
-    norm = frobenius(g)
-    scale = jnp.where(norm > 0, norm, 1)
-    # Divide on the small side: G itself is read twice and never copied.
-    coordinates = project(p, g) / scale
-    return orthonormalize(regularized((g @ coordinates.mT) / scale, p))
+    """`G GᵀP` to Frobenius norm one; zero where that is zero."""
+    # Scales are divided out on the small side: G itself is read twice and never copied.
+    coordinates = project(p, g)
+    coordinates = coordinates * inverse(jnp.max(jnp.abs(coordinates), axis=(-2, -1), keepdims=True))
+    return _to_norm_one(g @ coordinates.mT)
+
+
+def _to_norm_one(x: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:
+    return x * inverse(frobenius(x))
 
 
 def randomized_svd(
@@ -153,7 +156,7 @@ def randomized_svd(
 ) -> Float[Array, "*b m r"]:
     """The top `r` left singular vectors, found afresh from a random subspace that is a little larger.
 
-        Q uniform, r + oversampling columns;   repeat:   Q ← orthonormalize((G Gᵀ / |G|² + δ I) Q)
+        Q uniform, r + oversampling columns;   repeat:   Q ← orthonormalize(G GᵀQ / |G GᵀQ| + δ Q)
         P = Q V[:, :r],   V the eigenvectors of (QᵀG)(QᵀG)ᵀ
 
     Args:
@@ -167,10 +170,8 @@ def randomized_svd(
     columns = min(m, r + oversampling)
     q = orthonormalize(jax.random.normal(key, (*previous.shape[:-1], columns), jnp.float32))
     for _ in range(power_iterations):
-        q = _power_step(gradient, q)
-    b = project(q, gradient)
-    norm = frobenius(b)
-    b = b / jnp.where(norm > 0, norm, 1)
+        q = orthonormalize(regularized(_power_step(gradient, q), q))
+    b = _to_norm_one(project(q, gradient))
     _, v = jnp.linalg.eigh(exact_matmul(b, b.mT))  # ascending
     return exact_matmul(q, v[..., ::-1][..., :r])
 
@@ -213,18 +214,20 @@ def dct_columns(m: Float[Array, "*b m n"], rank: int) -> Float[Array, "*b m r"]:
 
 
 class SwitchSubspace(NamedTuple):
-    """A finder that changes with the step: `switch_subspace`."""
+    """Finders that follow each other: `finders[i]` before step `steps[i]`, the last one from there on."""
 
-    steps: int
-    first: SubspaceFinder
-    then: SubspaceFinder
+    steps: tuple[int, ...]
+    finders: tuple[SubspaceFinder, ...]
 
-    def __call__(self, key: PRNGKeyArray, gradient: Array, previous: Array, step: Any = 0) -> Array:
-        return jax.lax.cond(step < self.steps, self.first, self.then, key, gradient, previous)
+    def __call__(self, key: PRNGKeyArray, gradient: Array, previous: Array) -> Array:
+        """The first of them: who calls it without a step has just begun."""
+        return self.finders[0](key, gradient, previous)
 
 
 def switch_subspace(steps: int, first: SubspaceFinder, then: SubspaceFinder) -> SubspaceFinder:
     """`first` at refreshes before step number `steps`, and `then` from there on (GoLore).
+
+    Either may itself be such a switch: what `first` has after `steps`, and `then` before, never comes.
 
     Raises:
       TypeError, ValueError: `steps` is not an integer of at least 0, or a finder is not a function.
@@ -232,11 +235,28 @@ def switch_subspace(steps: int, first: SubspaceFinder, then: SubspaceFinder) -> 
     steps = check_integer("steps", steps, at_least=0)
     check_function("first", first, "gum_optax.svd_subspace")
     check_function("then", then, "gum_optax.random_subspace")
-    return SwitchSubspace(steps, first, then)
+    phases = {start: finder for start, finder in _phases(first).items() if start < steps}
+    # Of those that would have begun earlier, the last.
+    phases |= {max(start, steps): finder for start, finder in _phases(then).items()}
+    return SwitchSubspace(tuple(phases)[1:], tuple(phases.values()))
 
 
-def finder_at(find_subspace: SubspaceFinder, step: Int[Array, ""]) -> SubspaceFinder:
-    """The finder of one step."""
-    if isinstance(find_subspace, SwitchSubspace):
-        return functools.partial(find_subspace, step=step)
-    return find_subspace
+def _phases(find: SubspaceFinder) -> dict[int, SubspaceFinder]:
+    """Each finder by the step from which on it serves."""
+    if isinstance(find, SwitchSubspace):
+        return dict(zip((0, *find.steps), find.finders, strict=True))
+    return {0: find}
+
+
+def finders_of(
+    find: SubspaceFinder, step: Int[Array, ""]
+) -> tuple[tuple[SubspaceFinder, ...], Int[Array, ""]]:
+    """All finders of a run, and the number of the one that serves at a step."""
+    phases = _phases(find)
+    return tuple(phases.values()), jnp.sum(step >= jnp.asarray(list(phases))) - 1
+
+
+# Measured (docs/results, "The refresh"): from a random subspace two iterations find 0.987 of the exact one's
+# energy; from the last period's, one keeps 0.998 of it. (Of a gradient of rank at most r, one leaves about
+# 1e-5 outside, two leave the square of that, which is rounding.)
+track_subspace = switch_subspace(1, subspace_iteration, functools.partial(subspace_iteration, iterations=1))

@@ -1,5 +1,7 @@
 """Trees with holes: a leaf that a rule does not see is an `optax.MaskedNode` in its place."""
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -55,6 +57,37 @@ def map_in_turn(f: Callable[..., Array], tree: Any, *others: Any) -> Any:
             last = jax.lax.platform_dependent(last, results[-1], cpu=after, default=lambda x, _: x)
         results.append(f(*operands, last))
     return treedef.unflatten(results)
+
+
+def rolled_but_on_tpu(rolled: Callable[..., Any], unrolled: Callable[..., Any], *operands: Any) -> Any:
+    """One of two ways to the same result: a loop over leaves, or the same once for each.
+
+    A loop compiles once, however many layers there are. On a TPU, XLA moves each leaf's conversion to
+    bfloat16, for the products, out of the loop, and holds all of them; unrolled, it holds one.
+    """
+    return jax.lax.platform_dependent(*operands, tpu=unrolled, default=rolled)
+
+
+def map_together(f: Callable[[Array], Array], tree: Any) -> Any:
+    """`jax.tree.map` of a function of stacks of matrices, single matrices of one shape going as a stack.
+
+    XLA then compiles the function once for all of them, and holds them all: for small leaves.
+    """
+    return rolled_but_on_tpu(functools.partial(_map_stacks, f), functools.partial(map_in_turn, f), tree)
+
+
+def _map_stacks(f: Callable[[Array], Array], tree: Any) -> Any:
+    leaves, treedef = jax.tree.flatten(tree)
+    stacks: dict[Any, list[int]] = {}
+    for place, x in enumerate(leaves):
+        alone = math.prod(x.shape[:-2]) == 1
+        stacks.setdefault((x.shape, x.dtype) if alone else place, []).append(place)
+    several = [[leaves[place] for place in places] for places in stacks.values()]
+    results = map_in_turn(f, [jnp.stack(xs) if len(xs) > 1 else xs[0] for xs in several])
+    for places, result in zip(stacks.values(), results, strict=True):
+        for place, x in zip(places, result if len(places) > 1 else [result], strict=True):
+            leaves[place] = x
+    return treedef.unflatten(leaves)
 
 
 def map_with_place(f: Callable[..., Any], tree: Any, *others: Any) -> Any:

@@ -14,8 +14,8 @@ from ._checks import check_fraction, check_function, check_integer, check_matrix
 from ._dimensions import plain_view
 from ._low_rank import Subspace, in_subspace
 from ._sampling import check_key, draw, key_data
-from ._slots import Group, groups_of, put, take
-from ._subspace import SubspaceFinder, lift, outside, project, subspace_iteration
+from ._slots import Group, groups_of, holders, map_blocks, put
+from ._subspace import SubspaceFinder, lift, outside, project, track_subspace
 from ._trees import is_hole, map_in_turn, map_with_place, split
 
 
@@ -66,7 +66,7 @@ def unbiased_low_rank(
     period: int,
     full_rank_fraction: float,
     *,
-    find_subspace: SubspaceFinder = subspace_iteration,
+    find_subspace: SubspaceFinder = track_subspace,
     compensation: Compensation = complement,
     key: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -177,19 +177,19 @@ def _sampled_steps(
             ]
             eps = max(float(jnp.finfo(stored[place].dtype).eps) for place in group.places)
             weights = compensation(group.fraction)
-            # Each block by itself: of a gradient and its residual only the latter is then held for all.
-            blocks = [_full_rank_input(g, p, weights, eps) for g, p in take(members, index[name], group)]
-            fed[name] = jnp.stack(blocks)
+            feed = functools.partial(_full_rank_input, weights=weights, eps=eps)
+            fed[name] = map_blocks(feed, members, index[name], group)
         slot_steps: Any = fed
         slots = state.slots
         if sampled:
             slots = restart(inner, state.slots, fresh, None, told.due)
             slot_steps, slots = inner.update(fed, slots, None, **extra_args)
-        overlay = {
-            place: functools.partial(put, values=slot_steps[name], index=index[name], start=start)
-            for name, group in sampled.items()
-            for place, start in zip(group.places, group.starts, strict=True)
-        }
+        overlay = {}
+        for name, group in sampled.items():
+            slot = holders(index[name], group.blocks)
+            for place, start, size in zip(group.places, group.starts, group.sizes, strict=True):
+                held = slot[start : start + size]
+                overlay[place] = functools.partial(put, values=slot_steps[name], slots=held)
 
         def step(place, p, s):
             lifted = lift(p, s)

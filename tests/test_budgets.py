@@ -9,6 +9,7 @@ import types
 from pathlib import Path
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -30,13 +31,13 @@ WIDTH, FF, RANK = memory.SIZES["512"]
 # Scanned, the step of the largest leaf alone is 0.22 of the gradients, and XLA's CPU backend fuses no product
 # with what reads it; a TPU does.
 BUDGETS = {
-    ("galore_muon", False): 0.15,
-    ("gum", False): 0.3,
-    ("sumo", False): 0.25,
+    ("galore_muon", False): 0.26,
+    ("gum", False): 0.4,
+    ("sumo", False): 0.2,
     ("sinkgd", False): 0.01,
     ("muon", False): 0.1,
     ("galore_muon", True): 0.3,
-    ("gum", True): 0.55,
+    ("gum", True): 0.5,
     ("sumo", True): 0.45,
     ("sinkgd", True): 0.01,
 }
@@ -58,8 +59,36 @@ def test_temporaries_on_a_tpu(tmp_path):
     command += ["--optimizers", "galore_muon,sinkgd", "--kinds", "scanned"]
     out = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=True).stdout
     shares = {line.split()[-2]: float(line.split()[-1]) for line in out.splitlines()}
-    assert shares["galore_muon"] <= 0.1
+    assert shares["galore_muon"] <= 0.12
     assert shares["sinkgd"] <= 0.1
+
+
+@pytest.mark.parametrize("name", ["galore_muon", "gum"])
+def test_separate_layers_compile_to_less_than_optax_muon(name):
+    """In lines of optimized HLO, for one loop a shape in place of one a layer."""
+    shapes = memory.layers(32, 48, 8, scanned=False)
+    makers = memory.optimizers(4)
+
+    def lines(tx):
+        state = jax.eval_shape(tx.init, shapes)
+        return jax.jit(tx.update).lower(shapes, state, shapes).compile().as_text().count("\n")
+
+    assert lines(makers[name]()) <= lines(makers["optax.contrib.muon"]())
+
+
+def test_a_changed_learning_rate_compiles_nothing_anew():
+    tx = optax.inject_hyperparams(go.gum, static_args=("rank", "period", "full_rank_fraction", "key"))(
+        learning_rate=0.1, rank=2, period=2, full_rank_fraction=0.5
+    )
+    params = {str(i): {"kernel": jnp.eye(4, 6)} for i in range(4)}
+    state, update = tx.init(params), jax.jit(tx.update)
+    sizes = []
+    for rate in (0.1, 0.1, 0.05, 0.0):
+        state.hyperparams["learning_rate"] = jnp.asarray(rate)
+        step, state = update(params, state, params)
+        sizes.append(float(jnp.abs(step["0"]["kernel"]).max()))
+    assert update._cache_size() == 1
+    assert sizes[3] == 0 < sizes[2]
 
 
 def test_the_table_has_a_row_an_optimizer_and_keeps_what_was_measured_elsewhere(tmp_path):

@@ -72,6 +72,15 @@ def test_a_switched_finder_is_the_first_and_then_the_second():
         _, state = rule.update(jnp.ones((4, 7)), state)
         seen.append(float(state.projectors[0, 0]))
     assert seen == [1, 1, 1, 2, 2]
+
+    # Switches of switches: what would come too late or too early never does.
+    one, two, three = (constant(float(i)) for i in (1, 2, 3))
+    early = go.switch_subspace(2, go.switch_subspace(1, one, two), three)
+    late = go.switch_subspace(1, one, go.switch_subspace(2, two, three))
+    never = go.switch_subspace(1, go.switch_subspace(2, one, two), three)
+    assert early == late
+    assert (early.steps, never.steps) == ((1, 2), (1,))
+    assert never.finders == (one, three)
     with pytest.raises(ValueError, match="steps must be at least 0, got -1"):
         go.switch_subspace(-1, go.svd_subspace, go.random_subspace)
     with pytest.raises(TypeError):

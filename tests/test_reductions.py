@@ -12,6 +12,10 @@ from helpers import AMPLIFIED, muon_rule, run, sequence, trees
 STEPS, RANK, PERIOD = 7, 3, 3
 
 
+def constant_subspace(key, gradient, previous):
+    return jnp.broadcast_to(jnp.eye(*previous.shape[-2:]), previous.shape)
+
+
 @pytest.fixture(scope="module")
 def gradients():
     rng = np.random.default_rng(4)
@@ -101,3 +105,18 @@ def test_muon_is_optax_muon():
         for x, y in zip(a, b, strict=True):
             for name in x:
                 np.testing.assert_allclose(x[name], y[name], atol=5e-5)
+
+
+@pytest.mark.parametrize("find", [go.svd_subspace, constant_subspace])
+def test_layers_by_themselves_are_the_layers_of_a_stack(find):
+    """Matrices of one shape share a loop, an orthogonalization and slots, whichever leaf they are in."""
+    stacks = sequence(np.random.default_rng(5), (4, 6, 9), STEPS)
+    optimizers = [
+        go.galore_muon(0.1, RANK, PERIOD, find_subspace=find),
+        go.gum(0.1, RANK, PERIOD, 0.5, find_subspace=find),
+    ]
+    for tx in optimizers:
+        together, _ = run(tx, [{"stack": g} for g in stacks])
+        apart, _ = run(tx, [{str(i): g[i] for i in range(4)} for g in stacks])
+        for x, y in zip(together, apart, strict=True):
+            np.testing.assert_allclose(x["stack"], [y[str(i)] for i in range(4)], atol=AMPLIFIED)

@@ -1,0 +1,119 @@
+"""The refresh: a new projector for every leaf at the start of a period, and none of it compiled per layer."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from ._dimensions import View, plain_view
+from ._slots import Member, read
+from ._subspace import SubspaceFinder, exact_matmul, finders_of
+from ._trees import rolled_but_on_tpu
+
+# A leaf's gradient as it is stored, how that is seen as blocks, and its projector.
+Row = tuple[Float[Array, "..."], View, Float[Array, "*b m r"]]
+# Its new projector, and the rotation `P_newᵀ P_old` into it.
+Found = tuple[Float[Array, "*b m r"], Float[Array, "*b r r"]]
+
+
+def refreshed(
+    find: SubspaceFinder,
+    due: Bool[Array, ""],
+    count: Int[Array, ""],
+    keys: Key[Array, "leaves"],
+    rows: Sequence[Row],
+) -> list[Found]:
+    """The projector of the new period for each leaf where one is due, and the rotation into it.
+
+    Leaves that are one block each, of one shape, take turns in one loop, so that XLA compiles the finder
+    once for all of them; a leaf that is a stack has a branch of its own. Gradients go into a branch as they
+    are stored: seen another way, they would be copied, period or not.
+
+    Args:
+      find: the finder, or several that follow each other.
+      due: whether this step begins a period.
+      count: steps before this one.
+      keys: one a leaf.
+      rows: the leaves.
+    """
+    finders, phase = finders_of(find, count)
+    together: dict[Any, list[int]] = {}
+    for place, (_, view, p) in enumerate(rows):
+        alone = math.prod(p.shape[:-2]) == 1
+        together.setdefault((p.shape, view.shape[-1]) if alone else place, []).append(place)
+    found: dict[int, Found] = {}
+    for places in together.values():
+        members = [rows[place] for place in places]
+        operands = keys[jnp.asarray(places)], phase, [(g, p) for g, _, p in members]
+        each = _each(finders, members)
+        if len(members) > 1:
+            loop = functools.partial(jax.lax.cond, due, _in_turn(finders, members), _stayed)
+            results = rolled_but_on_tpu(loop, functools.partial(each, due), *operands)
+        else:
+            results = each(due, *operands)
+        found |= dict(zip(places, results, strict=True))
+    return [found[place] for place in range(len(rows))]
+
+
+def _stayed(keys: Any, phase: Any, operands: Any) -> list[Found]:
+    del keys, phase
+
+    def eye(p):
+        return jnp.broadcast_to(jnp.eye(p.shape[-1], dtype=p.dtype), (*p.shape[:-2], *p.shape[-1:] * 2))
+
+    return [(p, eye(p)) for _, p in operands]
+
+
+def _found(find: SubspaceFinder, key: Any, g: Any, p: Any) -> Found:
+    new = find(key, g, p)
+    return new, exact_matmul(new.mT, p)
+
+
+def _each(finders: Sequence[SubspaceFinder], rows: Sequence[Row]):
+    """A branch for each leaf, all blocks of it at once."""
+
+    def by(find, view, key, stored, p):
+        # The barrier keeps XLA from moving the view out of the branch again.
+        return _found(find, key, view.of(jax.lax.optimization_barrier(stored)), p)
+
+    def found(view, keys, phase, operands):
+        branches = [functools.partial(by, find, view) for find in finders]
+        return [jax.lax.switch(phase, branches, keys[0], *operands[0])]
+
+    # Jitted, so that a view is traced once for all leaves that share it.
+    found_by = {view: jax.jit(functools.partial(found, view)) for _, view, _ in rows}
+
+    def each(due, keys, phase, operands):
+        rows_of_one = enumerate(zip(rows, operands, strict=True))
+        return [
+            jax.lax.cond(due, found_by[view], _stayed, keys[i : i + 1], phase, [operand])[0]
+            for i, ((_, view, _), operand) in rows_of_one
+        ]
+
+    return each
+
+
+def _in_turn(finders: Sequence[SubspaceFinder], rows: Sequence[Row]):
+    """One leaf after the other, each by the finder of the phase."""
+    views = [view for _, view, _ in rows]
+
+    def found(keys, phase, operands):
+        members: list[Member] = [
+            ((g, view), (p, plain_view(p))) for (g, p), view in zip(operands, views, strict=True)
+        ]
+        batch = operands[0][1].shape[:-2]
+
+        def one(turn):
+            place, key = turn
+            g, p = read(members, place, jnp.int32(0))
+            block = key, g.reshape(*batch, *g.shape), p.reshape(*batch, *p.shape)
+            return jax.lax.switch(phase, [functools.partial(_found, find) for find in finders], *block)
+
+        projectors, rotations = jax.lax.map(one, (jnp.arange(len(rows)), keys))
+        return list(zip(projectors, rotations, strict=True))
+
+    return found
