@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
-from ._subspace import exact_matmul
+from ._products import exact_matmul
 
 # Carries: (inner, its state, zeros like the coordinates, rotation P_newᵀ P_old, whether the period is new)
 # -> its state for the subspace of this step.

@@ -12,7 +12,8 @@ from ._normalize import unit_frobenius
 from ._norms import LARGEST, frobenius, inverse
 from ._orthogonalize import Orthogonalizer, newton_schulz
 from ._per_matrix import per_matrix
-from ._subspace import exact_matmul, lift, orthonormalize, outside, project, random_subspace, regularized
+from ._products import exact_matmul
+from ._subspace import lift, orthonormalize, outside, project, random_subspace, regularized
 
 
 class CosmosState(NamedTuple):

@@ -11,7 +11,8 @@ from ._checks import check_function, check_integer, check_number
 from ._norms import frobenius, inverse, norm
 from ._orthogonalize import Orthogonalizer, newton_schulz
 from ._per_matrix import per_matrix
-from ._subspace import dct_columns, exact_matmul, lift, orthonormalize, project, regularized
+from ._products import exact_matmul
+from ._subspace import dct_columns, lift, orthonormalize, project, regularized
 
 _EPS = float(jnp.finfo(jnp.float32).eps)
 # What a completing column of Dion's P sees of M, in units of eps |M|: the floor, over a column of Y of norm

@@ -24,11 +24,16 @@ def chosen(choice: Any, default: Any) -> Any:
 
 
 def muon_rule(
-    momentum: Any, orthogonalizer: Orthogonalizer | None, nesterov: bool = False, *, together: bool = False
+    momentum: Any,
+    orthogonalizer: Orthogonalizer | None,
+    nesterov: bool = False,
+    *,
+    dtype: Any = None,
+    together: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Muon's rule: `R ← β R + G,  step = NS(R)`, heavy ball in float32."""
     method = check_function("orthogonalizer", chosen(orthogonalizer, newton_schulz), "gum_optax.polar")
-    return optax.chain(heavy_ball(momentum, nesterov), orthogonalize(method, together=together))
+    return optax.chain(heavy_ball(momentum, nesterov, dtype), orthogonalize(method, together=together))
 
 
 def adam_rule(b1: Any, b2: Any, eps: Any) -> optax.GradientTransformation:
@@ -42,6 +47,7 @@ def muon(
     *,
     momentum: float = 0.95,
     nesterov: bool = False,
+    momentum_dtype: Any = None,
     orthogonalizer: Orthogonalizer | None = None,
     consistent_rms: float | None = 0.2,
     weight_decay: float = 0.0,
@@ -59,6 +65,9 @@ def muon(
       learning_rate: a number or a schedule; about AdamW's with `consistent_rms`.
       momentum: `β` in `[0, 1)`; 0.95 as in Jordan's.
       nesterov: look ahead, as Jordan's code does.
+      momentum_dtype: what `R` is kept in: float32 (the default), or bfloat16, rounded to stochastically,
+        which halves the state. (GUM's sampled blocks live outside the subspace; rounding puts a little of
+        their momentum inside, where Newton-Schulz raises it.)
       orthogonalizer: `newton_schulz` (the default), `polar`, or any function `(*, m, n) -> (*, m, n)`.
       consistent_rms: step times `0.2 √max(fan_in, fan_out)` (Moonlight); `None`: times
         `√max(1, fan_out/fan_in)` (Jordan).
@@ -73,7 +82,7 @@ def muon(
     References:
       Jordan et al., https://kellerjordan.github.io/posts/muon; Liu et al., arXiv 2502.16982.
     """
-    rule = muon_rule(momentum, orthogonalizer, nesterov)
+    rule = muon_rule(momentum, orthogonalizer, nesterov, dtype=momentum_dtype)
     shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
     return matrices_and_others(rule, learning_rate, by_shape(consistent_rms), *shared)
 

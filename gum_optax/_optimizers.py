@@ -25,6 +25,7 @@ def galore_muon(
     *,
     key: int | jax.Array = 0,
     momentum: float = 0.95,
+    momentum_dtype: Any = None,
     find_subspace: SubspaceFinder | None = None,
     orthogonalizer: Orthogonalizer | None = None,
     consistent_rms: float | None = 0.2,
@@ -48,7 +49,7 @@ def galore_muon(
       key: an integer seed or a JAX key, for finders that draw.
       find_subspace: `track_subspace` (the default: `subspace_iteration`, two steps at first and one at
         each refresh), `svd_subspace` (the paper's).
-      momentum, orthogonalizer, consistent_rms, weight_decay, weight_decay_mask,
+      momentum, momentum_dtype, orthogonalizer, consistent_rms, weight_decay, weight_decay_mask,
         weight_dimension_numbers, others: as in `muon`.
 
     Raises:
@@ -58,7 +59,7 @@ def galore_muon(
       Zhao et al., GaLore, arXiv 2403.03507, Algorithm 2; Pan et al., arXiv 2510.17802, section 3.
     """
     rule = low_rank(
-        muon_rule(momentum, orthogonalizer, together=True),
+        muon_rule(momentum, orthogonalizer, dtype=momentum_dtype, together=True),
         rank,
         period,
         find_subspace=chosen(find_subspace, track_subspace),
@@ -76,6 +77,7 @@ def gum(
     *,
     key: int | jax.Array = 0,
     momentum: float = 0.95,
+    momentum_dtype: Any = None,
     find_subspace: SubspaceFinder | None = None,
     compensation: Compensation | None = None,
     orthogonalizer: Orthogonalizer | None = None,
@@ -104,7 +106,7 @@ def gum(
       key: an integer seed or a JAX key: the draws of period `p` are a function of it and `p`.
       compensation: `complement` (the default, the paper's) or `low_variance`.
       find_subspace: `subspace_iteration` (the default), `svd_subspace` (the paper's).
-      momentum, orthogonalizer, consistent_rms, weight_decay, weight_decay_mask,
+      momentum, momentum_dtype, orthogonalizer, consistent_rms, weight_decay, weight_decay_mask,
         weight_dimension_numbers, others: as in `muon`.
 
     Raises:
@@ -114,7 +116,7 @@ def gum(
       Pan et al., Unbiased Gradient Low-Rank Projection, arXiv 2510.17802, Algorithm 2.
     """
     rule = unbiased_low_rank(
-        muon_rule(momentum, orthogonalizer, together=True),
+        muon_rule(momentum, orthogonalizer, dtype=momentum_dtype, together=True),
         rank,
         period,
         full_rank_fraction,
@@ -178,6 +180,7 @@ def sumo(
     *,
     key: int | jax.Array = 0,
     momentum: float = 0.95,
+    momentum_dtype: Any = None,
     find_subspace: SubspaceFinder | None = None,
     orthogonalizer: Orthogonalizer | None = None,
     residual: Residual | None = None,
@@ -206,8 +209,8 @@ def sumo(
       orthogonalizer: `polar` (the default), or `polar_by_products` on accelerators.
       residual: `add_raw` (the default, the printed form) or `drop` (the other form in circulation).
       norm_growth: the limiter's ratio.
-      momentum, consistent_rms, weight_decay, weight_decay_mask, weight_dimension_numbers, others: as
-        in `muon`.
+      momentum, momentum_dtype, consistent_rms, weight_decay, weight_decay_mask, weight_dimension_numbers,
+        others: as in `muon`.
 
     Raises:
       TypeError, ValueError: as `galore_muon`; also `norm_growth` below 1.
@@ -216,7 +219,10 @@ def sumo(
       Refael et al., SUMO, arXiv 2505.24749, Algorithm 1.
     """
     check_number("norm_growth", norm_growth, at_least=1)
-    inner = optax.chain(muon_rule(momentum, chosen(orthogonalizer, polar)), limit_norm_growth(norm_growth))
+    inner = optax.chain(
+        muon_rule(momentum, chosen(orthogonalizer, polar), dtype=momentum_dtype),
+        limit_norm_growth(norm_growth),
+    )
     rule = low_rank(
         inner,
         rank,

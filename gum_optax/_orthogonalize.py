@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from ._checks import check_function
+from ._checks import check_function, check_integer
+from ._products import exact_matmul
 from ._trees import map_in_turn, map_together
 
 Coefficients = Sequence[tuple[float, float, float]]
@@ -84,7 +86,9 @@ def _in_turn(f: Orthogonalizer, x: Float[Array, "*b m n"]) -> Float[Array, "*b m
     return jax.lax.map(f, x.reshape(-1, m, n)).reshape(x.shape)
 
 
-def newton_schulz(x: Float[Array, "*b m n"], coefficients: Coefficients = JORDAN) -> Float[Array, "*b m n"]:
+def newton_schulz(
+    x: Float[Array, "*b m n"], coefficients: Coefficients = JORDAN, dtype: Any = jnp.float32
+) -> Float[Array, "*b m n"]:
     """Approximate the polar factor `U Vᵀ` of `x = U Σ Vᵀ` by odd quintic polynomials of `x`.
 
         X ← x/|x|_F,   then for each row (a, b, c):   X ← a X + (b A + c A²) X,   A = X Xᵀ
@@ -96,16 +100,17 @@ def newton_schulz(x: Float[Array, "*b m n"], coefficients: Coefficients = JORDAN
       x: matrices in the last two axes, of any floating dtype.
       coefficients: one row a step; `JORDAN` (5 rows, singular values to about [0.7, 1.2]) or
         `POLAR_EXPRESS` (8 rows, to 1 within 1e-5; `POLAR_EXPRESS[:5]` is between the two).
+      dtype: of `X` and of the products; bfloat16, as in Jordan's code, is enough for `JORDAN`.
 
     Returns:
-      Matrices of the shape and dtype of `x`, computed in float32 by products of JAX's default precision.
+      Matrices of the shape and dtype of `x`, by products of JAX's default precision.
 
     References:
       Jordan et al., Muon, https://kellerjordan.github.io/posts/muon; Amsel et al., The Polar
       Express, arXiv 2505.16932, Algorithm 1.
     """
     tall = x.shape[-2] > x.shape[-1]
-    table = jnp.asarray(coefficients, jnp.float32)
+    table = jnp.asarray(coefficients, dtype)
 
     def step(x, abc):
         a, b, c = abc
@@ -114,7 +119,52 @@ def newton_schulz(x: Float[Array, "*b m n"], coefficients: Coefficients = JORDAN
 
     # A loop, not unrolled: the buffers of one step serve all of them.
     def iterated(x):
-        return jax.lax.scan(step, _unit(x), table)[0]
+        return jax.lax.scan(step, _unit(x).astype(dtype), table)[0]
+
+    result = _in_turn(iterated, x.mT if tall else x)  # X Xᵀ is now the smaller Gram matrix
+    return (result.mT if tall else result).astype(x.dtype)
+
+
+def gram_newton_schulz(
+    x: Float[Array, "*b m n"], coefficients: Coefficients = JORDAN, restart: int = 3
+) -> Float[Array, "*b m n"]:
+    """`newton_schulz` by way of the `m × m` Gram matrix: faster the wider the matrix.
+
+        X ← x/|x|_F,   then `restart` rows at a time:   A = X Xᵀ,  Q = I,
+            for each row:   B = a I + b A + c A²,   Q ← B Q,   A ← B A B        X ← Q X
+
+    Two products with `n` columns for every `restart` rows, where `newton_schulz` has two a row: measured on a
+    CPU, 1.4 to 1.6 times as fast from `n = 4 m` on. All products are in full float32: in bfloat16 the errors
+    of `A` grow until the result blows up, and an accelerator may well be faster with the plain form in its
+    fast precision. With `restart=3` the two agree to 1e-5, without restarts to 3e-4.
+
+    Args:
+      x: matrices in the last two axes, of any floating dtype.
+      coefficients: as in `newton_schulz`.
+      restart: rows before `A` is made anew from `X`.
+
+    Raises:
+      TypeError, ValueError: `restart` is not an integer of at least 1.
+    """
+    check_integer("restart", restart, at_least=1)
+    tall = x.shape[-2] > x.shape[-1]
+    rows = list(coefficients)
+
+    def run(x, rows):
+        gram = exact_matmul(x, x.mT)
+        eye = q = jnp.eye(x.shape[-2])
+        for i, (a, b, c) in enumerate(rows):
+            factor = a * eye + b * gram + c * exact_matmul(gram, gram)
+            q = exact_matmul(factor, q) if i else factor
+            if i + 1 < len(rows):
+                gram = exact_matmul(exact_matmul(factor, gram), factor)
+        return exact_matmul(q, x)
+
+    def iterated(x):
+        x = _unit(x)
+        for start in range(0, len(rows), restart):
+            x = run(x, rows[start : start + restart])
+        return x
 
     result = _in_turn(iterated, x.mT if tall else x)  # X Xᵀ is now the smaller Gram matrix
     return (result.mT if tall else result).astype(x.dtype)

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ._dimensions import View, plain_view
+from ._products import exact_matmul
 from ._slots import Member, read
-from ._subspace import SubspaceFinder, exact_matmul, finders_of
+from ._subspace import SubspaceFinder, finders_of
 from ._trees import rolled_but_on_tpu
 
 # A leaf's gradient as it is stored, how that is seen as blocks, and its projector.

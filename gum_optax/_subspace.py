@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ._checks import check_function, check_integer
 from ._norms import frobenius, inverse
+from ._products import exact_matmul
 
 # (key, gradient, previous) -> projector, its r = previous.shape[-1] columns orthonormal.
 SubspaceFinder = Callable[
@@ -25,11 +26,6 @@ _CLEAN_PASSES = 2
 _FLOOR = 1e-5
 # The rounding of two float32 products, in units of float32's eps (measured: 1.3): see `outside`.
 _PRODUCT_ROUNDINGS = 8.0
-
-
-def exact_matmul(a: Float[Array, "*b i j"], b: Float[Array, "*b j k"]) -> Float[Array, "*b i k"]:
-    """A float32 product that an accelerator may not shorten: Gram matrices square every rounding."""
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def project(p: Float[Array, "*b m r"], g: Float[Array, "*b m n"]) -> Float[Array, "*b r n"]:
