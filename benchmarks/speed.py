@@ -9,9 +9,6 @@ A refresh is timed by itself and amortised over the period of 200. Results are m
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -22,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import memory
 import optax
+from results import RESULTS, Results
 
 import gum_optax as go
 
-RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 # (width, feed-forward, layers)
 MODELS = {"tiny": (32, 48, 2), "60m": (512, 1376, 8), "130m": (768, 2048, 12), "350m": (1024, 2736, 24)}
 PERIOD = 200
@@ -61,6 +58,10 @@ def optimizers(rank: int) -> dict[str, Callable[[], optax.GradientTransformation
         "muon": lambda: go.muon(1e-3),
         "gum": lambda: go.gum(1e-3, rank, PERIOD, FRACTION),
         "galore_muon": lambda: go.galore_muon(1e-3, rank, PERIOD),
+        "gum (Gram form)": lambda: go.gum(1e-3, rank, PERIOD, FRACTION, orthogonalizer=go.gram_newton_schulz),
+        "galore_muon (Gram form)": lambda: go.galore_muon(
+            1e-3, rank, PERIOD, orthogonalizer=go.gram_newton_schulz
+        ),
         "sumo": lambda: go.sumo(1e-3, rank, PERIOD),
         "sinkgd": lambda: go.sinkgd(1e-3),
     }
@@ -103,9 +104,9 @@ class Timed:
         return elapsed
 
 
-def gradients_of(width: int, ff: int, layers: int, *, scanned: bool) -> Any:
+def gradients_of(width: int, ff: int, layers: int, *, scanned: bool, seed: int = 0) -> Any:
     shapes, treedef = jax.tree.flatten(memory.layers(width, ff, layers, scanned=scanned))
-    keys = jax.random.split(jax.random.key(0), len(shapes))
+    keys = jax.random.split(jax.random.key(seed), len(shapes))
     return treedef.unflatten(
         [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, shapes, strict=True)]
     )
@@ -142,23 +143,16 @@ def measure(names: list[str], rank: int, gradients: Any, rounds: int) -> dict[st
     return found
 
 
-def table(data: dict[str, Any]) -> str:
-    """Milliseconds and ratios, a section a setting."""
-    lines = []
-    for setting, rows in data["settings"].items():
-        base = rows["optax.contrib.muon"]["amortised"]
-        lines += [
-            f"{setting}:",
-            "",
-            "| optimizer | step ms | refresh ms | amortised ms | of optax's Muon | compile s |",
-        ]
-        lines += ["|---" * 6 + "|"]
-        for name, row in rows.items():
-            step, refresh, amortised = (f"{1e3 * row[k]:.0f}" for k in ("step", "refresh", "amortised"))
-            ratio = f"{row['amortised'] / base:.3f}"
-            lines.append(f"| `{name}` | {step} | {refresh} | {amortised} | {ratio} | {row['compile']:.0f} |")
-        lines.append("")
-    return "\n".join(lines)
+def table(rows: dict[str, dict[str, float]]) -> list[str]:
+    """Milliseconds and ratios to `optax.contrib.muon`."""
+    base = rows["optax.contrib.muon"]["amortised"]
+    lines = ["| optimizer | step ms | refresh ms | amortised ms | of optax's Muon | compile s |"]
+    lines += ["|---" * 6 + "|"]
+    for name, row in rows.items():
+        step, refresh, amortised = (f"{1e3 * row[k]:.0f}" for k in ("step", "refresh", "amortised"))
+        ratio = f"{row['amortised'] / base:.3f}"
+        lines.append(f"| `{name}` | {step} | {refresh} | {amortised} | {ratio} | {row['compile']:.0f} |")
+    return lines
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -170,14 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--out", type=Path, default=RESULTS)
     options = p.parse_args(argv)
-    path = options.out / "speed.json"
-    data: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"settings": {}}
-    data["versions"] = {
-        "jax": jax.__version__,
-        "optax": optax.__version__,
-        "python": platform.python_version(),
-    }
-    data["machine"] = f"{jax.devices()[0].device_kind}, {len(os.sched_getaffinity(0))} cores"
+    results = Results(options.out / "speed.json", table)
     for kind in options.kinds.split(","):
         setting = f"{jax.default_backend()}, {options.model}, {kind} layers, rank {options.rank}"
         print(setting, flush=True)
@@ -185,11 +172,8 @@ def main(argv: list[str] | None = None) -> None:
         if kind == "scanned":
             names = [name for name in names if name != "optax.contrib.galore"]  # it raises on stacked leaves
         gradients = gradients_of(*MODELS[options.model], scanned=kind == "scanned")
-        data["settings"][setting] = measure(names, options.rank, gradients, options.rounds)
-        options.out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(data, indent=1) + "\n")
-        (options.out / "speed.md").write_text(table(data))
-    print(table(data))
+        results.add(setting, measure(names, options.rank, gradients, options.rounds))
+    print(results.text())
 
 
 if __name__ == "__main__":

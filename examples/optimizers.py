@@ -27,6 +27,7 @@ class Settings:
     weight_decay: float
     seed: int
     text: str  # the name of the corpus, with a digest of its content
+    momentum_dtype: str = "float32"  # or bfloat16, for the optimizers in MOMENTUM_DTYPE
 
 
 def schedule(s: Settings, peak: float) -> optax.Schedule:
@@ -60,10 +61,21 @@ OTHERS_LR = 9.6e-2
 # Each with its default learning rate, the best of docs/results/comparison.json.
 OPTIMIZERS: dict[str, tuple[Maker, float]] = {
     "adamw": (lambda s, lr, **kw: _adamw_by_kind(lr, **kw), 1.5e-3),
-    "muon": (lambda s, lr, **kw: go.muon(lr, **kw), 6e-3),
-    "galore_muon": (lambda s, lr, **kw: go.galore_muon(lr, s.rank, s.period, **kw), 3e-3),
+    "muon": (lambda s, lr, **kw: go.muon(lr, momentum_dtype=s.momentum_dtype, **kw), 6e-3),
+    "galore_muon": (
+        lambda s, lr, **kw: go.galore_muon(lr, s.rank, s.period, momentum_dtype=s.momentum_dtype, **kw),
+        3e-3,
+    ),
     "gum": (
-        lambda s, lr, **kw: go.gum(lr, s.rank, s.period, s.full_rank_fraction, key=s.seed, **kw),
+        lambda s, lr, **kw: go.gum(
+            lr,
+            s.rank,
+            s.period,
+            s.full_rank_fraction,
+            key=s.seed,
+            momentum_dtype=s.momentum_dtype,
+            **kw,
+        ),
         3e-3,
     ),
     "galore": (lambda s, lr, **kw: go.galore(lr, s.rank, s.period, **kw), 1.2e-2),
@@ -74,7 +86,10 @@ OPTIMIZERS: dict[str, tuple[Maker, float]] = {
     ),
     "fira": (lambda s, lr, **kw: go.fira(lr, s.rank, s.period, **kw), 6e-3),
     "frugal": (lambda s, lr, **kw: go.frugal(lr, s.rank, s.period, **kw), 3e-3),
-    "sumo": (lambda s, lr, **kw: go.sumo(lr, s.rank, s.period, key=s.seed, **kw), 3e-3),
+    "sumo": (
+        lambda s, lr, **kw: go.sumo(lr, s.rank, s.period, key=s.seed, momentum_dtype=s.momentum_dtype, **kw),
+        3e-3,
+    ),
     "swan": (lambda s, lr, **kw: go.swan(lr, **kw), 1.92e-1),
     "sinkgd": (lambda s, lr, **kw: go.sinkgd(lr, **kw), 2.4e-2),
     "trion": (lambda s, lr, **kw: go.trion(lr, s.rank, **kw), 3e-3),
@@ -83,6 +98,10 @@ OPTIMIZERS: dict[str, tuple[Maker, float]] = {
     # Its own balls for embedding, head and norms too.
     "scion": (lambda s, lr, others, **kw: go.scion(lr, **kw), 3.75e-4),
 }
+
+
+# Those whose momentum can be kept in bfloat16.
+MOMENTUM_DTYPE = ("muon", "galore_muon", "gum", "sumo")
 
 
 def optimizer(s: Settings) -> optax.GradientTransformation:

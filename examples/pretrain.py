@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 
 from corpus import Corpus, CorpusError
 from llama import SIZES
-from optimizers import OPTIMIZERS, OTHERS_LR, Settings
+from optimizers import MOMENTUM_DTYPE, OPTIMIZERS, OTHERS_LR, Settings
 from training import RunDirectory, RunError, StopSignal, Trainer, train
 
 PROMPT = "- Hi! How are you today?\n-"
@@ -87,6 +87,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--period", type=_positive, default=100, help="steps between new subspaces (default: 100)")
     p.add_argument("--full-rank-fraction", type=_fraction, default=1 / 16, help="GUM's q (default: 1/16)")
     p.add_argument("--weight-decay", type=_decay, default=0.1, help="decoupled (default: 0.1)")
+    p.add_argument(
+        "--momentum-dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help=f"what {', '.join(MOMENTUM_DTYPE)} keep their momentum in (default: float32)",
+    )
     p.add_argument("--seed", type=_seed, default=0)
     p.add_argument("--out", type=Path, metavar="DIR", help="default: the next free runs/NAME-N")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out")
@@ -113,6 +119,7 @@ def settings_of(options: argparse.Namespace, optimizer: str, corpus: Corpus) -> 
         weight_decay=options.weight_decay,
         seed=options.seed,
         text=corpus.name,
+        momentum_dtype=options.momentum_dtype,
     )
 
 
@@ -208,6 +215,12 @@ def directories(options: argparse.Namespace, corpus: Corpus, out: Path) -> dict[
 def run(options: argparse.Namespace) -> int:
     if options.resume and options.out is None:
         raise RunError("--resume needs the directory of the run to go on with: give --out DIR.")
+    names = options.compare or [options.optimizer]
+    without = [name for name in names if name not in MOMENTUM_DTYPE]
+    if without and options.momentum_dtype != "float32":
+        raise RunError(
+            f"--momentum-dtype is for {', '.join(MOMENTUM_DTYPE)}; leave it out for {', '.join(without)}."
+        )
     corpus = Corpus(options.text, SIZES[options.model].vocabulary)
     corpus.require(options.seq, options.batch)
     out = options.out or free_directory("compare" if options.compare else options.optimizer)

@@ -105,7 +105,7 @@ def test_the_speed_benchmark_times_steps_and_refreshes_and_ratios_are_to_optax_m
     speed.main([*common, "--kinds", "separate", "--optimizers", peer + "batched Muon,galore_muon"])
     speed.main([*common, "--kinds", "scanned", "--optimizers", peer + "sinkgd"])
     data = json.loads((tmp_path / "speed.json").read_text())
-    rows = data["settings"]["cpu, tiny, separate layers, rank 4"]
+    rows = data["settings"]["cpu, tiny, separate layers, rank 4"]["rows"]
     assert rows["galore_muon"]["amortised"] >= rows["galore_muon"]["step"] > 0
     assert rows["batched Muon"]["refresh"] == rows["batched Muon"]["step"]
     text = (tmp_path / "speed.md").read_text()

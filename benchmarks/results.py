@@ -1,0 +1,36 @@
+"""Where benchmarks keep what they measured: a JSON each, a section a setting, and a table beside it."""
+
+import json
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+
+
+class Results:
+    """Settings measured at different times, in one file; a setting measured again replaces itself."""
+
+    def __init__(self, path: Path, table: Callable[[Any], list[str]]):
+        self.path, self.table = path, table
+        self.data: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"settings": {}}
+
+    def add(self, setting: str, rows: Any) -> None:
+        """Keep the rows of a setting, with what they were measured by and on."""
+        versions = {"jax": jax.__version__, "optax": optax.__version__, "python": platform.python_version()}
+        machine = f"{jax.devices()[0].device_kind}, {len(os.sched_getaffinity(0))} cores"
+        self.data["settings"][setting] = {"rows": rows, "versions": versions, "machine": machine}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.data, indent=1) + "\n")
+        self.path.with_suffix(".md").write_text(self.text())
+
+    def text(self) -> str:
+        """The table of each setting under its name."""
+        settings = self.data["settings"].items()
+        sections = [[f"{setting}:", "", *self.table(found["rows"])] for setting, found in settings]
+        return "\n\n".join("\n".join(lines) for lines in sections) + "\n"

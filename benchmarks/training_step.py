@@ -1,0 +1,120 @@
+"""Time of whole training steps: what an optimizer adds to plain SGD, forward and backward pass included.
+
+    python benchmarks/training_step.py --model 60m
+
+The presets of `examples/pretrain.py` on random tokens. Rounds go round-robin over the optimizers in one
+process; medians are reported, without refreshes. Results are merged into `docs/results/training_step.json`,
+and the table of all of them is written beside it.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from results import RESULTS, Results
+
+import gum_optax as go
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+from llama import SIZES, Llama
+
+
+def optimizers(rank: int) -> dict[str, Callable[[], optax.GradientTransformation]]:
+    """The first is what the others are compared with."""
+    return {
+        "optax.sgd": lambda: optax.sgd(1e-3),
+        "optax.adamw": lambda: optax.adamw(1e-3),
+        "muon": lambda: go.muon(1e-3),
+        "gum": lambda: go.gum(1e-3, rank),
+        "galore_muon": lambda: go.galore_muon(1e-3, rank),
+        "sinkgd": lambda: go.sinkgd(1e-3),
+    }
+
+
+class Step:
+    """One model under one optimizer: a compiled, donated training step."""
+
+    def __init__(self, model: str, tx: optax.GradientTransformation, batch: int, length: int):
+        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        graph, params = nnx.split(Llama(SIZES[model], dtype=dtype, rngs=nnx.Rngs(0)), nnx.Param)
+        vocabulary = SIZES[model].vocabulary
+        self.tokens = jax.random.randint(jax.random.key(0), (batch, length + 1), 0, vocabulary)
+
+        def loss(params, tokens):
+            logits = nnx.merge(graph, params)(tokens[:, :-1])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+        def step(params, state, tokens):
+            gradients = jax.grad(loss)(params, tokens)
+            updates, state = tx.update(gradients, state, params)
+            return optax.apply_updates(params, updates), state
+
+        self.state = params, jax.jit(tx.init)(params)
+        self.step = jax.jit(step, donate_argnums=(0, 1))
+
+    def seconds(self) -> float:
+        start = time.perf_counter()
+        self.state = jax.block_until_ready(self.step(*self.state, self.tokens))
+        return time.perf_counter() - start
+
+
+def measure(
+    model: str, names: list[str], rank: int, batch: int, length: int, rounds: int
+) -> dict[str, dict[str, float]]:
+    """Seconds a step, tokens a second, and time over that of SGD."""
+    makers = optimizers(rank)
+    steps = {name: Step(model, makers[name](), batch, length) for name in names}
+    for name, step in steps.items():
+        print(f"  {name}: first step {step.seconds():.1f} s", flush=True)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            seconds[name].append(step.seconds())
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    base = medians[names[0]]
+    return {
+        name: {"step": s, "tokens_per_second": batch * length / s, "over_sgd": s / base}
+        for name, s in medians.items()
+    }
+
+
+def table(rows: dict[str, dict[str, float]]) -> list[str]:
+    lines = ["| optimizer | step ms | tokens/s | over SGD |", "|---" * 4 + "|"]
+    for name, row in rows.items():
+        lines.append(
+            f"| `{name}` | {1e3 * row['step']:.0f} | {row['tokens_per_second']:.0f} | {row['over_sgd']:.3f} |"
+        )
+    return lines
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", choices=SIZES, default="60m")
+    p.add_argument(
+        "--optimizers", default=",".join(optimizers(1)), help="default: all; the first is the base"
+    )
+    p.add_argument("--batch", type=int, default=8)
+    p.add_argument("--seq", type=int, default=256)
+    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--out", type=Path, default=RESULTS)
+    options = p.parse_args(argv)
+    results = Results(options.out / "training_step.json", table)
+    rank = SIZES[options.model].rank
+    setting = f"{jax.default_backend()}, {options.model}, {options.batch} × {options.seq} tokens, rank {rank}"
+    print(setting, flush=True)
+    sizes: tuple[Any, ...] = (rank, options.batch, options.seq, options.rounds)
+    results.add(setting, measure(options.model, options.optimizers.split(","), *sizes))
+    print(results.text())
+
+
+if __name__ == "__main__":
+    main()
