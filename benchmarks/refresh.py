@@ -3,9 +3,9 @@
     python benchmarks/refresh.py
 
 The decoder `3m` of `examples/llama.py` trains with Muon on real text; at every refresh each finder follows
-its own chain of subspaces, from a random start, on the same gradients. Energy is `|PᵀG|²` over that of the
-top `r` singular vectors. Times are medians on one 768 × 2048 matrix at rank 128, a LLaMA-130M's. Results go
-to `docs/results/refresh.json` and a table beside it.
+its own chain of subspaces, from a random start, on the same gradients. Energy is `|PᵀG|²` over the top `r`
+singular vectors'. Times are medians on the largest matrix of LLaMA-130M and of LLaMA-350M, at rank 128.
+Results go to `docs/results/refresh.json` and a table beside it.
 """
 
 import argparse
@@ -29,6 +29,9 @@ sys.path.insert(0, str(ROOT / "examples"))
 from corpus import Corpus  # noqa: E402
 from corpus_comparison import settings  # noqa: E402
 from training import Trainer  # noqa: E402
+
+RANK = 128
+MATRICES = {"130m": (768, 2048), "350m": (1024, 2736)}
 
 FINDERS: dict[str, Any] = {
     "svd_subspace": go.svd_subspace,
@@ -70,9 +73,9 @@ def energies(trainer: Trainer, rank: int, period: int, refreshes: int) -> dict[s
     return {name: (np.asarray(rows) / exact).tolist() for name, rows in found.items()}
 
 
-def milliseconds(finder: Any, rounds: int) -> float:
-    g = jax.random.normal(jax.random.key(0), (768, 2048))
-    p = go.random_subspace(jax.random.key(1), g, jnp.zeros((768, 128)))
+def milliseconds(finder: Any, shape: tuple[int, int], rounds: int) -> float:
+    g = jax.random.normal(jax.random.key(0), shape)
+    p = go.random_subspace(jax.random.key(1), g, jnp.zeros((shape[0], RANK)))
     finder = jax.jit(finder)
     key = jax.random.key(2)
     jax.block_until_ready(finder(key, g, p))
@@ -85,14 +88,14 @@ def milliseconds(finder: Any, rounds: int) -> float:
 
 
 def table(data: dict[str, Any]) -> str:
-    titles = "| finder | energy, first refresh: median | later: median | later: worst | ms | of the SVD's |"
-    lines = [titles, "|---" * 6 + "|"]
-    exact = data["ms"]["svd_subspace"]
+    titles = "| finder | energy, first refresh: median | later: median | later: worst |"
+    titles += "".join(f" {size}: ms | of the SVD's |" for size in data["ms"])
+    lines = [titles, "|---" * (titles.count("|") - 1) + "|"]
     for name, rows in data["energies"].items():
         first, later = np.asarray(rows[0]), np.asarray(rows[1:])
         shares = " | ".join(f"{x:.3f}" for x in (np.median(first), np.median(later), later.min()))
-        ms = data["ms"][name]
-        lines.append(f"| `{name}` | {shares} | {ms:.0f} | 1/{exact / ms:.0f} |")
+        times = [f"{ms[name]:.0f} | 1/{ms['svd_subspace'] / ms[name]:.0f}" for ms in data["ms"].values()]
+        lines.append(f"| `{name}` | {shares} | {' | '.join(times)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -100,14 +103,17 @@ def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--rank", type=int, default=48)
     p.add_argument("--period", type=int, default=50)
-    p.add_argument("--refreshes", type=int, default=6)
+    p.add_argument("--refreshes", type=int, default=5)
     p.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
     options = p.parse_args(argv)
     corpus = Corpus(None, vocabulary=4096)
     trainer = Trainer(settings(corpus, "muon", 6e-3, 0), corpus)
     data: dict[str, Any] = {"rank": options.rank, "period": options.period}
     data["energies"] = energies(trainer, options.rank, options.period, options.refreshes)
-    data["ms"] = {name: milliseconds(finder, 9) for name, finder in FINDERS.items()}
+    data["ms"] = {
+        size: {name: milliseconds(finder, shape, 9) for name, finder in FINDERS.items()}
+        for size, shape in MATRICES.items()
+    }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "refresh.json").write_text(json.dumps(data) + "\n")
     (options.out / "refresh.md").write_text(table(data))

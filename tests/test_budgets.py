@@ -148,5 +148,6 @@ def test_the_refresh_benchmark_measures_energy_beside_the_exact_one():
     np.testing.assert_array_equal(found["svd_subspace"], 1)
     shares = [np.min(found[f"subspace_iteration, {n} step{'s' * (n > 1)}"]) for n in (1, 2, 3)]
     assert 0.5 < shares[0] < shares[1] < shares[2] <= 1 + 1e-5
-    text = refresh.table({"energies": found, "ms": dict.fromkeys(found, 2.0)})
+    text = refresh.table({"energies": found, "ms": {"a": dict.fromkeys(found, 2.0)}})
+    assert text.splitlines()[0].endswith("| a: ms | of the SVD's |")
     assert text.splitlines()[2] == "| `svd_subspace` | 1.000 | 1.000 | 1.000 | 2 | 1/1 |"
