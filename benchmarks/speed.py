@@ -5,7 +5,7 @@
 The matrices of a LLaMA (Lialin et al.'s sizes, as in the GaLore paper) with random gradients, state donated.
 Rounds go round-robin over the optimizers, so that a busy machine slows all of them; medians are reported.
 A refresh is timed by itself and amortised over the period of 200. Results are merged into
-`docs/results/speed.json`, and the table of all of them is written beside it.
+`docs/results/speed.json`; the table and the figure of all of them are written beside it.
 """
 
 import argparse
@@ -17,6 +17,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 import memory
 import optax
 from results import RESULTS, Results
@@ -155,6 +159,25 @@ def table(rows: dict[str, dict[str, float]]) -> list[str]:
     return lines
 
 
+def plot(settings: dict[str, Any], path: Path) -> None:
+    """Amortised time over that of `optax.contrib.muon`, a colour a setting."""
+    names = list(dict.fromkeys(name for found in settings.values() for name in found["rows"]))[::-1]
+    figure, axes = plt.subplots(figsize=(8, 6), layout="constrained")
+    thickness = 0.8 / len(settings)
+    for i, (setting, found) in enumerate(settings.items()):
+        rows = found["rows"]
+        base = rows["optax.contrib.muon"]["amortised"]
+        places = [place + thickness * i for place, name in enumerate(names) if name in rows]
+        ratios = [rows[name]["amortised"] / base for name in names if name in rows]
+        axes.barh(places, ratios, height=thickness, label=setting)
+    axes.set_yticks([place + 0.4 for place in range(len(names))], names)
+    axes.set(xscale="log", xlabel="time of an update, of optax.contrib.muon's")
+    axes.legend(fontsize=7)
+    axes.grid(alpha=0.3, axis="x")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", choices=MODELS, default="130m")
@@ -173,6 +196,7 @@ def main(argv: list[str] | None = None) -> None:
             names = [name for name in names if name != "optax.contrib.galore"]  # it raises on stacked leaves
         gradients = gradients_of(*MODELS[options.model], scanned=kind == "scanned")
         results.add(setting, measure(names, options.rank, gradients, options.rounds))
+        plot(results.data["settings"], options.out / "speed.png")
     print(results.text())
 
 

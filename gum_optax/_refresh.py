@@ -1,7 +1,6 @@
 """The refresh: a new projector for every leaf at the start of a period, and none of it compiled per layer."""
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from ._dimensions import View, plain_view
 from ._products import exact_matmul
 from ._slots import Member, read
 from ._subspace import SubspaceFinder, finders_of
-from ._trees import rolled_but_on_tpu
+from ._trees import companions, rolled_but_on_tpu
 
 # A leaf's gradient as it is stored, how that is seen as blocks, and its projector.
 Row = tuple[Float[Array, "..."], View, Float[Array, "*b m r"]]
@@ -42,12 +41,9 @@ def refreshed(
       rows: the leaves.
     """
     finders, phase = finders_of(find, count)
-    together: dict[Any, list[int]] = {}
-    for place, (_, view, p) in enumerate(rows):
-        alone = math.prod(p.shape[:-2]) == 1
-        together.setdefault((p.shape, view.shape[-1]) if alone else place, []).append(place)
+    groups = companions([p for *_, p in rows], [(p.shape, view.shape[-1]) for _, view, p in rows])
     found: dict[int, Found] = {}
-    for places in together.values():
+    for places in groups:
         members = [rows[place] for place in places]
         operands = keys[jnp.asarray(places)], phase, [(g, p) for g, _, p in members]
         each = _each(finders, members)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -68,6 +68,15 @@ def rolled_but_on_tpu(rolled: Callable[..., Any], unrolled: Callable[..., Any], 
     return jax.lax.platform_dependent(*operands, tpu=unrolled, default=rolled)
 
 
+def companions(leaves: Sequence[Any], kinds: Sequence[Hashable]) -> list[list[int]]:
+    """The places of leaves that go together: single matrices of one kind; a stack goes alone."""
+    groups: dict[Hashable, list[int]] = {}
+    for place, (x, kind) in enumerate(zip(leaves, kinds, strict=True)):
+        alone = math.prod(x.shape[:-2]) == 1
+        groups.setdefault(kind if alone else place, []).append(place)
+    return list(groups.values())
+
+
 def map_together(f: Callable[[Array], Array], tree: Any) -> Any:
     """`jax.tree.map` of a function of stacks of matrices, single matrices of one shape going as a stack.
 
@@ -78,13 +87,10 @@ def map_together(f: Callable[[Array], Array], tree: Any) -> Any:
 
 def _map_stacks(f: Callable[[Array], Array], tree: Any) -> Any:
     leaves, treedef = jax.tree.flatten(tree)
-    stacks: dict[Any, list[int]] = {}
-    for place, x in enumerate(leaves):
-        alone = math.prod(x.shape[:-2]) == 1
-        stacks.setdefault((x.shape, x.dtype) if alone else place, []).append(place)
-    several = [[leaves[place] for place in places] for places in stacks.values()]
+    groups = companions(leaves, [(x.shape, x.dtype) for x in leaves])
+    several = [[leaves[place] for place in places] for places in groups]
     results = map_in_turn(f, [jnp.stack(xs) if len(xs) > 1 else xs[0] for xs in several])
-    for places, result in zip(stacks.values(), results, strict=True):
+    for places, result in zip(groups, results, strict=True):
         for place, x in zip(places, result if len(places) > 1 else [result], strict=True):
             leaves[place] = x
     return treedef.unflatten(leaves)

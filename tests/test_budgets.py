@@ -111,6 +111,7 @@ def test_the_speed_benchmark_times_steps_and_refreshes_and_ratios_are_to_optax_m
     text = (tmp_path / "speed.md").read_text()
     assert text.count("| 1.000 |") == 2
     assert "cpu, tiny, scanned layers, rank 4" in text
+    assert (tmp_path / "speed.png").stat().st_size > 0
 
 
 def test_the_plain_batched_muon_of_the_benchmark_is_muon():
