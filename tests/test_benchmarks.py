@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 sys.path.insert(0, str(ROOT / "examples"))
 
 import accelerator  # noqa: E402
+import momentum_dtype  # noqa: E402
 import results  # noqa: E402
 import scaling  # noqa: E402
 import training_step  # noqa: E402
@@ -68,6 +69,14 @@ def test_what_grows_how_is_measured_and_drawn(tmp_path, monkeypatch):
     assert ranks["4"]["state"] > ranks["2"]["state"]
     assert axes["width"]["optax.adamw"]["32"]["state"] == pytest.approx(2, rel=0.01)
     assert (tmp_path / "scaling.png").stat().st_size > 0
+
+
+def test_the_table_of_momentum_dtypes_has_a_mean_and_a_deviation_over_the_seeds():
+    runs = {"gum float32": {"0": 4.0, "1": 5.0}, "gum bfloat16": {"0": 4.25}, "muon float32": {"0": 3.0}}
+    assert momentum_dtype.table(runs)[2:] == [
+        "| `gum` | 4.5000 ± 0.7071 | 4.2500 |",
+        "| `muon` | 3.0000 |  |",
+    ]
 
 
 def test_a_setting_measured_again_replaces_itself_and_no_other(tmp_path):
