@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.experimental import topologies
+from results import RESULTS
 
 import gum_optax as go
 
-RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 # (width, feed-forward, rank): the small one of the tests, LLaMA-350M's, LLaMA-1B's.
 SIZES = {"512": (512, 1376, 64), "1024": (1024, 2736, 256), "2048": (2048, 5461, 512)}
 

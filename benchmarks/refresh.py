@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from results import RESULTS
 
 import gum_optax as go
 
@@ -104,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--rank", type=int, default=48)
     p.add_argument("--period", type=int, default=50)
     p.add_argument("--refreshes", type=int, default=5)
-    p.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
+    p.add_argument("--out", type=Path, default=RESULTS)
     options = p.parse_args(argv)
     corpus = Corpus(None, vocabulary=4096)
     trainer = Trainer(settings(corpus, "muon", 6e-3, 0), corpus)

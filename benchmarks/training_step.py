@@ -18,10 +18,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import speed
 from flax import nnx
 from results import RESULTS, Results
-
-import gum_optax as go
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
@@ -30,14 +29,9 @@ from llama import SIZES, Llama
 
 def optimizers(rank: int) -> dict[str, Callable[[], optax.GradientTransformation]]:
     """The first is what the others are compared with."""
-    return {
-        "optax.sgd": lambda: optax.sgd(1e-3),
-        "optax.adamw": lambda: optax.adamw(1e-3),
-        "muon": lambda: go.muon(1e-3),
-        "gum": lambda: go.gum(1e-3, rank),
-        "galore_muon": lambda: go.galore_muon(1e-3, rank),
-        "sinkgd": lambda: go.sinkgd(1e-3),
-    }
+    makers = speed.optimizers(rank)
+    names = ("optax.adamw", "muon", "gum", "galore_muon", "sinkgd")
+    return {"optax.sgd": lambda: optax.sgd(1e-3)} | {name: makers[name] for name in names}
 
 
 class Step:

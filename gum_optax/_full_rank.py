@@ -31,7 +31,7 @@ def muon_rule(
     dtype: Any = None,
     together: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Muon's rule: `R ← β R + G,  step = NS(R)`, heavy ball in float32."""
+    """Muon's rule: `R ← β R + G,  step = NS(R)`, the heavy ball kept in `dtype`."""
     method = check_function("orthogonalizer", chosen(orthogonalizer, newton_schulz), "gum_optax.polar")
     return optax.chain(heavy_ball(momentum, nesterov, dtype), orthogonalize(method, together=together))
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, BFloat16, Float, Int, PRNGKeyArray
 
 from ._checks import check_number
 from ._guard import Guard
-from ._sampling import key_data, stream
+from ._sampling import key_data, streams
 
 # The bits of a float32 that a bfloat16 does not have.
 _DROPPED = 16
@@ -58,12 +58,10 @@ def heavy_ball(
         trace = jax.tree.map(lambda x: jnp.zeros(x.shape, kept), params)
         return RoundedTrace(jnp.zeros((), jnp.int32), trace) if is_rounded else optax.TraceState(trace)
 
-    def as_kept(momentum, count):
-        if not is_rounded:
-            return momentum
+    def rounded(momentum, count):
         leaves, treedef = jax.tree.flatten(momentum)
         # Any seed: the noise has only to differ from leaf to leaf and from step to step.
-        keys = [stream(key_data(0), count, place) for place in range(len(leaves))]
+        keys = streams(key_data(0), count, len(leaves))
         return treedef.unflatten(map(round_stochastically, keys, leaves))
 
     def update(updates, state, params=None, *, guard: Guard | None = None, **extra_args):
@@ -73,14 +71,14 @@ def heavy_ball(
             return jax.tree.map(lambda m, g: decay * m.astype(jnp.float32) + g, momentum, updates)
 
         momentum = ahead(state.trace)
-        trace = as_kept(momentum, getattr(state, "count", None))
+        trace = rounded(momentum, state.count) if is_rounded else momentum
         if guard is not None:
             trace = guard.keep(trace, state.trace)
-        if not is_rounded:
-            momentum = trace  # one array, so that no second one is held
-        state = state._replace(trace=trace)
         if is_rounded:
             state = state._replace(count=optax.safe_increment(state.count))
+        else:
+            momentum = trace  # one array, so that no second one is held
+        state = state._replace(trace=trace)
         return ahead(momentum) if nesterov else momentum, state
 
     return optax.GradientTransformationExtraArgs(init, update)

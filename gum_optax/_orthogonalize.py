@@ -75,15 +75,20 @@ def _unit(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
     return x / jnp.where(norm > 0, norm, 1)
 
 
-def _in_turn(f: Orthogonalizer, x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
-    """`f` of a stack, matrix by matrix where these are large: its buffers are then one matrix's.
+def _as_wide(f: Orthogonalizer, x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
+    """`f` of a stack turned wide, so that `X Xᵀ` is the smaller Gram matrix; in the dtype of `x`.
 
-    Small ones go together, for the sake of speed.
+    Matrix by matrix where these are large: the buffers of `f` are then one matrix's. Small ones go
+    together, for the sake of speed.
     """
-    *blocks, m, n = x.shape
+    tall = x.shape[-2] > x.shape[-1]
+    wide = x.mT if tall else x
+    *blocks, m, n = wide.shape
     if m * n < _LARGE or math.prod(blocks) == 1:
-        return f(x)
-    return jax.lax.map(f, x.reshape(-1, m, n)).reshape(x.shape)
+        result = f(wide)
+    else:
+        result = jax.lax.map(f, wide.reshape(-1, m, n)).reshape(wide.shape)
+    return (result.mT if tall else result).astype(x.dtype)
 
 
 def newton_schulz(
@@ -109,7 +114,6 @@ def newton_schulz(
       Jordan et al., Muon, https://kellerjordan.github.io/posts/muon; Amsel et al., The Polar
       Express, arXiv 2505.16932, Algorithm 1.
     """
-    tall = x.shape[-2] > x.shape[-1]
     table = jnp.asarray(coefficients, dtype)
 
     def step(x, abc):
@@ -121,8 +125,7 @@ def newton_schulz(
     def iterated(x):
         return jax.lax.scan(step, _unit(x).astype(dtype), table)[0]
 
-    result = _in_turn(iterated, x.mT if tall else x)  # X Xᵀ is now the smaller Gram matrix
-    return (result.mT if tall else result).astype(x.dtype)
+    return _as_wide(iterated, x)
 
 
 def gram_newton_schulz(
@@ -147,7 +150,6 @@ def gram_newton_schulz(
       TypeError, ValueError: `restart` is not an integer of at least 1.
     """
     check_integer("restart", restart, at_least=1)
-    tall = x.shape[-2] > x.shape[-1]
     rows = list(coefficients)
 
     def run(x, rows):
@@ -166,8 +168,7 @@ def gram_newton_schulz(
             x = run(x, rows[start : start + restart])
         return x
 
-    result = _in_turn(iterated, x.mT if tall else x)  # X Xᵀ is now the smaller Gram matrix
-    return (result.mT if tall else result).astype(x.dtype)
+    return _as_wide(iterated, x)
 
 
 def polar(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:

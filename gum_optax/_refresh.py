@@ -1,4 +1,4 @@
-"""The refresh: a new projector for every leaf at the start of a period, and none of it compiled per layer."""
+"""The refresh: a new projector for every leaf at the start of a period."""
 
 import functools
 from collections.abc import Sequence
@@ -85,10 +85,10 @@ def _each(finders: Sequence[SubspaceFinder], rows: Sequence[Row]):
     found_by = {view: jax.jit(functools.partial(found, view)) for _, view, _ in rows}
 
     def each(due, keys, phase, operands):
-        rows_of_one = enumerate(zip(rows, operands, strict=True))
+        views = [view for _, view, _ in rows]
         return [
             jax.lax.cond(due, found_by[view], _stayed, keys[i : i + 1], phase, [operand])[0]
-            for i, ((_, view, _), operand) in rows_of_one
+            for i, (view, operand) in enumerate(zip(views, operands, strict=True))
         ]
 
     return each

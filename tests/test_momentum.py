@@ -55,7 +55,7 @@ def test_a_rounded_momentum_does_not_stall_where_the_nearest_would():
     ],
     ids=["muon", "galore_muon", "gum", "sumo"],
 )
-def test_momentum_and_slots_are_bfloat16_and_the_close_to_the_float32_ones(make):
+def test_momentum_and_slots_are_bfloat16_and_close_to_the_float32_ones(make):
     leaves = [sequence(np.random.default_rng(i), (5, 8), 4) for i in range(4)]
     gradients = [{str(i): leaf[step] for i, leaf in enumerate(leaves)} for step in range(4)]
     (exact, wide), (rounded, narrow) = (run(make(dtype), gradients) for dtype in (None, "bfloat16"))
