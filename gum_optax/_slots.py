@@ -65,6 +65,10 @@ def groups_of(tree: Any, rank: int, fraction: float) -> dict[str, Group]:
     return groups
 
 
+# So many slots go into a stack by choices, each of which reads its slot once a block; more go in one after
+# the other, into a stack that is written out for it.
+_FEW = 8
+
 # The arrays to read of one leaf, as they are stored, each with its view.
 Member = Sequence[tuple[Array, View]]
 
@@ -76,6 +80,21 @@ def read(
 
     The views of all members show blocks of the same shapes.
     """
+    are_stacks = all(math.prod(view.shape[:-2]) > 1 for member in members for _, view in member)
+    return (_sliced if are_stacks else _branched)(members, leaf, number)
+
+
+def _sliced(members: Sequence[Member], leaf: Any, number: Any) -> list[Array]:
+    """A block of every stack, and a choice of one: in a branch, a TPU would copy the stack to turn it."""
+    blocks = [[view.block(x, number).astype(jnp.float32) for x, view in member] for member in members]
+    found = blocks[0]
+    for place, others in enumerate(blocks[1:], 1):
+        found = [jnp.where(leaf == place, b, a) for a, b in zip(found, others, strict=True)]
+    return found
+
+
+def _branched(members: Sequence[Member], leaf: Any, number: Any) -> list[Array]:
+    """A branch for every leaf: of many leaves, only the one that holds the block is read."""
 
     def reader(member):
         # Behind a barrier, or XLA would move the view out of the branch, and copy every leaf. Flat, so that
@@ -112,22 +131,50 @@ def holders(index: Int[Array, "k"], blocks: int) -> Int[Array, "blocks"]:
 
 
 def put(
-    leaf: Float[Array, "... m n"], values: Float[Array, "k m n"], slots: Int[Array, "size"]
+    made: Callable[[], Float[Array, "... m n"]], values: Float[Array, "k m n"], slots: Int[Array, "size"]
 ) -> Float[Array, "... m n"]:
-    """A leaf with `values[slots[i]]` in place of its block `i`, where that is not -1."""
-    values = values.astype(leaf.dtype)
+    """The leaf `made()`, with `values[slots[i]]` in place of its block `i` where that is not -1."""
     if len(slots) == 1:
-        # A choice that XLA can make entry by entry, where it next reads the leaf.
-        return jnp.where(slots[0] < 0, leaf, values[slots[0]].reshape(leaf.shape))
+        # An accelerator fuses the choice with what next reads the leaf, and branches at a cost; a CPU fuses
+        # nothing with a product, spares it in a branch, and has less to compile.
+        return jax.lax.platform_dependent(
+            values, slots, cpu=functools.partial(_by_branch, made), default=functools.partial(_chosen, made)
+        )
+    in_turn = functools.partial(_in_turn, made)
+    if len(values) > _FEW:
+        return in_turn(values, slots)
+    return rolled_but_on_tpu(in_turn, functools.partial(_by_choice, made), values, slots)
+
+
+def _by_branch(made: Callable[[], Array], values: Array, slots: Array) -> Array:
+    leaf = jax.eval_shape(made)
+    return jax.lax.cond(slots[0] < 0, made, lambda: values[slots[0]].reshape(leaf.shape).astype(leaf.dtype))
+
+
+def _chosen(made: Callable[[], Array], values: Array, slots: Array) -> Array:
+    leaf = made()
+    return jnp.where(slots[0] < 0, leaf, values[slots[0]].reshape(leaf.shape).astype(leaf.dtype))
+
+
+def _by_choice(made: Callable[[], Array], values: Array, slots: Array) -> Array:
+    """As a single block, once for each slot: on a TPU the leaf is then never written out."""
+    leaf = made()
+    for slot, value in enumerate(values.astype(leaf.dtype)):
+        leaf = jnp.where((slots == slot).reshape(*leaf.shape[:-2], 1, 1), value, leaf)
+    return leaf
+
+
+def _in_turn(made: Callable[[], Array], values: Array, slots: Array) -> Array:
+    """Block by block and in place, where a scatter would write the leaf anew."""
+    leaf = made()
 
     def overwritten(slot, blocks):
         here = slots == slot
         at = jnp.argmax(here)
         before = jax.lax.dynamic_index_in_dim(blocks, at, keepdims=False)
         return jax.lax.dynamic_update_index_in_dim(
-            blocks, jnp.where(here[at], values[slot], before), at, axis=0
+            blocks, jnp.where(here[at], values[slot].astype(leaf.dtype), before), at, axis=0
         )
 
-    # Block by block and in place, where a scatter would write the leaf anew.
     blocks = leaf.reshape(-1, *leaf.shape[-2:])
     return jax.lax.fori_loop(0, len(values), overwritten, blocks).reshape(leaf.shape)

@@ -192,8 +192,8 @@ def _sampled_steps(
                 overlay[place] = functools.partial(put, values=slot_steps[name], slots=held)
 
         def step(place, p, s):
-            lifted = lift(p, s)
-            return overlay[place](lifted) if place in overlay else lifted
+            lifted = functools.partial(lift, p, s)
+            return overlay[place](lifted) if place in overlay else lifted()
 
         places = map_with_place(lambda place, _: place, updates)
         steps = map_in_turn(step, places, told.projectors, told.steps)

@@ -7,6 +7,8 @@ import optax
 import pytest
 
 import gum_optax as go
+from gum_optax import _slots
+from gum_optax._dimensions import LAST_TWO, view_of
 
 from helpers import muon_rule
 
@@ -122,3 +124,36 @@ def test_a_users_own_compensation_is_a_function_of_q(problem):
     for block in np.asarray(state.outside.index[f"{M}x{N}"]):
         expected[block] = 0.25 * inside[block] + 2 * (g - inside)[block]
     np.testing.assert_allclose(step, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("held", [(-1, 0, -1, 1, -1, 2), (2, -1, 1, 0, -1, -1), (-1,) * 6])
+def test_slots_are_written_back_the_same_by_choice_and_in_turn(held):
+    rng = np.random.default_rng(0)
+    leaf, values = rng.standard_normal((2, 3, 4, 5)), rng.standard_normal((3, 4, 5))
+    expected = leaf.reshape(6, 4, 5).copy()
+    for block, slot in enumerate(held):
+        expected[block] = values[slot] if slot >= 0 else expected[block]
+    for put in (_slots._by_choice, _slots._in_turn):
+        found = put(lambda: jnp.asarray(leaf), jnp.asarray(values), jnp.asarray(held))
+        np.testing.assert_array_equal(found, np.float32(expected).reshape(leaf.shape))
+
+
+@pytest.mark.parametrize("held", [-1, 0, 2])
+def test_a_slot_is_written_back_the_same_by_a_branch_and_by_a_choice(held):
+    rng = np.random.default_rng(2)
+    leaf, values = rng.standard_normal((1, 4, 5)), rng.standard_normal((3, 4, 5))
+    for put in (_slots._by_branch, _slots._chosen):
+        found = put(lambda: jnp.asarray(leaf), jnp.asarray(values), jnp.asarray([held]))
+        np.testing.assert_array_equal(found, np.float32(leaf if held < 0 else values[held : held + 1]))
+
+
+@pytest.mark.parametrize("sizes", [(3, 2), (1, 1, 1), (1, 4)], ids=str)
+def test_a_slot_reads_its_block_of_stacks_of_single_matrices_and_of_both(sizes):
+    rng = np.random.default_rng(1)
+    leaves = [rng.standard_normal((size, 6, 4)).astype(np.float32) for size in sizes]
+    views = [view_of((), x, LAST_TWO, wide=True) for x in leaves]
+    members = [((jnp.asarray(x), view),) for x, view in zip(leaves, views, strict=True)]
+    for place, x in enumerate(leaves):
+        for number in range(len(x)):
+            (block,) = _slots.read(members, jnp.int32(place), jnp.int32(number))
+            np.testing.assert_array_equal(block, x[number].T)
