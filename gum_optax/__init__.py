@@ -22,6 +22,7 @@ from ._full_rank import muon as muon
 from ._full_rank import sinkgd as sinkgd
 from ._full_rank import swan as swan
 from ._hidden import hidden_matrices as hidden_matrices
+from ._layouts import with_shardings as with_shardings
 from ._low_rank import LowRankState as LowRankState
 from ._low_rank import low_rank as low_rank
 from ._matrices import as_matrices as as_matrices
@@ -61,6 +62,7 @@ from ._sampling import draw as draw
 from ._scaling import LimitNormGrowthState as LimitNormGrowthState
 from ._scaling import limit_norm_growth as limit_norm_growth
 from ._scaling import scale_by_shape as scale_by_shape
+from ._sharding import state_shardings as state_shardings
 from ._subspace import dct_columns as dct_columns
 from ._subspace import random_subspace as random_subspace
 from ._subspace import randomized_svd as randomized_svd

@@ -13,6 +13,7 @@ from ._norms import LARGEST, frobenius, inverse
 from ._orthogonalize import Orthogonalizer, newton_schulz
 from ._per_matrix import per_matrix
 from ._products import exact_matmul
+from ._sharding import placed, zeros
 from ._subspace import lift, orthonormalize, outside, project, random_subspace, regularized
 
 
@@ -70,11 +71,9 @@ def cosmos_rule(
     check_function("orthogonalizer", orthogonalizer, "gum_optax.polar")
 
     def init(key, x):
-        *blocks, rows, columns = x.shape
-        k = min(rank, rows)
-        u = random_subspace(key, x, jnp.zeros((*blocks, rows, k), jnp.float32))
-        spectrum = jnp.zeros((*blocks, k, k), jnp.float32)
-        return jnp.zeros(x.shape, jnp.float32), u, spectrum, jnp.zeros((*blocks, k, columns), jnp.float32)
+        k = min(rank, x.shape[-2])
+        u = random_subspace(key, x, jnp.zeros((*x.shape[:-1], k)))
+        return zeros(x, -2, -1), placed(u, x, -2, k), zeros(x, k, k), zeros(x, k, -1)
 
     def update(count, g, m, u, s, v):
         m = b1 * m + (1 - b1) * g

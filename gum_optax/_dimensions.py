@@ -4,14 +4,16 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 from optax.contrib import MuonDimensionNumbers
 
 from ._checks import check_matrix_leaf
+from ._sharding import explicit_sharding
 from ._trees import is_hole
 
 # The last two axes, fan-in before fan-out: a Flax kernel, alone or in a stack.
@@ -20,8 +22,16 @@ LAST_TWO = MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
 WeightDimensionNumbers = MuonDimensionNumbers | Any | Callable[[Any], Any] | None
 
 
+class ShardedDimensionNumbers(NamedTuple):
+    """`optax.contrib.MuonDimensionNumbers` of a leaf whose sharding is known: what `with_shardings` gives."""
+
+    reduction_axis: Any
+    output_axis: Any
+    sharding: NamedSharding  # of the leaf
+
+
 def _is_entry(x: Any) -> bool:
-    return x is None or isinstance(x, MuonDimensionNumbers)
+    return x is None or isinstance(x, MuonDimensionNumbers | ShardedDimensionNumbers)
 
 
 def names_of(path: tuple[Any, ...]) -> tuple[str, ...]:
@@ -34,7 +44,10 @@ def names_of(path: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
-def dimension_numbers(spec: WeightDimensionNumbers, tree: Any) -> list[MuonDimensionNumbers | None]:
+Entry = MuonDimensionNumbers | ShardedDimensionNumbers | None
+
+
+def dimension_numbers(spec: WeightDimensionNumbers, tree: Any) -> list[Entry]:
     """The dimension numbers of each leaf of `tree`, in the order of its leaves.
 
     Args:
@@ -97,12 +110,14 @@ class View:
     order: tuple[int, ...]  # the leaf's axes: batch axes, row axes, column axes
     batch: int  # how many of them are batch axes
     permuted: tuple[int, ...]  # the leaf's shape in that order
-    shape: tuple[int, ...]  # (blocks, rows, columns)
+    shape: tuple[int, ...]  # (*batch, rows, columns), one block where there is no batch
     fan_in: int
     fan_out: int
+    sharding: NamedSharding | None = None  # of the blocks, where it is known
 
     def of(self, leaf: Float[Array, "..."]) -> Float[Array, "*b m n"]:
-        return leaf.transpose(self.order).reshape(self.shape)
+        typed = self.sharding if explicit_sharding(leaf) is not None else None
+        return jnp.reshape(leaf.transpose(self.order), self.shape, out_sharding=typed)
 
     def back(self, blocks: Float[Array, "*b m n"]) -> Float[Array, "..."]:
         inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
@@ -134,8 +149,16 @@ def views_beside(tree: Any, views: Any) -> Any:
     return jax.tree.structure(tree).unflatten(kept)
 
 
-def view_of(path: Any, leaf: Any, entry: MuonDimensionNumbers | None, *, wide: bool) -> View:
-    """The view of one leaf; `wide` puts the smaller of fan-in and fan-out first.
+def _spec(sharding: NamedSharding, ndim: int) -> tuple[Any, ...]:
+    """What each axis is sharded over."""
+    return (*sharding.spec, *[None] * (ndim - len(sharding.spec)))
+
+
+def view_of(path: Any, leaf: Any, entry: Entry, *, wide: bool) -> View:
+    """The view of one leaf; `wide` puts first the side to project.
+
+    That is the smaller of fan-in and fan-out, or, where dimension numbers tell the sharding, the one that is
+    not sharded if the other is.
 
     Raises:
       ValueError: the leaf has no two matrix axes, or its dimension numbers overlap or are out of range.
@@ -162,11 +185,23 @@ def view_of(path: Any, leaf: Any, entry: MuonDimensionNumbers | None, *, wide: b
         )
     batch = tuple(axis for axis in range(leaf.ndim) if axis not in reduction + output)
     fan_in, fan_out = (math.prod(leaf.shape[axis] for axis in axes) for axes in (reduction, output))
-    rows, columns = (output, reduction) if wide and fan_in > fan_out else (reduction, output)
+    swapped = fan_in > fan_out
+    told = entry.sharding if isinstance(entry, ShardedDimensionNumbers) else None
+    if told is not None:
+        split = [any(_spec(told, leaf.ndim)[axis] for axis in axes) for axes in (reduction, output)]
+        swapped = split[0] if split[0] != split[1] else swapped
+    rows, columns = (output, reduction) if wide and swapped else (reduction, output)
     order = batch + rows + columns
-    size = [math.prod(leaf.shape[axis] for axis in axes) for axes in (batch, rows, columns)]
+    blocks = [leaf.shape[axis] for axis in batch] or [1]
+    sides = [math.prod(leaf.shape[axis] for axis in axes) for axes in (rows, columns)]
     permuted = tuple(leaf.shape[i] for i in order)
-    return View(order, len(batch), permuted, tuple(size), fan_in, fan_out)
+    known = explicit_sharding(leaf) or told
+    if known is not None:
+        # Axes that are seen as one are sharded as the first of them.
+        spec = _spec(known, leaf.ndim)
+        over = [spec[axis] for axis in batch] or [None]
+        known = NamedSharding(known.mesh, PartitionSpec(*over, spec[rows[0]], spec[columns[0]]))
+    return View(order, len(batch), permuted, (*blocks, *sides), fan_in, fan_out, known)
 
 
 def views_of(spec: WeightDimensionNumbers, tree: Any, *, wide: bool) -> Any:

@@ -12,6 +12,7 @@ from ._norms import frobenius, inverse, norm
 from ._orthogonalize import Orthogonalizer, newton_schulz
 from ._per_matrix import per_matrix
 from ._products import exact_matmul
+from ._sharding import placed, zeros
 from ._subspace import dct_columns, lift, orthonormalize, project, regularized
 
 _EPS = float(jnp.finfo(jnp.float32).eps)
@@ -55,7 +56,7 @@ def trion_rule(
 
     def init(key, x):
         del key
-        return (jnp.zeros(x.shape, jnp.float32),)
+        return (zeros(x, -2, -1),)
 
     def update(count, g, m):
         del count
@@ -105,7 +106,7 @@ def dion_rule(rank: int, momentum: Any = 0.95, key: int | jax.Array = 0) -> opta
     def init(key, x):
         *blocks, rows, columns = x.shape
         q = jax.random.normal(key, (*blocks, columns, min(rank, rows)), jnp.float32)
-        return jnp.zeros(x.shape, jnp.float32), q * inverse(norm(q, -2))
+        return zeros(x, -2, -1), placed(q * inverse(norm(q, -2)), x, -1, q.shape[-1])
 
     def update(count, g, m, q):
         del count

@@ -19,11 +19,15 @@ class Guard:
         self.taken = taken
         self._kept: dict[int, Any] = {}  # holds the leaves, so that no other takes their id
 
+    def has(self, leaf: Any) -> bool:
+        """Whether a leaf was kept."""
+        return id(leaf) in self._kept
+
     def keep(self, new: Any, old: Any) -> Any:
         """The leaves of `new`, or those of `old` where the step is not taken."""
 
         def choose(after, before):
-            return after if id(after) in self._kept else jnp.where(self.taken, after, before)
+            return after if self.has(after) else jnp.where(self.taken, after, before)
 
         return self.as_kept(jax.tree.map(choose, new, old))
 

@@ -17,6 +17,7 @@ from ._norms import inverse
 from ._refresh import refreshed
 from ._residuals import Residual, Told, drop, stepping
 from ._sampling import check_key, key_data, stream, streams
+from ._sharding import placed, zeros
 from ._subspace import SubspaceFinder, project, random_subspace, track_subspace
 from ._trees import map_with_place, merge, split
 
@@ -143,13 +144,13 @@ def in_subspace(
         data = key_data(key)
 
         def start(place, g):
-            shape = (*g.shape[:-1], rank)
-            return random_subspace(stream(data, jnp.int32(0), place), g, jnp.zeros(shape, jnp.float32))
+            key = stream(data, jnp.int32(0), place)
+            return placed(random_subspace(key, g, jnp.zeros((*g.shape[:-1], rank))), g, -2, rank)
 
-        coordinates = jax.tree.map(lambda g: zero_coordinates(g, rank), low)
+        coordinates = jax.tree.map(lambda g: zeros(g, rank, -1), low)
         inner_state = inner.init(coordinates)
         # A carry that does not fit inner says so here, and not at the first refresh.
-        rotation = jax.tree.map(lambda r: jnp.zeros((*r.shape[:-2], rank, rank)), coordinates)
+        rotation = jax.tree.map(lambda r: zeros(r, rank, rank), coordinates)
         jax.eval_shape(functools.partial(carry, inner), inner_state, coordinates, rotation, True)
         return LowRankState(
             count=jnp.zeros((), jnp.int32),
@@ -209,14 +210,9 @@ def in_subspace(
 
 def float32_zeros(tree: Any) -> Any:
     """What `inner.init` sees of unprojected leaves: its accumulators are float32 whatever the model is."""
-    return jax.tree.map(lambda g: jnp.zeros(g.shape, jnp.float32), tree)
+    return jax.tree.map(lambda g: jnp.zeros_like(g, jnp.float32), tree)
 
 
 def as_float32(tree: Any) -> Any:
     """What `inner.update` sees of unprojected leaves."""
     return jax.tree.map(lambda g: g.astype(jnp.float32), tree)
-
-
-def zero_coordinates(g: Float[Array, "*b m n"], rank: int) -> Float[Array, "*b r n"]:
-    """What `inner.init` sees of a projected leaf."""
-    return jnp.zeros((*g.shape[:-2], rank, g.shape[-1]), jnp.float32)

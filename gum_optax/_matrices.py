@@ -8,6 +8,7 @@ import optax
 
 from ._checks import check_rule
 from ._dimensions import WeightDimensionNumbers, views_of
+from ._sharding import on_auto_axes
 
 
 def as_matrices(
@@ -45,11 +46,15 @@ def as_matrices(
         return inner.init(seen(views_of(weight_dimension_numbers, params, wide=wide), params))
 
     def update(updates, state, params=None, **extra_args):
+        # Before types lose their shardings.
         views = views_of(weight_dimension_numbers, updates, wide=wide)
-        params = None if params is None else seen(views, params)
-        # How leaves are stored, for rules that take them through a conditional: see `low_rank`.
-        extra_args |= {"views": views}
-        steps, state = inner.update(seen(views, updates), state, params, **extra_args)
-        return jax.tree.map(lambda x, view: view.back(x), steps, views), state
+
+        def inside(updates, state, params=None, **extra_args):
+            params = None if params is None else seen(views, params)
+            # How leaves are stored, for rules that take them through a conditional: see `low_rank`.
+            steps, state = inner.update(seen(views, updates), state, params, views=views, **extra_args)
+            return jax.tree.map(lambda x, view: view.back(x), steps, views), state
+
+        return on_auto_axes(inside)(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)

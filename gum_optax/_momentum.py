@@ -55,7 +55,7 @@ def heavy_ball(
     is_rounded = kept == jnp.bfloat16
 
     def init(params):
-        trace = jax.tree.map(lambda x: jnp.zeros(x.shape, kept), params)
+        trace = jax.tree.map(lambda x: jnp.zeros_like(x, kept), params)
         return RoundedTrace(jnp.zeros((), jnp.int32), trace) if is_rounded else optax.TraceState(trace)
 
     def rounded(momentum, count):

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from ._checks import check_function, check_integer
 from ._products import exact_matmul
+from ._sharding import spread
 from ._trees import map_in_turn, map_together
 
 Coefficients = Sequence[tuple[float, float, float]]
@@ -225,4 +226,13 @@ def orthogonalize(
     check_function("method", method, "gum_optax.newton_schulz")
     mapped = map_together if together else map_in_turn
     once = jax.jit(method)  # traced once for all leaves of a shape
-    return optax.stateless(lambda updates, params: mapped(once, updates))
+
+    def update(updates, state, params=None, *, views=None, **extra_args):
+        del params, extra_args
+        if views is None or not any(view.sharding for view in jax.tree.leaves(views)):
+            return mapped(once, updates), state
+        # Leaves that live apart do not go together.
+        shardings = jax.tree.map(lambda _, view: view.sharding, updates, views)
+        return map_in_turn(lambda at, x: spread(once, x, at), shardings, updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)

@@ -1,5 +1,6 @@
 """The unbiased paradigm: a few sampled blocks run at full rank and carry what projection loses."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,13 +8,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from ._carries import restart
 from ._checks import check_fraction, check_function, check_integer, check_matrix_leaf, check_rule
-from ._dimensions import plain_view
+from ._dimensions import View, plain_view
 from ._low_rank import Subspace, in_subspace
 from ._sampling import check_key, draw, key_data
+from ._sharding import zeros
 from ._slots import Group, groups_of, holders, map_blocks, put
 from ._subspace import SubspaceFinder, lift, outside, project, track_subspace
 from ._trees import is_hole, map_in_turn, map_with_place, split
@@ -156,15 +159,17 @@ def _sampled_steps(
     def draws(key, count):
         return {n: draw(key, count // period, n, group.blocks, group.slots) for n, group in sampled.items()}
 
-    fresh = {n: jnp.zeros((g.slots, *g.shape), jnp.float32) for n, g in sampled.items()}
+    def fresh(tree):
+        """Zeros, sharded as the blocks of the first leaf are."""
+        leaves = jax.tree.leaves(tree)
+        return {n: zeros(leaves[g.places[0]], -2, -1, g.slots) for n, g in sampled.items()}
 
     def init(params):
-        del params
         if not sampled:
             # One ordinary leaf and not an empty dict: `optax.tree.map_params` calls `init` with a leafless
             # tree and compares structures.
             return SampledState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
-        return SampledState(draws(key_data(key), jnp.zeros((), jnp.int32)), inner.init(fresh))
+        return SampledState(draws(key_data(key), jnp.zeros((), jnp.int32)), inner.init(fresh(params)))
 
     def update(updates, state, params=None, *, told, **extra_args):
         del params
@@ -182,8 +187,9 @@ def _sampled_steps(
         slot_steps: Any = fed
         slots = state.slots
         if sampled:
-            slots = restart(inner, state.slots, fresh, None, told.due)
-            slot_steps, slots = inner.update(fed, slots, None, **extra_args)
+            slots = restart(inner, state.slots, fresh(updates), None, told.due)
+            at = {n: _slot_view(fed[n], views[group.places[0]]) for n, group in sampled.items()}
+            slot_steps, slots = inner.update(fed, slots, None, views=at, **extra_args)
         overlay = {}
         for name, group in sampled.items():
             slot = holders(index[name], group.blocks)
@@ -200,6 +206,14 @@ def _sampled_steps(
         return steps, SampledState(index, slots)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def _slot_view(x: Float[Array, "k m n"], view: View) -> View:
+    """Of slots, which are sharded as the blocks of a leaf are."""
+    if view.sharding is None:
+        return plain_view(x)
+    spec = PartitionSpec(None, *view.sharding.spec[-2:])
+    return dataclasses.replace(plain_view(x), sharding=NamedSharding(view.sharding.mesh, spec))
 
 
 def _weighted(

@@ -36,6 +36,17 @@ def test_the_usage_lines_build_the_transformation_that_they_show():
     assert names["tx"].init({"kernel": jnp.ones((3, 4))})
 
 
+def test_the_lines_for_a_mesh_place_the_state_and_take_a_step():
+    (code,) = [block for block in blocks("python") if "state_shardings" in block]
+    names: dict = {}
+    exec(code, names)
+    params, state = names["params"], names["state"]
+    steps, state = jax.jit(names["tx"].update)(params, state, params)
+    assert jax.tree.structure(steps) == jax.tree.structure(params)
+    placed = jax.tree.map(lambda x, sharding: x.sharding == sharding, names["state"], names["states"])
+    assert all(jax.tree.leaves(placed))
+
+
 def test_the_readme_has_exactly_the_two_commands_and_ci_runs_the_second():
     commands = [line for block in blocks("") for line in block.splitlines() if "pip install" in line]
     assert commands == [

@@ -1,11 +1,28 @@
 """On a mesh of forced host devices: what is exchanged, and that the result is the single device's."""
 
+import functools
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+import gum_optax as go
+
+from helpers import OPTIMIZERS
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "benchmarks"))
+
+import cost_model  # noqa: E402
 
 # In a process of its own: the number of host devices is fixed when JAX starts.
 SCRIPT = """
@@ -57,3 +74,182 @@ def test_sinkgd_exchanges_vectors_only(found):
 def test_sharded_sinkgd_is_sinkgd(found):
     for spec, result in found.items():
         assert result["error"] < 1e-6, spec
+
+
+# Three to a process.
+TRIPLES = [list(OPTIMIZERS)[i::5] for i in range(5)]
+
+
+@pytest.mark.parametrize("names", TRIPLES, ids=",".join)
+def test_on_every_layout_an_optimizer_does_what_it_does_on_one_device(names):
+    """FSDP on either axis, tensor parallel, 2-D, scanned, experts, heads; a rank that not all axes divide."""
+    command = [sys.executable, "on_eight_devices.py", *names]
+    done = subprocess.run(command, cwd=HERE, env=os.environ, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert list(results) == names
+    for name, settings in results.items():
+        for setting, found in settings.items():
+            assert found["gap"] < 1e-5, (name, setting)
+            assert found["repeats"], (name, setting)
+            assert found["stays"], (name, setting)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.make_mesh((1, 1), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+
+
+def specs_of(tx, shapes, specs, mesh):
+    """The specs of the state that have names in them, by the last names of their paths."""
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+    state = go.state_shardings(tx, params, shardings)
+    assert jax.tree.structure(state) == jax.tree.structure(jax.eval_shape(tx.init, params))
+    assert all(sharding.mesh == mesh for sharding in jax.tree.leaves(state))
+    found = {}
+    for path, sharding in jax.tree_util.tree_leaves_with_path(state):
+        if any(sharding.spec):
+            found[jax.tree_util.keystr(path[-2:])] = sharding.spec
+    return found
+
+
+def test_projectors_follow_the_rows_coordinates_the_columns_and_slots_both(mesh):
+    tx = go.as_matrices(go.unbiased_low_rank(optax.trace(0.9), 2, 3, 0.5))
+    shapes = {"wide": (4, 8, 16), "tall": (4, 16, 8)}
+    specs = {"wide": P(None, "x", "y"), "tall": P("x", None, "y")}
+    assert specs_of(tx, shapes, specs, mesh) == {
+        ".projectors['wide']": P(None, "x", None),
+        ".projectors['tall']": P("x", "y", None),
+        ".trace['wide']": P(None, None, "y"),
+        ".trace['tall']": P("x", None, None),
+        ".trace['8x16']": P(None, "y", None),
+    }
+
+
+def test_of_axes_seen_as_one_the_first_keeps_its_sharding(mesh):
+    dims = optax.contrib.MuonDimensionNumbers(reduction_axis=0, output_axis=(1, 2))
+    tx = go.as_matrices(go.low_rank(optax.trace(0.9), 2, 3), dims)
+    for heads, size, kept in (("y", None, "y"), (None, "y", None), ("x", "y", "x")):
+        found = specs_of(tx, {"query": (4, 4, 8)}, {"query": P(None, heads, size)}, mesh)
+        assert found == ({".trace['query']": P(None, None, kept)} if kept else {})
+
+
+def test_state_of_any_optax_transformation_is_sharded_as_its_parameters(mesh):
+    found = specs_of(optax.adamw(1e-3), {"w": (4, 8)}, {"w": P("x", "y")}, mesh)
+    assert found == {".mu['w']": P("x", "y"), ".nu['w']": P("x", "y")}
+
+
+def test_shardings_that_are_none_or_of_several_meshes_are_refused(mesh):
+    params = {"a": jnp.ones((4, 8)), "b": jnp.ones((4, 8))}
+    here = NamedSharding(mesh, P("x"))
+    other = NamedSharding(jax.make_mesh((1,), ("z",), axis_types=(AxisType.Auto,)), P("z"))
+    with pytest.raises(TypeError, match="NamedSharding for each leaf, got SingleDevice"):
+        go.state_shardings(go.muon(0.1), params, {"a": here, "b": SingleDeviceSharding(jax.devices()[0])})
+    with pytest.raises(ValueError, match="of one mesh, got 2 meshes"):
+        go.state_shardings(go.muon(0.1), params, {"a": here, "b": other})
+    with pytest.raises(TypeError, match="tx must be an optax"):
+        go.state_shardings("muon", params, {"a": here, "b": here})
+
+
+def numbers_of(tx, shapes):
+    """Shapes of the projectors of `low_rank`."""
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    return jax.tree.map(lambda x: x.shape, jax.eval_shape(tx.init, params).projectors)
+
+
+def test_a_matrix_sharded_along_one_side_is_projected_along_the_other(mesh):
+    shapes = {"rows": (8, 16), "columns": (8, 16), "both": (8, 16), "neither": (8, 16), "stack": (4, 8, 16)}
+    specs = {
+        "rows": P("x"),
+        "columns": P(None, "y"),
+        "both": P("x", "y"),
+        "neither": P(),
+        "stack": P(None, "x"),
+    }
+    shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+    tx = go.as_matrices(
+        go.low_rank(optax.identity(), 2, 3), go.with_shardings(shardings, lambda _: go.LAST_TWO)
+    )
+    found = numbers_of(tx, shapes)
+    assert {name: shape[-2] for name, shape in found.items()} == {
+        "rows": 16,
+        "columns": 8,
+        "both": 8,
+        "neither": 8,
+        "stack": 16,
+    }
+    assert found["stack"] == (4, 16, 2)
+
+
+def test_a_matrix_without_a_sharding_is_named(mesh):
+    params = {"a": {"kernel": jnp.ones((4, 8))}, "b": {"kernel": jnp.ones((4, 8))}, "bias": jnp.ones(4)}
+    shardings = {"a": {"kernel": NamedSharding(mesh, P("x"))}}
+    tx = go.muon(0.1, weight_dimension_numbers=go.with_shardings(shardings))
+    with pytest.raises(TypeError, match=r"for leaf \['b'\]\['kernel'\], got None"):
+        tx.init(params)
+
+
+def collectives(tmp_path, *arguments):
+    """MiB that a device sends in an update and a refresh, by optimizer and layout."""
+    command = [sys.executable, "benchmarks/collectives.py", "--out", str(tmp_path), *arguments]
+    # Two tests may load libtpu at a time, and none of them a device.
+    env = os.environ | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    done = subprocess.run(command, cwd=HERE.parent, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (setting,) = json.loads((tmp_path / "collectives.json").read_text())["settings"].values()
+    return setting["rows"]
+
+
+# MiB of an update and of a refresh, of [8, 1024, 4096] at rank 128 with two slots: nothing of the size of m n
+# but in these. On 2-D, the residual of the slots is projected twice, to be exact to its own rounding; on m, the
+# refresh makes a projector of the long side, 16 MiB, on every device.
+BUDGETS = {"n": (15.5, 10), "m": (22.5, 28), "2-D": (25, 10)}
+
+
+def check_budgets(found):
+    for layout, (update, refresh) in found["gum"].items():
+        assert update <= BUDGETS[layout][0], layout
+        assert refresh <= BUDGETS[layout][1], layout
+
+
+def test_what_gum_sends_on_eight_devices_is_within_its_budget(tmp_path):
+    found = collectives(tmp_path, "--optimizers", "gum;galore_muon;sinkgd")
+    check_budgets(found)
+    assert max(update for update, _ in found["galore_muon"].values()) <= 5
+    assert "| sinkgd | 0.33 | 1.31 | 0.33 |" in (tmp_path / "collectives.md").read_text()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install libtpu")
+def test_what_gum_sends_on_eight_tpus_is_within_its_budget(tmp_path):
+    check_budgets(collectives(tmp_path, "--platform", "tpu", "--optimizers", "gum", "--layouts", "m"))
+
+
+def test_the_cost_model_sends_what_the_compiled_program_sends():
+    """`docs/results/collectives.json` is of [8, 1024, 4096] on n, with a refresh every `PERIOD` steps."""
+    stored = json.loads((HERE.parent / "docs" / "results" / "collectives.json").read_text())["settings"]
+    x = cost_model.Matrices(8, 1024, 4096)
+    for platform in ("cpu", "tpu"):
+        rows = stored[f"{platform}, 8 devices"]["rows"]
+        for name, cost in (
+            ("galore_muon", cost_model.galore_muon(x, 8, 128)),
+            ("gum", cost_model.gum(x, 8, 128, 2 / 8)),
+        ):
+            update, refresh = rows[name]["n"]
+            assert cost.wire / 2**20 == pytest.approx(update + refresh / cost_model.PERIOD, abs=0.01)
+
+
+@pytest.mark.parametrize(("m", "n"), [(64, 256), (64, 64)])
+def test_the_cost_model_counts_the_operations_that_xla_counts(m, n):
+    shape = jax.ShapeDtypeStruct((m, n), jnp.float32)
+    x = cost_model.Matrices(1, m, n)
+    one_gram = functools.partial(go.gram_newton_schulz, restart=cost_model.STEPS)
+    counted = jax.jit(one_gram).lower(shape).compile().cost_analysis()["flops"]
+    assert counted == pytest.approx(cost_model.gram_newton_schulz(x), rel=0.1)
+
+
+def test_the_table_of_costs_has_a_row_a_model_a_number_of_chips_and_a_cost(tmp_path):
+    cost_model.main(["--out", str(tmp_path)])
+    lines = (tmp_path / "cost_model.md").read_text().splitlines()
+    assert len(lines) == 2 + 3 * 3 * 3
+    assert lines == (HERE.parent / "docs" / "results" / "cost_model.md").read_text().splitlines()

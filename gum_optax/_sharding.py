@@ -1,0 +1,168 @@
+"""Where state lives on a mesh; and rules on leaves whose shardings are part of their types."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from ._checks import check_rule
+from ._guard import Guard
+
+
+def explicit_sharding(x: Any) -> NamedSharding | None:
+    """The sharding that is part of the type of `x`, as it is on a mesh of Explicit axes."""
+    sharding = jax.typeof(x).sharding
+    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+
+
+def _beside(
+    g: Float[Array, "*b m n"], rows: int, columns: int, blocks: int | None = None
+) -> tuple[tuple[int, ...], NamedSharding | None]:
+    """Shape and sharding of an array that stands beside `g`: `(*b, rows, columns)`.
+
+    A side is an axis of `g` (-2 or -1), and is then sharded like it, or a size, and is then on every device.
+    So are `blocks`, where they are given in place of those of `g`.
+    """
+    sides = rows, columns
+    batch = g.shape[:-2] if blocks is None else (blocks,)
+    shape = (*batch, *(g.shape[side] if side < 0 else side for side in sides))
+    sharding = explicit_sharding(g)
+    if sharding is None:
+        return shape, None
+    batch = sharding.spec[:-2] if blocks is None else (None,)
+    spec = (*batch, *(sharding.spec[side] if side < 0 else None for side in sides))
+    return shape, NamedSharding(sharding.mesh, PartitionSpec(*spec))
+
+
+def zeros(
+    g: Float[Array, "*b m n"], rows: int, columns: int, blocks: int | None = None
+) -> Float[Array, "*c rows columns"]:
+    """Float32 zeros that stand beside `g`, as `_beside` says."""
+    shape, sharding = _beside(g, rows, columns, blocks)
+    return jnp.zeros(shape, jnp.float32, out_sharding=sharding)
+
+
+def placed(
+    x: Float[Array, "*b rows columns"], g: Float[Array, "*b m n"], rows: int, columns: int
+) -> Float[Array, "*b rows columns"]:
+    """`x`, sharded as what stands beside `g`."""
+    _, sharding = _beside(g, rows, columns)
+    return x if sharding is None else jax.sharding.reshard(x, sharding)
+
+
+def spread(
+    method: Callable[[Array], Array], x: Float[Array, "*b m n"], sharding: NamedSharding
+) -> Float[Array, "*b m n"]:
+    """`method(x)`, `x` being laid out for it with its long side over all mesh axes that shard its matrices.
+
+    The Gram matrix of the short side is then one sum over all of them, where XLA, left alone, would gather
+    the matrix in every product.
+    """
+    *batch, rows, columns = sharding.spec
+    is_wide = x.shape[-1] >= x.shape[-2]
+    # The axes of the long side first: its own pieces then only split, and no device swaps whole ones.
+    sides = (columns, rows) if is_wide else (rows, columns)
+    axes = tuple(name for side in sides for name in ((side,) if isinstance(side, str) else side or ()))
+    if not axes or max(x.shape[-2:]) % math.prod(sharding.mesh.shape[name] for name in axes):
+        return method(x)
+    there = (*batch, *((None, axes) if is_wide else (axes, None)))
+    # Where it comes from and where it goes to are said as well: XLA would else do before and after, in the
+    # wrong place, what can wait, and move more than this one array.
+    moved = _laid_out(_laid_out(x, sharding, sharding.spec), sharding, there)
+    result = _laid_out(method(moved), sharding, there)
+    return _laid_out(result, sharding, sharding.spec)
+
+
+def _laid_out(x: Array, sharding: NamedSharding, spec: Any) -> Array:
+    # Where a mesh is set, its axes are what counts: Auto within `on_auto_axes`.
+    spec = PartitionSpec(*spec)
+    is_set = not jax.sharding.get_abstract_mesh().empty
+    return jax.lax.with_sharding_constraint(x, spec if is_set else NamedSharding(sharding.mesh, spec))
+
+
+def on_auto_axes(update: Callable[..., Any]) -> Callable[..., Any]:
+    """An update whose gradients' types may carry shardings, run where XLA chooses all shardings within.
+
+    Between them, factorizations and products of sharded matrices need no words about theirs. Steps come
+    out sharded as the gradients, and state as it was.
+    """
+
+    def run(updates, state, params=None, *, guard: Guard | None = None, **extra_args):
+        shardings = [explicit_sharding(x) for x in jax.tree.leaves(updates)]
+        meshes = [sharding.mesh for sharding in shardings if sharding is not None]
+        if not meshes:
+            return update(updates, state, params, guard=guard, **extra_args)
+        everywhere = NamedSharding(meshes[0], PartitionSpec())
+        kept = []
+
+        def inside(updates, state, params, taken, extra_args):
+            inner = None if taken is None else Guard(taken)
+            steps, new = update(updates, state, params, guard=inner, **extra_args)
+            kept.extend(inner is not None and inner.has(x) for x in jax.tree.leaves(new))
+            return steps, new
+
+        out = jax.tree.map(lambda x: explicit_sharding(x) or everywhere, (updates, state))
+        taken = None if guard is None else guard.taken
+        within = jax.sharding.auto_axes(inside, out_sharding=out)
+        steps, new = within(updates, state, params, taken, extra_args)  # pyright: ignore[reportCallIssue]
+        if guard is not None:
+            guard.as_kept([x for x, yes in zip(jax.tree.leaves(new), kept, strict=True) if yes])
+        return steps, new
+
+    return run
+
+
+def state_shardings(tx: optax.GradientTransformation, params: Any, param_shardings: Any) -> Any:
+    """The sharding of each array of `tx`'s state, from those of the parameters.
+
+    What has the size of a parameter along an axis is sharded as that axis; a rank, and what belongs to no
+    parameter, is on every device. So a rank need not be a multiple of a mesh axis. Give it to `jit`, that
+    state is born where it lives:
+
+        shardings = state_shardings(tx, params, param_shardings)
+        state = jax.jit(tx.init, out_shardings=shardings)(params)
+
+    On a mesh of Explicit axes (the default of `jax.make_mesh`) the types of the parameters tell `init` as
+    much, and this is not needed.
+
+    Args:
+      tx: any optax transformation.
+      params: the parameters, arrays or shapes.
+      param_shardings: a `jax.sharding.NamedSharding` for each leaf, all of one mesh.
+
+    Returns:
+      A tree of `NamedSharding`s like `tx.init(params)`.
+
+    Raises:
+      TypeError: a sharding is not a `NamedSharding`, or `tx` is not a transformation.
+      ValueError: the shardings are of several meshes, there is none, or one does not fit its leaf.
+    """
+    check_rule("tx", tx)
+    leaves, treedef = jax.tree.flatten(params)
+    shardings = treedef.flatten_up_to(param_shardings)
+    for sharding in shardings:
+        if not isinstance(sharding, NamedSharding):
+            raise TypeError(
+                f"param_shardings must hold a jax.sharding.NamedSharding for each leaf, got {sharding!r}."
+            )
+    meshes = list(dict.fromkeys(sharding.mesh for sharding in shardings))
+    if len(meshes) != 1:
+        raise ValueError(f"param_shardings must be of one mesh, got {len(meshes)} meshes: {meshes}.")
+    mesh = meshes[0]
+    explicit = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Explicit,) * len(mesh.axis_names))
+    typed = [
+        jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=NamedSharding(explicit, s.spec))
+        for x, s in zip(leaves, shardings, strict=True)
+    ]
+    state = jax.eval_shape(tx.init, treedef.unflatten(typed))
+
+    def of(x):
+        spec = PartitionSpec() if x.sharding is None else x.sharding.spec
+        return NamedSharding(mesh, spec)
+
+    return jax.tree.map(of, state)

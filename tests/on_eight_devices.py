@@ -1,0 +1,128 @@
+"""Run by `test_sharded.py` in a process of its own: every optimizer on a mesh of eight host devices.
+
+python tests/on_eight_devices.py NAME ...      prints one line of JSON
+"""
+
+import contextlib
+import json
+import math
+import os
+import sys
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import gum_optax as go
+
+from helpers import OPTIMIZERS, sequence
+
+# One tree with all layouts: a mesh axis on either side (FSDP, tensor parallel), both on one, one on each,
+# scanned layers, experts as a batch axis, attention heads. The rank, 2, is a multiple of one axis only.
+LAYOUTS = {
+    "rows": ((8, 16), P("model", None)),
+    "columns": ((8, 16), P(None, ("data", "model"))),
+    "both": ((8, 16), P("data", "model")),
+    "scanned": ((4, 16, 8), P(None, "data", "model")),
+    "experts": ((2, 4, 8, 8), P(None, "model", "data", None)),
+    "query": ((8, 4, 4), P("data", "model", None)),
+}
+SPECS = {name: {"kernel": spec} for name, (_, spec) in LAYOUTS.items()} | {"bias": P("model")}
+STEPS = 5
+
+
+def values():
+    """Parameters, and the gradients of each step."""
+    rng = np.random.default_rng(0)
+    runs = {name: sequence(rng, shape, STEPS + 1) for name, (shape, _) in LAYOUTS.items()}
+    biases = rng.normal(size=(STEPS + 1, 16)).astype(np.float32)
+    return [
+        {name: {"kernel": run[step]} for name, run in runs.items()} | {"bias": biases[step]}
+        for step in range(STEPS + 1)
+    ]
+
+
+def twice(tx, place, state_of, out=None):
+    """Parameters and state after all steps, of two runs of the same program."""
+
+    def step(g, state, params):
+        updates, state = tx.update(g, state, params)
+        return optax.apply_updates(params, updates), state
+
+    step = jax.jit(step, out_shardings=out)
+    found = []
+    for _ in range(2):
+        params, *gradients = map(place, values())
+        state = state_of(params)
+        for g in gradients:
+            # One program at a time: eight devices share the cores.
+            params, state = jax.block_until_ready(step(g, state, params))
+        found.append((params, state))
+    return found
+
+
+def on_mesh(tx_for, kind, *, sizes=(2, 4), planned=True):
+    """As `twice`: under Auto axes with `state_shardings` or without, or under Explicit ones with nothing."""
+    devices = jax.devices()[: math.prod(sizes)]
+    mesh = jax.make_mesh(sizes, ("data", "model"), axis_types=(kind,) * 2, devices=devices)
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), SPECS)
+    tx = tx_for(shardings)
+    born = go.state_shardings(tx, values()[0], shardings)
+    out = (shardings, born) if kind == AxisType.Auto and planned else None
+    init = jax.jit(tx.init, out_shardings=out and born)
+
+    def place(tree):
+        return jax.device_put(tree, shardings)
+
+    # What a user of Explicit axes does; under Auto axes no mesh is set.
+    with jax.set_mesh(mesh) if kind == AxisType.Explicit else contextlib.nullcontext():
+        return twice(tx, place, init, out), (shardings, born)
+
+
+def compared(runs, shardings, alone):
+    (here, again), (expected, _) = runs, alone
+    return {
+        "gap": max(jax.tree.leaves(jax.tree.map(gap, here[0], expected[0]))),
+        "repeats": all(jax.tree.leaves(jax.tree.map(np.array_equal, here, again))),
+        "stays": all(jax.tree.leaves(jax.tree.map(is_placed, here, shardings))),
+    }
+
+
+def check(name):
+    make, arguments = OPTIMIZERS[name]
+
+    def plain(shardings):
+        return make(1e-2, **arguments)
+
+    def told(shardings):
+        return make(1e-2, **arguments, weight_dimension_numbers=go.with_shardings(shardings))
+
+    tx = plain(None)
+    alone = twice(tx, lambda tree: jax.tree.map(jnp.asarray, tree), jax.jit(tx.init))
+    kinds = AxisType.Auto, AxisType.Explicit
+    found = {kind.name: compared(*on_mesh(plain, kind), alone) for kind in kinds}
+    if name == "gum":
+        runs, _ = on_mesh(plain, AxisType.Auto, planned=False)
+        found["nothing said"] = compared(runs, jax.tree.map(lambda x: x.sharding, runs[0]), alone)
+    if name in ("gum", "muon"):
+        alone, _ = on_mesh(told, AxisType.Auto, sizes=(1, 1))
+        found["told"] = compared(*on_mesh(told, AxisType.Auto), alone)
+    return found
+
+
+def gap(a, b):
+    return float(np.abs(np.asarray(a) - np.asarray(b)).max())
+
+
+def is_placed(x, sharding):
+    return x.sharding.is_equivalent_to(sharding, x.ndim)
+
+
+if __name__ == "__main__":
+    print(json.dumps({name: check(name) for name in sys.argv[1:]}))
