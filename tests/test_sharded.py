@@ -202,8 +202,8 @@ def collectives(tmp_path, *arguments):
 
 
 # MiB of an update and of a refresh, of [8, 1024, 4096] at rank 128 with two slots: nothing of the size of m n
-# but in these. On 2-D, the residual of the slots is projected twice, to be exact to its own rounding; on m, the
-# refresh makes a projector of the long side, 16 MiB, on every device.
+# but in these. On 2-D, the residual of the slots is projected twice, to be exact to its own rounding; on m,
+# the refresh makes a projector of the long side, 16 MiB, on every device.
 BUDGETS = {"n": (15.5, 10), "m": (22.5, 28), "2-D": (25, 10)}
 
 
