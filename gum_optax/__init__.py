@@ -62,6 +62,7 @@ from ._sampling import draw as draw
 from ._scaling import LimitNormGrowthState as LimitNormGrowthState
 from ._scaling import limit_norm_growth as limit_norm_growth
 from ._scaling import scale_by_shape as scale_by_shape
+from ._sharding import check_processes_agree as check_processes_agree
 from ._sharding import state_shardings as state_shardings
 from ._subspace import dct_columns as dct_columns
 from ._subspace import random_subspace as random_subspace

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
@@ -166,3 +167,28 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, param_shardin
         return NamedSharding(mesh, spec)
 
     return jax.tree.map(of, state)
+
+
+def check_processes_agree(state: Any) -> None:
+    """Compare what every process must hold alike: the keys, counts and draws of a state that has just begun.
+
+    Nothing in JAX notices a seed that differs between hosts: each compiles its own program, draws its own
+    blocks, and the parameters drift apart. Call it once, after `init` or a restore. One process has no other.
+
+    Args:
+      state: of any optax transformation; its arrays of integers that are whole on every device are compared.
+
+    Raises:
+      ValueError: they differ; the message names the array and what each process holds.
+    """
+    if jax.process_count() == 1:
+        return
+    for path, x in jax.tree_util.tree_leaves_with_path(state):
+        if not (isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.integer) and x.is_fully_replicated):
+            continue
+        held = multihost_utils.process_allgather(x.addressable_data(0))
+        if (held != held[0]).any():
+            raise ValueError(
+                f"{jax.tree_util.keystr(path)} differs between processes: {held.tolist()};"
+                " give every process the same key and the same checkpoint."
+            )

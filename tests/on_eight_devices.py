@@ -10,7 +10,11 @@ import os
 import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count="
+    + os.environ.get("HOST_DEVICES", "8")
+)
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +34,8 @@ LAYOUTS = {
     "columns": ((8, 16), P(None, ("data", "model"))),
     "both": ((8, 16), P("data", "model")),
     "scanned": ((4, 16, 8), P(None, "data", "model")),
-    "experts": ((2, 4, 8, 8), P(None, "model", "data", None)),
-    "query": ((8, 4, 4), P("data", "model", None)),
+    "experts": ((2, 8, 8, 8), P(None, "model", "data", None)),
+    "query": ((8, 8, 4), P("data", "model", None)),
 }
 SPECS = {name: {"kernel": spec} for name, (_, spec) in LAYOUTS.items()} | {"bias": P("model")}
 STEPS = 5
