@@ -64,6 +64,7 @@ SMALL = Plan(
 )
 PEERS = ("optax.contrib.muon", "optax.adamw")
 OURS = ("muon", "gum", "galore_muon", "sumo", "sinkgd")
+TRAINED = ("adamw", "muon", "galore_muon", "gum")
 
 
 def check(steps: int = 5) -> dict[str, dict[str, Any]]:
@@ -133,7 +134,7 @@ def pretrain(arguments: tuple[str, ...], text: Path | None, out: Path) -> dict[s
     runs = out / "accelerator_runs"
     shutil.rmtree(runs, ignore_errors=True)
     command = [sys.executable, str(ROOT / "examples" / "pretrain.py"), *arguments, "--out", str(runs)]
-    command += ["--compare", "adamw,muon,galore_muon,gum"] + (["--text", str(text)] if text else [])
+    command += ["--compare", ",".join(TRAINED)] + (["--text", str(text)] if text else [])
     subprocess.run(command, check=True)
     rows = json.loads((runs / "summary.json").read_text())
     shutil.copy(runs / "loss.png", out / "accelerator.png")

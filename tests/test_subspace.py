@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gum_optax as go
@@ -59,6 +59,7 @@ def test_columns_are_orthonormal_whatever_the_gradient(finder):
         assert defect(p) < ORTHONORMAL, name
 
 
+@settings(max_examples=8)  # each compiles every finder
 @given(st.integers(2, 12), st.integers(1, 12), st.lists(st.integers(1, 2), max_size=2), st.data())
 def test_finders_take_any_stack_of_any_shape(m, n, batch, data):
     rank = data.draw(st.integers(1, m - 1))
