@@ -40,7 +40,7 @@ LAYOUTS = {
 SPECS = {name: {"kernel": spec} for name, (_, spec) in LAYOUTS.items()} | {"bias": P("model")}
 STEPS = 5
 # The others' updates run there within the same wrapper; how their state is born, `state_shardings` sees.
-ON_EXPLICIT_AXES = ("muon", "galore_muon", "gum", "galore", "sumo", "swan", "sinkgd")
+ON_EXPLICIT_AXES = ("muon", "galore_muon", "gum", "sinkgd")
 
 
 def values():
