@@ -22,10 +22,10 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from memory import optax_muon
 from results import RESULTS, Results
 
 import gum_optax as go
@@ -138,13 +138,6 @@ def collectives(text: str, devices: int = 8) -> list[Collective]:
 
 def total(found: list[Collective]) -> float:
     return sum(c.wire * c.times for c in found)
-
-
-def optax_muon() -> Any:
-    def stacks(tree: Any) -> Any:
-        return jax.tree.map(lambda x: optax.contrib.MuonDimensionNumbers(-2, -1), tree)
-
-    return optax.contrib.muon(1e-3, muon_weight_dimension_numbers=stacks)
 
 
 def one_gram(x: jax.Array) -> jax.Array:

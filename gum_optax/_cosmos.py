@@ -13,8 +13,8 @@ from ._norms import LARGEST, frobenius, inverse
 from ._orthogonalize import Orthogonalizer, newton_schulz
 from ._per_matrix import per_matrix
 from ._products import exact_matmul
-from ._sharding import placed, zeros
-from ._subspace import lift, orthonormalize, outside, project, random_subspace, regularized
+from ._sharding import zeros
+from ._subspace import first_subspace, lift, orthonormalize, outside, project, regularized
 
 
 class CosmosState(NamedTuple):
@@ -72,8 +72,7 @@ def cosmos_rule(
 
     def init(key, x):
         k = min(rank, x.shape[-2])
-        u = random_subspace(key, x, jnp.zeros((*x.shape[:-1], k)))
-        return zeros(x, -2, -1), placed(u, x, -2, k), zeros(x, k, k), zeros(x, k, -1)
+        return zeros(x, -2, -1), first_subspace(key, x, k), zeros(x, k, k), zeros(x, k, -1)
 
     def update(count, g, m, u, s, v):
         m = b1 * m + (1 - b1) * g

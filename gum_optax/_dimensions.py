@@ -30,8 +30,11 @@ class ShardedDimensionNumbers(NamedTuple):
     sharding: NamedSharding  # of the leaf
 
 
+Entry = MuonDimensionNumbers | ShardedDimensionNumbers | None
+
+
 def _is_entry(x: Any) -> bool:
-    return x is None or isinstance(x, MuonDimensionNumbers | ShardedDimensionNumbers)
+    return isinstance(x, Entry)
 
 
 def names_of(path: tuple[Any, ...]) -> tuple[str, ...]:
@@ -42,9 +45,6 @@ def names_of(path: tuple[Any, ...]) -> tuple[str, ...]:
     if path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
         path = path[:-1]
     return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
-
-
-Entry = MuonDimensionNumbers | ShardedDimensionNumbers | None
 
 
 def dimension_numbers(spec: WeightDimensionNumbers, tree: Any) -> list[Entry]:

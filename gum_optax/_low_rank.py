@@ -17,8 +17,8 @@ from ._norms import inverse
 from ._refresh import refreshed
 from ._residuals import Residual, Told, drop, stepping
 from ._sampling import check_key, key_data, stream, streams
-from ._sharding import placed, zeros
-from ._subspace import SubspaceFinder, project, random_subspace, track_subspace
+from ._sharding import zeros
+from ._subspace import SubspaceFinder, first_subspace, project, track_subspace
 from ._trees import map_with_place, merge, split
 
 
@@ -144,8 +144,7 @@ def in_subspace(
         data = key_data(key)
 
         def start(place, g):
-            key = stream(data, jnp.int32(0), place)
-            return placed(random_subspace(key, g, jnp.zeros((*g.shape[:-1], rank))), g, -2, rank)
+            return first_subspace(stream(data, jnp.int32(0), place), g, rank)
 
         coordinates = jax.tree.map(lambda g: zeros(g, rank, -1), low)
         inner_state = inner.init(coordinates)

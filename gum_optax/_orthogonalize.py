@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Float
 
 from ._checks import check_function, check_integer
+from ._dimensions import views_beside
 from ._products import exact_matmul
 from ._sharding import spread
 from ._trees import map_in_turn, map_together
@@ -229,10 +230,10 @@ def orthogonalize(
 
     def update(updates, state, params=None, *, views=None, **extra_args):
         del params, extra_args
-        if views is None or not any(view.sharding for view in jax.tree.leaves(views)):
+        views = views_beside(updates, views)
+        if not any(view.sharding for view in jax.tree.leaves(views)):
             return mapped(once, updates), state
         # Leaves that live apart do not go together.
-        shardings = jax.tree.map(lambda _, view: view.sharding, updates, views)
-        return map_in_turn(lambda at, x: spread(once, x, at), shardings, updates), state
+        return map_in_turn(lambda view, x: spread(once, x, view.sharding), views, updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)

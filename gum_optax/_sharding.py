@@ -57,13 +57,15 @@ def placed(
 
 
 def spread(
-    method: Callable[[Array], Array], x: Float[Array, "*b m n"], sharding: NamedSharding
+    method: Callable[[Array], Array], x: Float[Array, "*b m n"], sharding: NamedSharding | None
 ) -> Float[Array, "*b m n"]:
     """`method(x)`, `x` being laid out for it with its long side over all mesh axes that shard its matrices.
 
     The Gram matrix of the short side is then one sum over all of them, where XLA, left alone, would gather
     the matrix in every product.
     """
+    if sharding is None:
+        return method(x)
     *batch, rows, columns = sharding.spec
     is_wide = x.shape[-1] >= x.shape[-2]
     # The axes of the long side first: its own pieces then only split, and no device swaps whole ones.

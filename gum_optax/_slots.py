@@ -146,14 +146,19 @@ def put(
     return rolled_but_on_tpu(in_turn, functools.partial(_by_choice, made), values, slots)
 
 
+def _held(values: Array, slots: Array, like: Any) -> Array:
+    """The slot of a single block, as a leaf like it."""
+    return values[slots[0]].reshape(like.shape).astype(like.dtype)
+
+
 def _by_branch(made: Callable[[], Array], values: Array, slots: Array) -> Array:
-    leaf = jax.eval_shape(made)
-    return jax.lax.cond(slots[0] < 0, made, lambda: values[slots[0]].reshape(leaf.shape).astype(leaf.dtype))
+    like = jax.eval_shape(made)
+    return jax.lax.cond(slots[0] < 0, made, lambda: _held(values, slots, like))
 
 
 def _chosen(made: Callable[[], Array], values: Array, slots: Array) -> Array:
     leaf = made()
-    return jnp.where(slots[0] < 0, leaf, values[slots[0]].reshape(leaf.shape).astype(leaf.dtype))
+    return jnp.where(slots[0] < 0, leaf, _held(values, slots, leaf))
 
 
 def _by_choice(made: Callable[[], Array], values: Array, slots: Array) -> Array:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ._checks import check_function, check_integer
 from ._norms import frobenius, inverse
 from ._products import exact_matmul
+from ._sharding import placed
 
 # (key, gradient, previous) -> projector, its r = previous.shape[-1] columns orthonormal.
 SubspaceFinder = Callable[
@@ -182,6 +183,11 @@ def random_subspace(
     """
     del gradient
     return orthonormalize(jax.random.normal(key, previous.shape, jnp.float32))
+
+
+def first_subspace(key: PRNGKeyArray, g: Float[Array, "*b m n"], rank: int) -> Float[Array, "*b m r"]:
+    """A random one to start from, sharded as the rows of `g`."""
+    return placed(random_subspace(key, g, jnp.zeros((*g.shape[:-1], rank))), g, -2, rank)
 
 
 def dct_columns(m: Float[Array, "*b m n"], rank: int) -> Float[Array, "*b m r"]:

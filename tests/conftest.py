@@ -23,7 +23,7 @@ import pytest
 from helpers import LEAVES, STEPS, sequence
 
 # A failing example must fail again: derandomized. Compilation makes single examples slow.
-hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=12)
+hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=15)
 hypothesis.settings.load_profile("suite")
 
 

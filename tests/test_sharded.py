@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
@@ -253,3 +254,13 @@ def test_the_table_of_costs_has_a_row_a_model_a_number_of_chips_and_a_cost(tmp_p
     lines = (tmp_path / "cost_model.md").read_text().splitlines()
     assert len(lines) == 2 + 3 * 3 * 3
     assert lines == (HERE.parent / "docs" / "results" / "cost_model.md").read_text().splitlines()
+
+
+def test_a_rule_that_does_not_see_every_leaf_takes_told_shardings(mesh):
+    params = {"a": jnp.eye(4, 8), "b": jnp.eye(4, 8)}
+    shardings = dict.fromkeys(params, NamedSharding(mesh, P("x")))
+    masked = optax.masked(go.orthogonalize(go.polar), {"a": True, "b": False})
+    tx = go.as_matrices(masked, go.with_shardings(shardings, lambda _: go.LAST_TWO))
+    steps, _ = jax.jit(tx.update)(jax.tree.map(lambda x: 3 * x, params), tx.init(params))
+    np.testing.assert_allclose(steps["a"], params["a"], atol=1e-6)
+    np.testing.assert_array_equal(steps["b"], 3 * params["b"])
