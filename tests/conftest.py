@@ -43,3 +43,10 @@ def leaves():
 def _no_float64():
     """The suite runs as users run JAX: float32."""
     assert not jax.config.jax_enable_x64
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_are_let_go():
+    """Thousands of compiled programs would use up the memory maps that Linux grants a process (65,530)."""
+    yield
+    jax.clear_caches()
