@@ -52,6 +52,7 @@ from ._orthogonalize import newton_schulz as newton_schulz
 from ._orthogonalize import orthogonalize as orthogonalize
 from ._orthogonalize import polar as polar
 from ._orthogonalize import polar_by_products as polar_by_products
+from ._projected import projected_update as projected_update
 from ._report import metrics as metrics
 from ._residuals import add_raw as add_raw
 from ._residuals import drop as drop

@@ -11,14 +11,15 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from ._carries import Carry, keep
 from ._checks import check_function, check_integer, check_matrix_leaf, check_rule
-from ._dimensions import views_beside
+from ._dimensions import View, views_beside
+from ._gradient import Energy, Held, Sketched, places_of
 from ._guard import Guard
 from ._norms import inverse
-from ._refresh import refreshed
+from ._projected import Sketches
 from ._residuals import Residual, Told, drop, stepping
 from ._sampling import check_key, key_data, stream, streams
 from ._sharding import zeros
-from ._subspace import SubspaceFinder, first_subspace, project, track_subspace
+from ._subspace import SubspaceFinder, first_subspace, track_subspace
 from ._trees import map_with_place, merge, split
 
 
@@ -33,20 +34,6 @@ class LowRankState(NamedTuple):
     low: Any  # state of `inner` over (*, r, n) leaves
     full: Any  # state of `inner` over the unprojected leaves (*, m, n)
     outside: Any  # state of what becomes of the rest: of `residual`, where it is a rule; GUM's slots
-
-
-class Energy(NamedTuple):
-    """`|PᵀG|²` and `|G|²` of a leaf, over the square of its largest coordinate: safe from 1e-30 to 1e30."""
-
-    scale: Float[Array, ""]
-    inside: Float[Array, ""]
-    whole: Float[Array, ""]
-
-
-def _energy(r: Float[Array, "*b r n"], g: Float[Array, "..."]) -> Energy:
-    scale = jnp.max(jnp.abs(r))
-    inside, whole = (jnp.sum(jnp.square(x * inverse(scale)), dtype=jnp.float32) for x in (r, g))
-    return Energy(scale, inside, whole)
 
 
 def _captured(energies: Sequence[Energy]) -> Float[Array, ""]:
@@ -162,34 +149,33 @@ def in_subspace(
             outside=step_from.init(float32_zeros(low)),
         )
 
-    def update(updates, state, params=None, *, views=None, guard: Guard | None = None, **extra_args):
+    def update(
+        updates, state, params=None, *, views=None, guard: Guard | None = None, sketches=None, **extra_args
+    ):
         del params
         extra_args |= {"guard": guard}
         low, full = split_by_shape(updates)
+        leaves, treedef = jax.tree.flatten(low)
         views, _ = split_by_shape(views_beside(updates, views))
+        gradient = _gradient(low, jax.tree.leaves(views), sketches)
         due = state.count % period == 0
         if guard is not None:
             due &= guard.taken
-        stored = jax.tree.map(lambda g, view: view.back(g), low, views)
-        rows = zip(*map(jax.tree.leaves, (stored, views, state.projectors)), strict=True)
-        keys = streams(state.key, state.count // period, len(jax.tree.leaves(low)))
-        found = refreshed(find_subspace, due, state.count, keys, list(rows))
-        projectors, rotation = (
-            jax.tree.unflatten(jax.tree.structure(low), [pair[i] for pair in found]) for i in range(2)
-        )
+        keys = streams(state.key, state.count // period, len(leaves))
+        found = gradient.refreshed(find_subspace, due, state.count, keys, jax.tree.leaves(state.projectors))
+        projectors, rotation = (treedef.unflatten([pair[i] for pair in found]) for i in range(2))
         if guard is not None:
             guard.as_kept(projectors)
-        coordinates = jax.tree.map(project, projectors, low)
+        coordinates = treedef.unflatten(gradient.coordinates(jax.tree.leaves(projectors)))
 
         inner_state = carry(inner, state.low, optax.tree.zeros_like(coordinates), rotation, due)
         steps, inner_state = inner.update(coordinates, inner_state, None, **extra_args)
         # Measured before the steps are used: put off to the end, it would keep every leaf's coordinates.
-        # As they are stored: to sum up another view, XLA would write it out.
-        energies = map(_energy, jax.tree.leaves(coordinates), jax.tree.leaves(stored))
+        energies = gradient.energies(keys, *map(jax.tree.leaves, (projectors, coordinates)))
         rows = zip(jax.tree.leaves(steps), energies, strict=True)
         rows = [jax.lax.optimization_barrier(row) for row in rows]
-        steps = jax.tree.unflatten(jax.tree.structure(low), [step for step, _ in rows])
-        told = Told(projectors, coordinates, steps, stored, views, due, state.count, state.key)
+        steps = treedef.unflatten([step for step, _ in rows])
+        told = Told(projectors, coordinates, steps, gradient, views, due, state.count, state.key)
         steps, outside_state = step_from.update(low, state.outside, None, **extra_args | {"told": told})
         full_steps, full_state = inner.update(as_float32(full), state.full, None, **extra_args)
         new_state = LowRankState(
@@ -205,6 +191,14 @@ def in_subspace(
         return merge(steps, full_steps), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _gradient(low: Any, views: Sequence[View], sketches: Sketches | None) -> Held | Sketched:
+    """Of the projected leaves, from their updates or in place of them."""
+    if sketches is not None:
+        return Sketched(sketches, places_of(low), views)
+    leaves = jax.tree.leaves(low)
+    return Held(leaves, [view.back(g) for g, view in zip(leaves, views, strict=True)], views)
 
 
 def float32_zeros(tree: Any) -> Any:

@@ -8,6 +8,7 @@ import optax
 
 from ._checks import check_rule
 from ._dimensions import WeightDimensionNumbers, views_of
+from ._projected import Sketches
 from ._sharding import on_auto_axes
 
 
@@ -45,7 +46,10 @@ def as_matrices(
     def init(params):
         return inner.init(seen(views_of(weight_dimension_numbers, params, wide=wide), params))
 
-    def update(updates, state, params=None, **extra_args):
+    def update(updates, state, params=None, *, sketches: Sketches | None = None, **extra_args):
+        if sketches is not None:
+            sketches.check_untouched(updates)
+            extra_args |= {"sketches": sketches}
         # Before types lose their shardings.
         views = views_of(weight_dimension_numbers, updates, wide=wide)
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from ._dimensions import View, plain_view
 from ._products import exact_matmul
 from ._slots import Member, read
-from ._subspace import SubspaceFinder, finders_of
+from ._subspace import MeanOf, SubspaceFinder, by_means, finders_of
 from ._trees import companions, rolled_but_on_tpu
 
 # A leaf's gradient as it is stored, how that is seen as blocks, and its projector.
@@ -56,18 +56,47 @@ def refreshed(
     return [found[place] for place in range(len(rows))]
 
 
-def _stayed(keys: Any, phase: Any, operands: Any) -> list[Found]:
-    del keys, phase
+def refreshed_by_means(
+    find: SubspaceFinder,
+    due: Bool[Array, ""],
+    count: Int[Array, ""],
+    keys: Sequence[Any],
+    mean_of: MeanOf,
+    projectors: Sequence[Float[Array, "*b m r"]],
+) -> list[Found]:
+    """As `refreshed`, of gradients that nobody holds; all leaves at once, so that they share each mean."""
+    finders, phase = finders_of(find, count)
+    branches = [functools.partial(_found_by_means, finder, keys, mean_of) for finder in finders]
+    return jax.lax.cond(due, lambda p: jax.lax.switch(phase, branches, p), stayed, list(projectors))
+
+
+def stayed(projectors: Sequence[Float[Array, "*b m r"]]) -> list[Found]:
+    """The projectors of before, and no rotation."""
 
     def eye(p):
         return jnp.broadcast_to(jnp.eye(p.shape[-1], dtype=p.dtype), (*p.shape[:-2], *p.shape[-1:] * 2))
 
-    return [(p, eye(p)) for _, p in operands]
+    return [(p, eye(p)) for p in projectors]
+
+
+def _stayed(keys: Any, phase: Any, operands: Any) -> list[Found]:
+    del keys, phase
+    return stayed([p for _, p in operands])
+
+
+def _with_rotation(new: Any, p: Any) -> Found:
+    return new, exact_matmul(new.mT, p)
 
 
 def _found(find: SubspaceFinder, key: Any, g: Any, p: Any) -> Found:
-    new = find(key, g, p)
-    return new, exact_matmul(new.mT, p)
+    return _with_rotation(find(key, g, p), p)
+
+
+def _found_by_means(
+    find: SubspaceFinder, keys: Sequence[Any], mean_of: MeanOf, projectors: Sequence[Any]
+) -> list[Found]:
+    found = by_means(find)(list(keys), mean_of, list(projectors))
+    return list(map(_with_rotation, found, projectors))
 
 
 def _each(finders: Sequence[SubspaceFinder], rows: Sequence[Row]):

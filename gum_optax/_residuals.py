@@ -8,6 +8,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from ._checks import check_residual, is_rule
+from ._gradient import Sketched
 from ._norms import inverse, norm
 from ._subspace import lift, outside
 from ._trees import map_in_turn
@@ -67,8 +68,8 @@ class Told(NamedTuple):
     projectors: Any  # P, a leaf (*, m, r)
     coordinates: Any  # R = PᵀG, a leaf (*, r, n)
     steps: Any  # S, a leaf (*, r, n)
-    stored: Any  # the gradients as they are stored
-    views: Any  # how those are seen as `(*, m, n)`
+    gradient: Any  # of the projected leaves, `Held` or `Sketched`
+    views: Any  # how leaves are seen as `(*, m, n)`
     due: Bool[Array, ""]  # whether this step begins a period
     count: Int[Array, ""]  # steps before this one  # pyright: ignore[reportIncompatibleMethodOverride]
     key: UInt32[Array, "2"]
@@ -80,10 +81,19 @@ def stepping(residual: Any) -> optax.GradientTransformationExtraArgs:
     Either kind of residual as one transformation; its `update` takes `told` besides.
     """
     check_residual(residual)
+
+    def check_held(told):
+        if residual is not drop and isinstance(told.gradient, Sketched):
+            raise ValueError(
+                "residual needs the gradient outside the subspace, which projected_update never forms;"
+                " pass residual=gum_optax.drop."
+            )
+
     if not is_rule(residual):
 
         def choose(updates, state, params=None, *, told, **extra_args):
             del params, extra_args
+            check_held(told)
             return map_in_turn(residual, updates, told.projectors, told.coordinates, told.steps), state
 
         return optax.GradientTransformationExtraArgs(optax.init_empty_state, choose)  # pyright: ignore[reportArgumentType]
@@ -91,6 +101,7 @@ def stepping(residual: Any) -> optax.GradientTransformationExtraArgs:
     rule = optax.with_extra_args_support(residual)
 
     def add(updates, state, params=None, *, told, **extra_args):
+        check_held(told)
         extra_args |= {"coordinates": told.coordinates, "steps": told.steps}
         rest = jax.tree.map(outside, told.projectors, updates)
         rest, state = rule.update(rest, state, params, **extra_args)

@@ -13,6 +13,7 @@ from ._dimensions import WeightDimensionNumbers, dimension_numbers, views_of
 from ._guard import Guard
 from ._hidden import hidden_matrices
 from ._matrices import as_matrices
+from ._projected import Sketches
 from ._scaling import scale_by_fans, scale_by_shape
 from ._trees import split
 
@@ -60,10 +61,13 @@ def skip_non_finite(inner: optax.GradientTransformation) -> optax.GradientTransf
     def init(params):
         return SkipNonFiniteState(jnp.zeros((), jnp.int32), inner.init(params))
 
-    def update(updates, state, params=None, **extra_args):
+    def update(updates, state, params=None, *, sketches: Sketches | None = None, **extra_args):
+        if sketches is not None:
+            extra_args |= {"sketches": sketches}
+        own = jax.tree.leaves(updates) if sketches is None else sketches.finite_where()
         # A sum of zeros or NaN, where XLA would write out the booleans of `isfinite(g)`.
         # A pass of its own: fused with a sum that waits for more, it would make every step wait for that.
-        own = jax.lax.optimization_barrier(jax.tree.leaves(updates))
+        own = jax.lax.optimization_barrier(own)
         # The product of the sums with themselves is no chain of operations that XLA would fuse, once more
         # each time, into all that asks whether the step is taken.
         sums = jnp.stack([jnp.sum(g - g).astype(jnp.float32) for g in own] or [0.0])

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,9 @@ from ._sharding import placed
 SubspaceFinder = Callable[
     [PRNGKeyArray, Float[Array, "*b m n"], Float[Array, "*b m r"]], Float[Array, "*b m r"]
 ]
+
+# Of a gradient that nobody holds: from a linear function of it to the mean of that (see `projected_update`).
+MeanOf = Callable[[Callable[[Any], Any]], Any]
 
 # Cholesky-QR squares the condition number, so float32 needs a shift on the first pass and two clean
 # passes after it: orthonormal to rounding up to condition 1e6 (Fukaya et al., shifted CholeskyQR3).
@@ -125,19 +128,27 @@ def subspace_iteration(
       iterations: power steps; one follows a slowly moving subspace, from nothing it takes two or three.
     """
     del key
-    p = previous
+    return _iterated(lambda f: f(gradient), previous, iterations)
+
+
+def _iterated(mean_of: MeanOf, p: Any, iterations: int = 2) -> Any:
+    """`subspace_iteration` of a leaf, or of all that share their means."""
     # Unrolled: a loop would hold a gradient that is stored the other way round as a copy.
     for _ in range(iterations):
-        p = orthonormalize(regularized(_power_step(gradient, p), p))
+        p = jax.tree.map(lambda y, p: orthonormalize(regularized(y, p)), _power_step(mean_of, p), p)
     return p
 
 
-def _power_step(g: Float[Array, "*b m n"], p: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:
+def _power_step(mean_of: MeanOf, p: Any) -> Any:
     """`G GᵀP` to Frobenius norm one; zero where that is zero."""
+    coordinates = mean_of(lambda g: jax.tree.map(project, p, g))
     # Scales are divided out on the small side: G itself is read twice and never copied.
-    coordinates = project(p, g)
-    coordinates = coordinates * inverse(jnp.max(jnp.abs(coordinates), axis=(-2, -1), keepdims=True))
-    return _to_norm_one(g @ coordinates.mT)
+    small = jax.tree.map(_to_largest_one, coordinates)
+    return jax.tree.map(_to_norm_one, mean_of(lambda g: jax.tree.map(lambda g, c: g @ c.mT, g, small)))
+
+
+def _to_largest_one(x: Float[Array, "*b r n"]) -> Float[Array, "*b r n"]:
+    return x * inverse(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True))
 
 
 def _to_norm_one(x: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:
@@ -167,7 +178,7 @@ def randomized_svd(
     columns = min(m, r + oversampling)
     q = orthonormalize(jax.random.normal(key, (*previous.shape[:-1], columns), jnp.float32))
     for _ in range(power_iterations):
-        q = orthonormalize(regularized(_power_step(gradient, q), q))
+        q = orthonormalize(regularized(_power_step(lambda f: f(gradient), q), q))
     b = _to_norm_one(project(q, gradient))
     _, v = jnp.linalg.eigh(exact_matmul(b, b.mT))  # ascending
     return exact_matmul(q, v[..., ::-1][..., :r])
@@ -183,6 +194,28 @@ def random_subspace(
     """
     del gradient
     return orthonormalize(jax.random.normal(key, previous.shape, jnp.float32))
+
+
+def by_means(find: SubspaceFinder) -> Callable[[list[PRNGKeyArray], MeanOf, list[Array]], list[Array]]:
+    """A finder for gradients that nobody holds: `(keys, mean_of, previous) -> projectors`, an entry a leaf.
+
+    All leaves take each mean at once.
+
+    Raises:
+      TypeError: the finder needs the gradients themselves.
+    """
+    bound = functools.partial(find)  # which takes a partial apart
+    if bound.func is subspace_iteration:
+        return lambda keys, mean_of, previous: _iterated(mean_of, previous, **bound.keywords)
+    if bound.func is random_subspace:
+        return lambda keys, mean_of, previous: [
+            random_subspace(k, p, p) for k, p in zip(keys, previous, strict=True)
+        ]
+    name = getattr(bound.func, "__name__", repr(bound.func))
+    raise TypeError(
+        f"{name} needs the whole gradient, which projected_update never forms;"
+        " pass find_subspace=gum_optax.track_subspace or gum_optax.subspace_iteration."
+    )
 
 
 def first_subspace(key: PRNGKeyArray, g: Float[Array, "*b m n"], rank: int) -> Float[Array, "*b m r"]:

@@ -17,7 +17,7 @@ from ._dimensions import View, plain_view
 from ._low_rank import Subspace, in_subspace
 from ._sampling import check_key, draw, key_data
 from ._sharding import zeros
-from ._slots import Group, groups_of, holders, map_blocks, put
+from ._slots import Group, groups_of, holders, put
 from ._subspace import SubspaceFinder, lift, outside, project, track_subspace
 from ._trees import is_hole, map_in_turn, map_with_place, split
 
@@ -174,16 +174,12 @@ def _sampled_steps(
     def update(updates, state, params=None, *, told, **extra_args):
         del params
         index = draws(told.key, told.count) if sampled else state.index
-        stored, views, projectors = map(jax.tree.leaves, (told.stored, told.views, told.projectors))
+        leaves, views, projectors = map(jax.tree.leaves, (updates, told.views, told.projectors))
         fed = {}
         for name, group in sampled.items():
-            members = [
-                ((stored[i], views[i]), (projectors[i], plain_view(projectors[i]))) for i in group.places
-            ]
-            eps = max(float(jnp.finfo(stored[place].dtype).eps) for place in group.places)
-            weights = compensation(group.fraction)
-            feed = functools.partial(_full_rank_input, weights=weights, eps=eps)
-            fed[name] = map_blocks(feed, members, index[name], group)
+            eps = max(float(jnp.finfo(leaves[place].dtype).eps) for place in group.places)
+            feed = functools.partial(_full_rank_input, weights=compensation(group.fraction), eps=eps)
+            fed[name] = told.gradient.fed(feed, group, index[name], projectors)
         slot_steps: Any = fed
         slots = state.slots
         if sampled:

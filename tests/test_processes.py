@@ -1,11 +1,14 @@
 """Two processes as two hosts of one mesh: the same run as in one process, and a checkpoint for every mesh."""
 
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 HERE = Path(__file__).parent
@@ -44,19 +47,35 @@ print("restored")
 """
 
 
-def python(*arguments, devices):
-    env = os.environ | {"HOST_DEVICES": str(devices)}
+# `examples/distributed.py` in one process: whole, projected before the reduce, and on from where two stopped.
+ALONE = """
+import sys
+sys.path.insert(0, "../examples")
+import distributed
+folder, *common = sys.argv[1:]
+for name, *way in (["fsdp"], ["projected", "--parallel", "projected", "--microbatches", "2"], ["stopped"]):
+    assert distributed.main([*common, *way, "--out", f"{folder}/{name}"]) == 0
+"""
+
+
+def python(*arguments, devices, env=os.environ):
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *arguments], cwd=HERE, env=env, **pipes)
+    command = [sys.executable, *arguments]
+    return subprocess.Popen(command, cwd=HERE, env=env | {"XLA_FLAGS": flags}, **pipes)
+
+
+def free_address():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What two processes left, and what each of them printed."""
     folder = tmp_path_factory.mktemp("run")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = free_address()
     both = [python("on_two_processes.py", address, str(i), str(folder), devices=4) for i in range(2)]
     for i, process in enumerate(both):
         out, error = process.communicate(timeout=300)
@@ -76,3 +95,44 @@ def test_a_seed_of_its_own_in_each_process_is_caught_and_named(folder, process):
     assert "key" in message
     assert "[[0, 0], [0, 1]]" in message
     assert "same key" in message
+
+
+def losses_of(text):
+    """The losses of each run that `distributed.py` printed, by their steps."""
+    runs = []
+    for line in text.splitlines():
+        if line.startswith("8 devices"):
+            runs.append({})
+        elif line.startswith("{"):
+            record = json.loads(line)
+            runs[-1][record["step"]] = record["loss"]
+    return runs
+
+
+def test_a_run_of_two_processes_is_that_of_one_projected_or_not_and_outlives_a_preemption(tmp_path):
+    """One of two processes gets SIGTERM: both save, and one process of eight devices goes on."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"The {i}th sentence is about {i * i}.\n\n" for i in range(2000)))
+    common = ["--model", "tiny", "--batch", "16", "--seq", "16", "--steps", "30", "--period", "4"]
+    common += ["--save-every", "1000", "--text", str(text)]
+    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    where = ["--out", str(tmp_path / "stopped"), "--distributed", "--coordinator", free_address()]
+    command = ["../examples/distributed.py", *common, *where, "--processes", "2", "--process"]
+    first, second = (python(*command, str(i), devices=4, env=env) for i in range(2))
+    printed = ""
+    while '"step": 2' not in printed:
+        printed += first.stdout.readline()
+        assert first.poll() is None, first.stderr.read()
+    second.send_signal(signal.SIGTERM)
+    out, error = first.communicate(timeout=300)
+    _, other = second.communicate(timeout=300)
+    assert (first.returncode, second.returncode) == (0, 0), error + other
+    (before,) = losses_of(printed + out)
+    assert 2 < len(before) < 30
+
+    out, error = python("-c", ALONE, str(tmp_path), *common, devices=8, env=env).communicate(timeout=300)
+    whole, projected, after = losses_of(out)
+    assert list(whole) == list(projected) == [*before, *after] == list(range(1, 31)), error
+    for found in (projected, before | after):
+        np.testing.assert_allclose([*found.values()], [*whole.values()], rtol=1e-5)
+    assert whole[30] < whole[1] - 0.5

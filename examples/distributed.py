@@ -1,0 +1,220 @@
+"""Pretrain a LLaMA with GUM on many devices and hosts, and go on after a preemption.
+
+    python examples/distributed.py --out runs/mesh                      # all devices of one host
+    python examples/distributed.py --out gs://bucket/run --distributed  # on every host of a TPU slice
+
+Three ways to share the work, all with the same loss: `--parallel fsdp` splits every matrix and its state over
+all devices, `data` keeps them whole on each, and `projected` does too, but sends and accumulates projected
+gradients (`--microbatches`). The same command goes on from the newest checkpoint, on any number of devices.
+"""
+
+import argparse
+import functools
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import gum_optax as go
+
+from corpus import Corpus, CorpusError
+from llama import SIZES, Llama
+
+PARALLEL = ("fsdp", "data", "projected")
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--parallel", choices=PARALLEL, default="fsdp")
+    p.add_argument("--model", choices=SIZES, default="3m")
+    p.add_argument("--steps", type=int, default=200)
+    p.add_argument("--batch", type=int, default=16, help="windows a step, over all devices (default: 16)")
+    p.add_argument("--microbatches", type=int, default=1, help="of a step, with --parallel projected")
+    p.add_argument("--seq", type=int, default=128, help="tokens a window (default: 128)")
+    p.add_argument("--lr", type=float, default=3e-3, help="of the matrices (default: 3e-3)")
+    p.add_argument("--others-lr", type=float, default=3e-2, help="AdamW's, of the rest (default: 3e-2)")
+    p.add_argument("--period", type=int, default=100, help="steps between new subspaces (default: 100)")
+    p.add_argument("--save-every", type=int, default=100, help="steps (default: 100)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--text", type=Path, help="your own text, UTF-8 (default: chitchat-dataset)")
+    p.add_argument("--out", required=True, help="of checkpoints: a folder that all hosts see, or gs://...")
+    p.add_argument("--distributed", action="store_true", help="several processes, one a host")
+    by_hand = p.add_argument_group("where JAX can't tell by itself, as it does on TPU, SLURM and GKE")
+    by_hand.add_argument("--coordinator", help="host:port of the first process")
+    by_hand.add_argument("--processes", type=int)
+    by_hand.add_argument("--process", type=int, help="the number of this one")
+    return p
+
+
+def shardings_of(params: Any, mesh: Mesh, parallel: str) -> Any:
+    """FSDP: the longer side of each matrix over all devices, where they divide it; else all of it on each."""
+
+    def of(x):
+        longer = max(range(x.ndim), key=lambda axis: (x.shape[axis], axis), default=0)
+        if parallel != "fsdp" or x.ndim < 2 or x.shape[longer] % mesh.size:
+            return NamedSharding(mesh, P())
+        return NamedSharding(mesh, P(*("data" if axis == longer else None for axis in range(x.ndim))))
+
+    return jax.tree.map(of, params)
+
+
+def optimizer(options: argparse.Namespace, shardings: Any) -> optax.GradientTransformation:
+    """GUM for the matrices, told where they live, and AdamW for embedding, head and norms.
+
+    No clipping by a global norm: a projected gradient has none, and neither rule depends on its scale.
+    """
+
+    def rate(peak):
+        return optax.warmup_cosine_decay_schedule(0, peak, options.steps // 10, options.steps, peak / 10)
+
+    return go.gum(
+        rate(options.lr),
+        rank=SIZES[options.model].rank,
+        period=options.period,
+        key=options.seed,
+        weight_decay=0.1,
+        others=optax.adamw(rate(options.others_lr), b2=0.95, weight_decay=0.1),
+        # With the sides told, FSDP exchanges one small Gram matrix for each full-rank block.
+        orthogonalizer=functools.partial(go.gram_newton_schulz, restart=5),
+        weight_dimension_numbers=go.with_shardings(shardings),
+    )
+
+
+class Run:
+    """A model and its optimizer on a mesh, and the program of a step; `start` makes the arrays."""
+
+    def __init__(self, options: argparse.Namespace, mesh: Mesh):
+        self.options, self.mesh = options, mesh
+        # Matrix units of accelerators want bfloat16; a CPU has none.
+        dtype = jnp.float32 if mesh.devices.flat[0].platform == "cpu" else jnp.bfloat16
+        make = functools.partial(Llama, SIZES[options.model], dtype=dtype)
+        self.graph, _ = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))), nnx.Param)
+        self.weights = lambda: nnx.split(make(rngs=nnx.Rngs(options.seed)), nnx.Param)[1]
+        shapes = jax.eval_shape(self.weights)
+        shardings = shardings_of(shapes, mesh, options.parallel)
+        self.tx = optimizer(options, shardings)
+        self.shapes = shapes, jax.eval_shape(self.tx.init, shapes)
+        self.shardings = shardings, go.state_shardings(self.tx, shapes, shardings)
+        self.split, whole = NamedSharding(mesh, P(None, "data")), NamedSharding(mesh, P())
+        self.step = jax.jit(
+            self.projected_step if options.parallel == "projected" else self.plain_step,
+            donate_argnums=0,
+            in_shardings=(self.shardings, self.split),
+            out_shardings=(self.shardings, whole),
+        )
+
+    def start(self) -> Any:
+        """Parameters and optimizer state, born where they live."""
+        params, state = self.shardings
+        weights = jax.jit(self.weights, out_shardings=params)()
+        found = weights, jax.jit(self.tx.init, out_shardings=state)(weights)
+        # Nothing else would notice a seed that differs between hosts.
+        go.check_processes_agree(found)
+        return found
+
+    def loss(self, params: Any, tokens: jax.Array) -> jax.Array:
+        logits = nnx.merge(self.graph, params)(tokens[:, :-1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+    def plain_step(self, state: Any, batches: jax.Array) -> tuple[Any, jax.Array]:
+        params, opt_state = state
+        loss, gradients = jax.value_and_grad(self.loss)(params, batches[0])
+        updates, opt_state = self.tx.update(gradients, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), loss
+
+    def projected_step(self, state: Any, batches: jax.Array) -> tuple[Any, jax.Array]:
+        """The same step, of gradients that are projected before they are averaged over the devices."""
+
+        def on_each(state, batches):
+            params, opt_state = state
+            loss, updates, opt_state = go.projected_update(
+                self.tx, self.loss, batches, opt_state, params, axes="data"
+            )
+            return (optax.apply_updates(params, updates), opt_state), loss
+
+        specs = P(), P(None, "data")
+        return jax.shard_map(on_each, mesh=self.mesh, in_specs=specs, out_specs=P())(state, batches)
+
+    def batches(self, corpus: Corpus, step: int) -> jax.Array:
+        """Microbatches of a step `(microbatches, windows, tokens)`; each host makes what its devices read."""
+        o = self.options
+        tokens = corpus.batch(step, batch=o.batch, length=o.seq, seed=o.seed)
+        batches = tokens.reshape(o.microbatches, -1, tokens.shape[-1])
+        return jax.make_array_from_callback(batches.shape, self.split, lambda index: batches[index])
+
+
+def train(
+    run: Run, state: Any, corpus: Corpus, checkpoints: ocp.CheckpointManager
+) -> Iterator[tuple[int, float]]:
+    """From the newest checkpoint to the last step or a preemption; yields each step's number and loss."""
+    step = checkpoints.latest_step() or 0
+    if step:
+        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        state = checkpoints.restore(step, args=ocp.args.StandardRestore(like))
+        go.check_processes_agree(state)
+    while step < run.options.steps:
+        state, loss = run.step(state, run.batches(corpus, step))
+        step += 1
+        # Saves every so many steps, at the last, and when a host is told that it will be taken away.
+        last = step == run.options.steps
+        checkpoints.save(step, args=ocp.args.StandardSave(state), force=last)
+        yield step, float(loss)
+        if checkpoints.reached_preemption(step):
+            break
+    checkpoints.wait_until_finished()
+
+
+def check(options: argparse.Namespace) -> None:
+    """Numbers that fit each other and the devices."""
+    windows = jax.device_count() * options.microbatches
+    if options.batch < 1 or options.batch % windows:
+        raise ValueError(
+            f"--batch {options.batch} must be a multiple of {windows}: {jax.device_count()} devices with"
+            f" {options.microbatches} microbatches each."
+        )
+    if options.microbatches > 1 and options.parallel != "projected":
+        raise ValueError(f"--microbatches is for --parallel projected, not {options.parallel}.")
+
+
+def note(line: str) -> None:
+    """Print once, not once a host."""
+    if jax.process_index() == 0:
+        print(line, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parser().parse_args(argv)
+    if options.distributed:
+        jax.distributed.initialize(options.coordinator, options.processes, options.process)
+    try:
+        check(options)
+        corpus = Corpus(options.text, SIZES[options.model].vocabulary)
+        corpus.require(options.seq, options.batch)
+        mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+        run = Run(options, mesh)
+        state = run.start()
+    except (ValueError, CorpusError) as error:
+        print(f"distributed.py: {error}", file=sys.stderr)
+        return 2
+    held = sum(x.nbytes for x in jax.tree.leaves(state)) / 2**20
+    here = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state)) / 2**20
+    note(f"{jax.device_count()} devices, {options.parallel}: {held:.1f} MiB in all, {here:.1f} on each")
+    every = ocp.CheckpointManagerOptions(save_interval_steps=options.save_every, max_to_keep=2)
+    where = options.out if "://" in options.out else Path(options.out).absolute()
+    with ocp.CheckpointManager(where, options=every) as checkpoints:
+        for step, loss in train(run, state, corpus, checkpoints):
+            note(json.dumps({"step": step, "loss": loss}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

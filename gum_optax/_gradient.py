@@ -1,0 +1,146 @@
+"""The gradient as a low-rank rule sees it: its leaves held, or only means of linear functions of them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from ._dimensions import View, plain_view
+from ._norms import inverse
+from ._products import exact_matmul
+from ._projected import Sketches
+from ._refresh import Found, refreshed, refreshed_by_means, stayed
+from ._slots import Group, map_blocks
+from ._subspace import SubspaceFinder, project
+from ._trees import is_hole
+
+
+class Energy(NamedTuple):
+    """`|PᵀG|²` and `|G|²` of a leaf, over the square of its largest coordinate: safe from 1e-30 to 1e30."""
+
+    scale: Float[Array, ""]
+    inside: Float[Array, ""]
+    whole: Float[Array, ""]
+
+
+def _squares(x: Float[Array, "..."], scale: Float[Array, ""]) -> Float[Array, ""]:
+    return jnp.sum(jnp.square(x * inverse(scale)), dtype=jnp.float32)
+
+
+# From a block of the gradient and its projector to what a full-rank rule is fed.
+Feed = Callable[[Float[Array, "m n"], Float[Array, "m r"]], Float[Array, "m n"]]
+
+
+class Held(NamedTuple):
+    """The gradients of the projected leaves."""
+
+    seen: Sequence[Float[Array, "*b m n"]]
+    stored: Sequence[Float[Array, "..."]]  # the same as the model has them
+    views: Sequence[View]
+
+    def refreshed(
+        self,
+        find: SubspaceFinder,
+        due: Bool[Array, ""],
+        count: Int[Array, ""],
+        keys: Key[Array, "leaves"],
+        projectors: Sequence[Array],
+    ) -> list[Found]:
+        """New projectors where they are due, and the rotations into them."""
+        return refreshed(find, due, count, keys, list(zip(self.stored, self.views, projectors, strict=True)))
+
+    def coordinates(self, projectors: Sequence[Array]) -> list[Array]:
+        """`R = PᵀG`."""
+        return list(map(project, projectors, self.seen))
+
+    def energies(self, keys: Any, projectors: Any, coordinates: Sequence[Array]) -> list[Energy]:
+        """Inside the subspace and in all."""
+        del keys, projectors
+
+        def energy(r, g):
+            scale = jnp.max(jnp.abs(r))
+            return Energy(scale, _squares(r, scale), _squares(g, scale))
+
+        # As they are stored: to sum up another view, XLA would write it out.
+        return list(map(energy, coordinates, self.stored))
+
+    def fed(
+        self, feed: Feed, group: Group, index: Int[Array, "k"], projectors: Sequence[Array]
+    ) -> Float[Array, "k m n"]:
+        """`feed` of the blocks at `index` of a group, one at a time."""
+        members = [
+            ((self.stored[i], self.views[i]), (projectors[i], plain_view(projectors[i])))
+            for i in group.places
+        ]
+        return map_blocks(feed, members, index, group)
+
+
+class Sketched(NamedTuple):
+    """The same of gradients that nobody holds: see `projected_update`."""
+
+    sketches: Sketches
+    places: Sequence[int]  # of the projected leaves, among all leaves of the parameters
+    views: Sequence[View]
+
+    def _seen(self, stored: Sequence[Array]) -> list[Array]:
+        return [view.of(g) for view, g in zip(self.views, stored, strict=True)]
+
+    def refreshed(
+        self,
+        find: SubspaceFinder,
+        due: Bool[Array, ""],
+        count: Int[Array, ""],
+        keys: Key[Array, "leaves"],
+        projectors: Sequence[Array],
+    ) -> list[Found]:
+        def make(mean_of):
+            def of_seen(f):
+                return mean_of(lambda stored: f(self._seen(stored)))
+
+            return refreshed_by_means(find, due, count, list(keys), of_seen, projectors)
+
+        # Found before it is known whether the gradient is finite, which `due` says by now.
+        found = self.sketches.once(self.places, make)
+        return jax.tree.map(lambda new, old: jnp.where(due, new, old), found, stayed(projectors))
+
+    def coordinates(self, projectors: Sequence[Array]) -> list[Array]:
+        return self.sketches.mean(
+            self.places, lambda stored: list(map(project, projectors, self._seen(stored)))
+        )
+
+    def energies(
+        self, keys: Key[Array, "leaves"], projectors: Sequence[Array], coordinates: Sequence[Array]
+    ) -> list[Energy]:
+        """`|G - P PᵀG|²` is the mean of `|wᵀ(G - P PᵀG)|²` over random signs `w`; of these, one."""
+
+        def signs(key, p):
+            w = jax.random.rademacher(key, (*p.shape[:-1], 1), jnp.float32)
+            return w - exact_matmul(p, exact_matmul(p.mT, w))
+
+        outside = list(map(signs, keys, projectors))
+        rows = self.sketches.mean(self.places, lambda stored: list(map(project, outside, self._seen(stored))))
+
+        def energy(r, z):
+            scale = jnp.max(jnp.abs(r))
+            return Energy(scale, _squares(r, scale), _squares(r, scale) + _squares(z, scale))
+
+        return list(map(energy, coordinates, rows))
+
+    def fed(
+        self, feed: Feed, group: Group, index: Int[Array, "k"], projectors: Sequence[Array]
+    ) -> Float[Array, "k m n"]:
+        def blocks(leaves, views):
+            return map_blocks(lambda x: x, [((leaves[i], views[i]),) for i in group.places], index, group)
+
+        gradients = self.sketches.mean(self.places, lambda stored: blocks(stored, self.views))
+        return jax.lax.map(
+            lambda pair: feed(*pair), (gradients, blocks(projectors, list(map(plain_view, projectors))))
+        )
+
+
+def places_of(tree: Any) -> list[int]:
+    """The positions of a tree's leaves among all leaves, holes being places too."""
+    leaves = jax.tree.leaves(tree, is_leaf=is_hole)
+    return [place for place, x in enumerate(leaves) if not is_hole(x)]
