@@ -47,6 +47,15 @@ def test_the_lines_for_a_mesh_place_the_state_and_take_a_step():
     assert all(jax.tree.leaves(placed))
 
 
+def test_the_lines_that_project_before_the_reduce_take_a_step_of_several_microbatches():
+    (code,) = [block for block in blocks("python") if "projected_update" in block]
+    names: dict = {}
+    exec(code, names)
+    assert float(names["value"]) > 0
+    assert int(go.metrics(names["state"])["refresh_count"]) == 1
+    assert all(float(jnp.ptp(x)) > 0 for x in jax.tree.leaves(names["params"]))
+
+
 def test_the_readme_has_exactly_the_two_commands_and_ci_runs_the_second():
     commands = [line for block in blocks("") for line in block.splitlines() if "pip install" in line]
     assert commands == [
