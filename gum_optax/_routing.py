@@ -46,6 +46,14 @@ class SkipNonFiniteState(NamedTuple):
     inner: Any
 
 
+def _zero_if_finite(g: Any) -> Any:
+    """A sum of zeros, or NaN; XLA would write out the booleans of `isfinite(g)`."""
+    total = jnp.sum(g - g)
+    if jnp.iscomplexobj(g):
+        total = total.real + total.imag
+    return total.astype(jnp.float32)
+
+
 def skip_non_finite(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Skip a step whose gradient holds a NaN or an infinity: zero updates, inner's state as it was.
 
@@ -65,12 +73,11 @@ def skip_non_finite(inner: optax.GradientTransformation) -> optax.GradientTransf
         if sketches is not None:
             extra_args |= {"sketches": sketches}
         own = jax.tree.leaves(updates) if sketches is None else sketches.finite_where()
-        # A sum of zeros or NaN, where XLA would write out the booleans of `isfinite(g)`.
         # A pass of its own: fused with a sum that waits for more, it would make every step wait for that.
         own = jax.lax.optimization_barrier(own)
         # The product of the sums with themselves is no chain of operations that XLA would fuse, once more
         # each time, into all that asks whether the step is taken.
-        sums = jnp.stack([jnp.sum(g - g).astype(jnp.float32) for g in own] or [0.0])
+        sums = jnp.stack([_zero_if_finite(g) for g in own] or [0.0])
         finite = jnp.isfinite(jnp.dot(sums, sums))
         guard = Guard(finite)
         steps, new = inner.update(updates, state.inner, params, **extra_args | {"guard": guard})

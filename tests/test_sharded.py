@@ -226,6 +226,33 @@ def test_what_gum_sends_on_eight_tpus_is_within_its_budget(tmp_path):
     check_budgets(collectives(tmp_path, "--platform", "tpu", "--optimizers", "gum", "--layouts", "m"))
 
 
+# One step of `examples/distributed.py`, for a slice that is not there.
+SLICE = """
+import sys
+sys.path.insert(0, "../examples")
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import AxisType
+import distributed
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+for way in ("fsdp", "projected"):
+    options = distributed.parser().parse_args(["--model", "tiny", "--parallel", way, "--out", "none"])
+    run = distributed.Run(options, mesh)
+    program = run.step.lower(run.shapes, jax.ShapeDtypeStruct((1, 8, 129), jnp.int32)).compile()
+    print(program.memory_analysis().argument_size_in_bytes)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install libtpu")
+def test_the_script_for_a_tpu_slice_compiles_for_one():
+    env = os.environ | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    done = subprocess.run([sys.executable, "-c", SLICE], cwd=HERE, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    split, whole = map(int, done.stdout.split())
+    assert split < whole / 2  # tokens, norms and what is too narrow for eight chips stay whole
+
+
 def test_the_cost_model_sends_what_the_compiled_program_sends():
     """`docs/results/collectives.json` is of [8, 1024, 4096] on n, with a refresh every `PERIOD` steps."""
     stored = json.loads((HERE.parent / "docs" / "results" / "collectives.json").read_text())["settings"]

@@ -65,6 +65,16 @@ def test_a_gradient_that_is_not_finite_is_skipped_as_if_it_had_not_come(make, ba
     jax.tree.map(np.testing.assert_array_equal, state.inner, reference.inner)
 
 
+@pytest.mark.parametrize("bad", [complex(0, np.nan), complex(np.inf, 0)])
+def test_a_complex_gradient_is_skipped_for_either_part(bad):
+    params = {"kernel": jnp.ones((4, 6)), "phase": jnp.ones(3, jnp.complex64)}
+    spoilt = params | {"phase": params["phase"].at[1].set(bad)}
+    updates, state = run(EVERY["gum"](), [params, spoilt], params)
+    assert updates[0]["phase"].any()
+    assert not any(leaf.any() for leaf in jax.tree.leaves(updates[1]))
+    assert int(go.metrics(state)["skipped_steps"]) == 1
+
+
 # Not those with Adam, which has an ε, nor SUMO, whose raw residual has the size of the gradient.
 SCALE_FREE = ["muon", "galore_muon", "gum", "swan", "sinkgd", "trion", "dion", "scion"]
 
