@@ -1,8 +1,8 @@
 """Where state lives on a mesh; and rules on leaves whose shardings are part of their types."""
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,26 +59,82 @@ def placed(
 def spread(
     method: Callable[[Array], Array], x: Float[Array, "*b m n"], sharding: NamedSharding | None
 ) -> Float[Array, "*b m n"]:
-    """`method(x)`, `x` being laid out for it with its long side over all mesh axes that shard its matrices.
+    """`method(x)`, `x` being laid out for it with the short side of each matrix whole.
 
-    The Gram matrix of the short side is then one sum over all of them, where XLA, left alone, would gather
-    the matrix in every product.
+    The Gram matrix of the short side is then one sum over the devices that share a matrix, where XLA, left
+    alone, would gather the matrix in every product. Whichever sends least: all mesh axes that shard matrices
+    share the long side; or those of the short side take some matrices each; or all of them do.
     """
     if sharding is None:
         return method(x)
     *batch, rows, columns = sharding.spec
     is_wide = x.shape[-1] >= x.shape[-2]
-    # The axes of the long side first: its own pieces then only split, and no device swaps whole ones.
-    sides = (columns, rows) if is_wide else (rows, columns)
-    axes = tuple(name for side in sides for name in ((side,) if isinstance(side, str) else side or ()))
-    if not axes or max(x.shape[-2:]) % math.prod(sharding.mesh.shape[name] for name in axes):
+    short, long = (_names(rows), _names(columns)) if is_wide else (_names(columns), _names(rows))
+    # Those of the long side first: its own pieces then only split, and no device swaps whole ones.
+    ways = [[_Layout(tuple(batch), (*long, *short), moved=short)]]
+    if batch == [None]:
+        # One mesh axis after the other: XLA does not find the way at once.
+        taken = _Layout((short,), long, moved=short)
+        ways += [[taken], [taken, _Layout(((*short, *long),), (), moved=long)]]
+    sizes = sharding.mesh.shape
+    ways = [way for way in ways if all(layout.divides(x, sizes) for layout in way)]
+    if not ways:
         return method(x)
-    there = (*batch, *((None, axes) if is_wide else (axes, None)))
+    way = min(ways, key=lambda way: _sent(x, sizes, way))
     # Where it comes from and where it goes to are said as well: XLA would else do before and after, in the
     # wrong place, what can wait, and move more than this one array.
-    moved = _laid_out(_laid_out(x, sharding, sharding.spec), sharding, there)
-    result = _laid_out(method(moved), sharding, there)
-    return _laid_out(result, sharding, sharding.spec)
+    specs = [sharding.spec, *(layout.spec(is_wide) for layout in way)]
+    for spec in specs:
+        x = _laid_out(x, sharding, spec)
+    x = _block_by_block(method, sharding.mesh, way[-1].batch)(x)
+    for spec in reversed(specs):
+        x = _laid_out(x, sharding, spec)
+    return x
+
+
+class _Layout(NamedTuple):
+    """Of matrices whose short side is whole."""
+
+    batch: tuple[Any, ...]  # mesh axes, an entry for each batch axis
+    long: tuple[str, ...]  # mesh axes that share the long side
+    moved: tuple[str, ...]  # those whose devices exchange pieces to come there
+
+    def spec(self, is_wide: bool) -> tuple[Any, ...]:
+        return (*self.batch, *((None, self.long) if is_wide else (self.long, None)))
+
+    def divides(self, x: Array, sizes: Any) -> bool:
+        parts = [_count(_names(entry), sizes) for entry in (*self.batch, self.long)]
+        whole = [*x.shape[:-2], max(x.shape[-2:])]
+        return not any(size % part for size, part in zip(whole, parts, strict=True))
+
+
+def _sent(x: Array, sizes: Any, way: Sequence[_Layout]) -> float:
+    """Numbers that a device sends: along the way and back, and to sum up one Gram matrix for each block."""
+    batch, long, _ = way[-1]
+    taking, sharing = _count([name for entry in batch for name in _names(entry)], sizes), _count(long, sizes)
+    exchanged = sum(1 - 1 / _count(layout.moved, sizes) for layout in way)
+    gram = math.prod(x.shape[:-2]) / taking * min(x.shape[-2:]) ** 2 * (1 - 1 / sharing)
+    return 2 * (x.size / taking / sharing * exchanged + gram)
+
+
+def _count(names: Sequence[str], sizes: Any) -> int:
+    """Devices along mesh axes."""
+    return math.prod(sizes[name] for name in names)
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of an entry of a spec."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def _block_by_block(method: Callable[[Array], Array], mesh: Any, batch: Sequence[Any]) -> Any:
+    """`method` on each device's own blocks: a loop over blocks that live apart would gather them."""
+    manual = {name for entry in batch for name in _names(entry)}
+    if not manual:
+        return method
+    spec = PartitionSpec(*batch)
+    known = mesh if jax.sharding.get_abstract_mesh().empty else None
+    return jax.shard_map(method, mesh=known, in_specs=spec, out_specs=spec, axis_names=manual)
 
 
 def _laid_out(x: Array, sharding: NamedSharding, spec: Any) -> Array:
