@@ -10,6 +10,7 @@ from ._checks import check_rule
 from ._dimensions import WeightDimensionNumbers, views_of
 from ._projected import Sketches
 from ._sharding import on_auto_axes
+from ._trees import concrete
 
 
 def as_matrices(
@@ -44,6 +45,7 @@ def as_matrices(
         return jax.tree.map(lambda x, view: view.of(jnp.asarray(x)), tree, views)
 
     def init(params):
+        params = concrete(params)
         return inner.init(seen(views_of(weight_dimension_numbers, params, wide=wide), params))
 
     def update(updates, state, params=None, *, sketches: Sketches | None = None, **extra_args):

@@ -15,7 +15,7 @@ from ._hidden import hidden_matrices
 from ._matrices import as_matrices
 from ._projected import Sketches
 from ._scaling import scale_by_fans, scale_by_shape
-from ._trees import split
+from ._trees import concrete, split
 
 # From the dimension numbers of a tree to the transformation that scales its steps.
 Scaling = Callable[[Any], optax.GradientTransformation]
@@ -67,7 +67,7 @@ def skip_non_finite(inner: optax.GradientTransformation) -> optax.GradientTransf
     inner = optax.with_extra_args_support(inner)
 
     def init(params):
-        return SkipNonFiniteState(jnp.zeros((), jnp.int32), inner.init(params))
+        return SkipNonFiniteState(jnp.zeros((), jnp.int32), inner.init(concrete(params)))
 
     def update(updates, state, params=None, *, sketches: Sketches | None = None, **extra_args):
         if sketches is not None:

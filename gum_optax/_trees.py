@@ -16,6 +16,15 @@ def is_hole(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
 
 
+def concrete(tree: Any) -> Any:
+    """Zeros in place of shapes: `init` reads no values, and so takes either, as optax's own do."""
+
+    def zeros(x):
+        return jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
+
+    return jax.tree.map(zeros, tree)
+
+
 def split(tree: Any, chosen: Sequence[bool]) -> tuple[Any, Any]:
     """The chosen leaves and the others, each with holes where the other has leaves."""
     leaves, treedef = jax.tree.flatten(tree)

@@ -1,0 +1,32 @@
+"""Run by `test_optax_suites.py` in a process of its own: optax's sharding suite on eight host devices.
+
+python tests/optax_sharding_suite.py NAME ...      prints each test that passed
+"""
+
+import importlib
+import inspect
+import os
+import sys
+
+import jax
+
+from helpers import OPTIMIZERS
+
+# It asks for eight devices, in place of whatever else is asked.
+flags = os.environ.get("XLA_FLAGS", "")
+suite = importlib.import_module("optax._src.sharding_test")
+os.environ["XLA_FLAGS"] += f" {flags}"
+
+# It compares versions as strings, by which 0.10 is older than 0.7.2, and would skip itself.
+jax.__version__ = "9"
+
+for name in sys.argv[1:]:
+    make, arguments = OPTIMIZERS[name]
+    for test in (
+        "test_init_with_abstract_input",
+        "test_state_sharding_type_init_match_update",
+        "test_state_sharding_type_preserved_with_jit",
+    ):
+        case = inspect.unwrap(getattr(suite.ShardingTest, f"{test}_adam"))
+        case(suite.ShardingTest(), optimizer=make(1.0, **arguments))
+        print(name, test)
