@@ -57,6 +57,8 @@ from ._report import metrics as metrics
 from ._residuals import add_raw as add_raw
 from ._residuals import drop as drop
 from ._residuals import scale_as_inside as scale_as_inside
+from ._restore import check_state as check_state
+from ._restore import convert_state as convert_state
 from ._routing import SkipNonFiniteState as SkipNonFiniteState
 from ._routing import skip_non_finite as skip_non_finite
 from ._sampling import draw as draw

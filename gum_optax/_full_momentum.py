@@ -175,7 +175,8 @@ def scion(
       others: the transformation of all leaves that are not matrices, in place of the last two lines.
 
     Raises:
-      TypeError, ValueError: as `muon`; also a radius below 0, or an `lmo` that is not a function.
+      TypeError, ValueError: as `muon`; also a radius below 0, an `lmo` that is not a function, or a complex
+        leaf.
 
     References:
       Pethick et al., Scion, arXiv 2502.07529, Algorithms 1 and 2, Tables 2 to 4.
@@ -209,6 +210,11 @@ def _kinds(params: Any) -> Any:
     """The name of each leaf's ball, of the leaves that are not hidden matrices."""
 
     def kind(path, x):
+        if jnp.iscomplexobj(x):
+            raise TypeError(
+                f"leaf {jax.tree_util.keystr(path)} is complex, and scion's norm balls are of real numbers;"
+                " pass others=optax.adamw(learning_rate), for instance."
+            )
         names = names_of(path)
         if jnp.ndim(x) < 2 or not is_edge(names):
             return "vectors"

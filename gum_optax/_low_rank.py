@@ -28,6 +28,7 @@ class LowRankState(NamedTuple):
 
     count: Int[Array, ""]  # steps taken  # pyright: ignore[reportIncompatibleMethodOverride]
     refreshes: Int[Array, ""]  # subspaces found
+    period: Int[Array, ""]  # steps between them: only `check_state` reads it
     key: UInt32[Array, "2"]  # raw threefry key data
     captured: Float[Array, ""]  # |PᵀG|²/|G|² of the last step, over all projected blocks
     projectors: Any  # a leaf (*, m, r) float32, orthonormal columns
@@ -141,6 +142,7 @@ def in_subspace(
         return LowRankState(
             count=jnp.zeros((), jnp.int32),
             refreshes=jnp.zeros((), jnp.int32),
+            period=jnp.asarray(period, jnp.int32),
             key=data,
             captured=jnp.zeros((), jnp.float32),
             projectors=map_with_place(start, low),
@@ -181,6 +183,7 @@ def in_subspace(
         new_state = LowRankState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             refreshes=state.refreshes + due,
+            period=state.period,
             key=state.key,
             captured=_captured([energy for _, energy in rows]),
             projectors=projectors,

@@ -137,3 +137,10 @@ def test_an_inner_rule_must_be_a_transformation(wrap):
 def test_numpy_and_jax_scalars_are_numbers():
     go.gum(np.float32(1e-3), rank=np.int32(4), period=np.int64(3), momentum=jnp.float32(0.9), key=np.int64(1))
     go.gum(jnp.float32(1e-3), full_rank_fraction=np.float64(0.5), weight_decay=np.float32(0.1))
+
+
+def test_scion_refuses_complex_leaves_and_leaves_them_to_others():
+    params = {"phase": jnp.ones(3, jnp.complex64)}
+    with pytest.raises(TypeError, match=r"leaf \['phase'\] is complex, .* pass others="):
+        go.scion(0.1).init(params)
+    assert go.scion(0.1, others=optax.adamw(0.1)).init(params)

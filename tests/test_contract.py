@@ -175,7 +175,7 @@ def test_map_params_reaches_every_leaf_that_mirrors_a_parameter(tx):
     state = tx.init(tree())
     mapped = optax.tree.map_params(tx, lambda x: x + 1, state, transform_non_params=lambda x: x)
     chex.assert_trees_all_equal_structs(mapped, state)
-    others = (".count", ".refreshes", ".key", ".captured", ".index", ".slots", ".skipped")
+    others = (".count", ".refreshes", ".period", ".key", ".captured", ".index", ".slots", ".skipped")
     after = jax.tree.leaves(mapped)
     for (path, leaf), new in zip(jax.tree_util.tree_leaves_with_path(state), after, strict=True):
         where = jax.tree_util.keystr(path)

@@ -1,0 +1,115 @@
+"""A state from a checkpoint of other arguments: named, or converted at the beginning of a period."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import gum_optax as go
+from gum_optax._restore import _low_rank_states
+
+from helpers import run, sequence
+
+SHAPES = {"stack": (5, 6, 9), "tall": (9, 6), "wide": (6, 9), "bias": (4,)}
+
+
+def gradients(steps, seed=0):
+    rng = np.random.default_rng(seed)
+    found = {name: sequence(rng, shape, steps) for name, shape in SHAPES.items() if len(shape) > 1}
+    found["bias"] = rng.normal(size=(steps, *SHAPES["bias"])).astype(np.float32)
+    return [{name: jnp.asarray(x[step]) for name, x in found.items()} for step in range(steps)]
+
+
+PARAMS = jax.tree.map(jnp.ones_like, gradients(1)[0])
+gum = functools.partial(go.gum, 0.1, rank=2, period=3, full_rank_fraction=0.3)
+
+
+@pytest.mark.parametrize(
+    ("tx", "named"),
+    [
+        (
+            gum(rank=3),
+            [".projectors['stack'] has shape (5, 6, 2) in place of (5, 6, 3) (another rank)", "rank"],
+        ),
+        (
+            gum(full_rank_fraction=0.6),
+            [".index['6x9'] has shape (2,) in place of (4,) (another full_rank_fraction)"],
+        ),
+        (gum(period=4), ["period is 3 in place of 4"]),
+        (gum(momentum_dtype="bfloat16"), ["is missing", "has dtype float32 in place of bfloat16"]),
+        (go.galore_muon(0.1, rank=2, period=3), [".slots", "is no part of this optimizer's"]),
+        (optax.adamw(0.1), ["is missing", "is no part of this optimizer's"]),
+    ],
+)
+def test_a_state_of_other_arguments_is_named_with_each_difference(tx, named):
+    _, state = run(gum(), gradients(2), PARAMS)
+    go.check_state(gum(), state, PARAMS)
+    with pytest.raises(ValueError, match="this state is of another optimizer") as error:
+        go.check_state(tx, state, PARAMS)
+    assert all(part in str(error.value) for part in named), error.value
+
+
+def test_a_state_of_other_parameters_or_dtypes_is_named():
+    _, state = run(gum(), gradients(2), PARAMS)
+    more = PARAMS | {"new": jnp.ones((6, 9))}
+    with pytest.raises(ValueError, match=re.escape(".projectors['new'] is missing")):
+        go.check_state(gum(), state, more)
+    halves = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, state)
+    with pytest.raises(ValueError, match="has dtype bfloat16 in place of float32"):
+        go.check_state(gum(), halves, PARAMS)
+
+
+def test_a_converted_state_goes_on_as_what_it_was():
+    """The same arguments: to the bit. Before the first step: a state's own beginning."""
+    data = gradients(6)
+    _, state = run(gum(), data[:3], PARAMS)
+    same = go.convert_state(gum(), state, PARAMS)
+    update = jax.jit(gum().update)
+    for g in data[3:]:
+        (u, state), (v, same) = update(g, state, PARAMS), update(g, same, PARAMS)
+        jax.tree.map(np.testing.assert_array_equal, (u, state), (v, same))
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_momentum_goes_along_when_the_rank_of_galore_muon_changes(rank):
+    """What the old momentum was in the whole space, it is in the new subspace, up to the cut columns."""
+    make = functools.partial(go.galore_muon, 0.1, period=3, find_subspace=go.random_subspace)
+    _, state = run(make(rank=2), gradients(3), PARAMS)
+    new = go.convert_state(make(rank=rank), state, PARAMS)
+    go.check_state(make(rank=rank), new, PARAMS)
+    (before,), (after,) = _low_rank_states(state), _low_rank_states(new)
+    assert int(after.count) == 3
+    np.testing.assert_array_equal(after.key, before.key)
+    rows = zip(*(jax.tree.leaves(x) for s in (before, after) for x in (s.projectors, s.low)), strict=True)
+    kept = min(rank, 2)
+    for p, m, q, k in rows:
+        np.testing.assert_allclose(q.mT @ q - np.eye(rank), 0, atol=1e-5)
+        np.testing.assert_allclose(q @ k, p[..., :kept] @ m[..., :kept, :], atol=1e-5)
+
+
+def test_gum_goes_on_with_another_rank_period_and_fraction_as_if_it_had_begun_there():
+    """Its momenta restart with a period, so that only subspace, counts and key come along."""
+    data = gradients(8)
+    other = gum(rank=4, period=2, full_rank_fraction=0.7)
+    _, state = run(gum(), data[:6], PARAMS)  # a multiple of both periods
+    state = go.convert_state(other, state, PARAMS)
+    go.check_state(other, state, PARAMS)
+    update = jax.jit(other.update)
+    for g in data[6:]:
+        steps, state = update(g, state, PARAMS)
+    assert int(go.metrics(state)["refresh_count"]) == 3
+    assert all(np.isfinite(x).all() and x.any() for x in jax.tree.leaves(steps))
+
+
+def test_within_a_period_and_for_another_model_a_conversion_is_refused():
+    _, state = run(gum(), gradients(4), PARAMS)
+    with pytest.raises(ValueError, match="1 of 3 steps of this one are taken: take 2 more"):
+        go.convert_state(gum(rank=3), state, PARAMS)
+    _, state = run(gum(), gradients(3), PARAMS)
+    other = PARAMS | {"stack": jnp.ones((5, 6, 10))}
+    with pytest.raises(ValueError, match="no change of rank, period or fraction"):
+        go.convert_state(gum(rank=3), state, other)
