@@ -4,6 +4,7 @@ import dataclasses
 import json
 import signal
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,14 @@ class Trainer:
         return self.corpus.tokenizer.decode(window[0].tolist())
 
 
+def checksum(state: Any) -> dict[str, int]:
+    """Of all numbers of a state: a bit that flips in a file, Orbax would restore without a word."""
+    found = 0
+    for x in jax.device_get(jax.tree.leaves(state)):
+        found = zlib.crc32(x.tobytes(), found)
+    return {"crc32": found}
+
+
 class RunDirectory:
     """`settings.json`, `metrics.jsonl` and `checkpoints/` of one run."""
 
@@ -138,19 +147,28 @@ class RunDirectory:
             raise RunError(f"{self.path} holds this run already; add --resume to go on, or give a new --out.")
 
     def restore(self, trainer: Trainer) -> None:
-        """Put the trainer where the newest checkpoint left off, and forget metrics after it."""
-        step = self.checkpoints.latest_step()
-        if step is not None:
-            like = jax.tree.map(ocp.utils.to_shape_dtype_struct, trainer.state)
-            trainer.state = self.checkpoints.restore(step, args=ocp.args.StandardRestore(like))
-            trainer.step = step
+        """Put the trainer where the newest readable checkpoint left off, and forget metrics after it."""
+        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, trainer.state)
+        for step in sorted(self.checkpoints.all_steps(), reverse=True):
+            try:
+                args = ocp.args.Composite(state=ocp.args.StandardRestore(like), sum=ocp.args.JsonRestore())
+                found = self.checkpoints.restore(step, args=args)
+                if found["sum"] != checksum(found["state"]):
+                    raise ValueError("its numbers are not those that were saved")
+                trainer.state, trainer.step = found["state"], step
+                break
+            except Exception as error:  # what a damaged file raises depends on which it is
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                print(f"The checkpoint of step {step} can't be read, trying an older one: {reason}")
+                self.checkpoints.delete(step)
         kept = [r for r in self.records() if r["step"] <= trainer.step]
         trainer.seconds = kept[-1]["seconds"] if kept else 0.0
         self.metrics_file.write_text("".join(json.dumps(r) + "\n" for r in kept))
 
     def save(self, trainer: Trainer) -> None:
         if self.checkpoints.latest_step() != trainer.step:
-            self.checkpoints.save(trainer.step, args=ocp.args.StandardSave(trainer.state))
+            state, own = ocp.args.StandardSave(trainer.state), ocp.args.JsonSave(checksum(trainer.state))
+            self.checkpoints.save(trainer.step, args=ocp.args.Composite(state=state, sum=own))
 
     def records(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`; a last line cut short by a crash is not one."""
