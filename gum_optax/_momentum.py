@@ -90,7 +90,10 @@ def check_momentum_dtype(dtype: Any) -> Any:
     Raises:
       ValueError: any other.
     """
-    found = jnp.dtype(jnp.float32 if dtype is None else dtype)
+    try:
+        found = jnp.dtype(jnp.float32 if dtype is None else dtype)
+    except TypeError:
+        found = None
     if found not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"momentum_dtype must be float32 or bfloat16, got {dtype!r}.")
     return found
