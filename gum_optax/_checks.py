@@ -65,6 +65,12 @@ def check_function(name: str, value: Any, example: str) -> Callable[..., Any]:
     return value
 
 
+def is_function(value: Any) -> bool:
+    """Whether it is a function of a tree, and not a tree itself: a module of Equinox can be called too."""
+    is_node = not jax.tree_util.all_leaves([value])
+    return callable(value) and (not is_node or isinstance(value, jax.tree_util.Partial))
+
+
 def is_rule(value: Any) -> bool:
     """Whether it is an optax transformation: anything with `init` and `update`."""
     return hasattr(value, "init") and hasattr(value, "update")

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 from optax.contrib import MuonDimensionNumbers
 
-from ._checks import check_matrix_leaf
+from ._checks import check_matrix_leaf, is_function
 from ._sharding import explicit_sharding
 from ._trees import is_hole
 
@@ -63,8 +63,8 @@ def dimension_numbers(spec: WeightDimensionNumbers, tree: Any) -> list[Entry]:
         return []
     if spec is None:
         spec = LAST_TWO
-    elif callable(spec):
-        spec = spec(tree)
+    elif is_function(spec):
+        spec = spec(tree)  # pyright: ignore[reportCallIssue]
     if isinstance(spec, MuonDimensionNumbers):
         return [spec] * len(paths)
     entries = jax.tree_util.tree_leaves_with_path(spec, is_leaf=_is_entry)

@@ -1,6 +1,5 @@
 """Optimizers of the field that keep a momentum of full size."""
 
-from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ from ._hidden import is_edge, is_table
 from ._matrices import as_matrices
 from ._normalize import Normalizer, normalize, outputs_first, sign_lmo, spectral_lmo, unit_rows
 from ._orthogonalize import Orthogonalizer, newton_schulz
-from ._routing import at_least_float32, by_constant, by_fan_ratio, by_shape, matrices_and_others
+from ._routing import at_least_float32, by_constant, by_fan_ratio, by_shape, matrices_and_others, partitioned
 
 
 def trion(
@@ -187,7 +186,7 @@ def scion(
     hidden = check_function("lmo", chosen(lmo, spectral_lmo), "gum_optax.spectral_lmo")
     table = check_function("embedding_lmo", chosen(embedding_lmo, sign_lmo), "gum_optax.sign_lmo")
     head = check_function("head_lmo", chosen(head_lmo, sign_lmo), "gum_optax.sign_lmo")
-    steepest: dict[Hashable, optax.GradientTransformation] = {
+    steepest: dict[str, optax.GradientTransformation] = {
         "tables": optax.chain(_of_matrices(table), optax.scale(edge_radius)),
         "heads": optax.chain(_of_matrices(outputs_first(head)), optax.scale(edge_radius)),
         "vectors": optax.chain(normalize(_unit_vector), optax.scale(radius)),
@@ -201,12 +200,12 @@ def scion(
         learning_rate,
         by_constant(radius),
         *shared,
-        others_rule=optax.chain(average, optax.partition(steepest, _kinds)),
+        others_rule=optax.chain(average, partitioned(steepest, _kinds)),
         wide=False,
     )
 
 
-def _kinds(params: Any) -> Any:
+def _kinds(params: Any) -> list[str]:
     """The name of each leaf's ball, of the leaves that are not hidden matrices."""
 
     def kind(path, x):
@@ -220,7 +219,7 @@ def _kinds(params: Any) -> Any:
             return "vectors"
         return "tables" if is_table(names) else "heads"
 
-    return jax.tree_util.tree_map_with_path(kind, params)
+    return [kind(path, x) for path, x in jax.tree_util.tree_leaves_with_path(params)]
 
 
 def _of_matrices(method: Normalizer) -> optax.GradientTransformation:

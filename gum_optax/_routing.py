@@ -1,6 +1,6 @@
 """Matrices to one rule, all other leaves to another, and no step on a gradient that is not finite."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from ._checks import check_number, check_rule
+from ._checks import check_number, check_rule, is_function
 from ._dimensions import WeightDimensionNumbers, dimension_numbers, views_of
 from ._guard import Guard
 from ._hidden import hidden_matrices
 from ._matrices import as_matrices
 from ._projected import Sketches
 from ._scaling import scale_by_fans, scale_by_shape
-from ._trees import concrete, split
+from ._trees import concrete, merge, split
 
 # From the dimension numbers of a tree to the transformation that scales its steps.
 Scaling = Callable[[Any], optax.GradientTransformation]
@@ -84,6 +84,37 @@ def skip_non_finite(inner: optax.GradientTransformation) -> optax.GradientTransf
         like = updates if params is None else params
         steps = jax.tree.map(lambda s, x: jnp.where(finite, s, 0).astype(jnp.result_type(x)), steps, like)
         return steps, SkipNonFiniteState(state.skipped + ~finite, guard.keep(new, state.inner))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def partitioned(
+    rules: dict[str, optax.GradientTransformation], kinds: Callable[[Any], Sequence[str]]
+) -> optax.GradientTransformationExtraArgs:
+    """`optax.partition`, with its state, for any tree: one that can be called, it would take for a function.
+
+    Args:
+      rules: a transformation for each kind of leaf.
+      kinds: from a tree to the kind of each of its leaves.
+    """
+    taking = {name: optax.with_extra_args_support(rule) for name, rule in rules.items()}
+
+    def parts(tree):
+        found = kinds(tree)
+        return {name: split(tree, [kind == name for kind in found])[0] for name in rules}
+
+    def init(params):
+        states = {name: taking[name].init(part) for name, part in parts(params).items()}
+        return optax.PartitionState({name: optax.MaskedState(state) for name, state in states.items()})
+
+    def update(updates, state, params=None, **extra_args):
+        beside = dict.fromkeys(rules) if params is None else parts(params)
+        steps, states = updates, {}
+        for name, part in parts(updates).items():
+            inner = state.inner_states[name].inner_state
+            step, inner = taking[name].update(part, inner, beside[name], **extra_args)
+            steps, states[name] = merge(step, steps), optax.MaskedState(inner)
+        return steps, optax.PartitionState(states)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -161,7 +192,7 @@ def matrices_and_others(
         treedef = jax.tree.structure(tree)
         entries = dimension_numbers(spec, tree)
         dims = treedef.unflatten(entries)
-        mask = weight_decay_mask(tree) if callable(weight_decay_mask) else weight_decay_mask
+        mask = weight_decay_mask(tree) if is_function(weight_decay_mask) else weight_decay_mask
         descent = optax.chain(
             _decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(learning_rate)
         )
@@ -169,8 +200,8 @@ def matrices_and_others(
         rest = optax.chain(
             at_least_float32(optax.scale_by_adam() if others_rule is None else others_rule), descent
         )
-        labels = treedef.unflatten(["others" if entry is None else "matrices" for entry in entries])
-        return optax.partition({"matrices": matrices, "others": rest if others is None else others}, labels)
+        rules = {"matrices": matrices, "others": rest if others is None else others}
+        return partitioned(rules, lambda _: ["others" if entry is None else "matrices" for entry in entries])
 
     def init(params):
         # Before optax masks anything away: an error then names the leaf's own path.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import gum_optax as go
@@ -54,6 +55,45 @@ def test_the_lines_that_project_before_the_reduce_take_a_step_of_several_microba
     assert float(names["value"]) > 0
     assert int(go.metrics(names["state"])["refresh_count"]) == 1
     assert all(float(jnp.ptp(x)) > 0 for x in jax.tree.leaves(names["params"]))
+
+
+TRAINERS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "trainers.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("code", TRAINERS[:3], ids=["nnx", "linen", "equinox"])
+def test_the_lines_for_a_trainer_train(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code, names)
+    assert float(names["losses"][-1]) < float(names["losses"][0])
+    if "eqx" in names:
+        again = names["eqx"].tree_deserialise_leaves(
+            "state.eqx", jax.tree.map(jnp.zeros_like, names["state"])
+        )
+        jax.tree.map(np.testing.assert_array_equal, again, names["state"])
+
+
+def test_maxtexts_scanned_kernels_are_stacks_of_layers():
+    names: dict = {}
+    exec(TRAINERS[3], names)
+    shapes = {"mlp": (16, 3, 32), "query": (16, 3, 4, 8), "out": (4, 3, 8, 16)}
+    params = {name: jnp.ones(shape) for name, shape in shapes.items()}
+    tx = go.galore_muon(1e-3, rank=2, weight_dimension_numbers={name: names[name] for name in shapes})
+    (projectors,) = [x.projectors for x in low_rank_states(tx.init(params))]
+    assert jax.tree.map(jnp.shape, projectors) == {"mlp": (3, 16, 2), "query": (3, 16, 2), "out": (3, 16, 2)}
+
+
+def low_rank_states(state):
+    is_one = lambda x: isinstance(x, go.LowRankState)  # noqa: E731
+    return [x for x in jax.tree.leaves(state, is_leaf=is_one) if is_one(x)]
+
+
+def test_the_oldest_versions_that_nox_tests_are_those_that_the_package_allows():
+    nox = (ROOT / "noxfile.py").read_text()
+    allowed = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', (ROOT / "pyproject.toml").read_text()))
+    for name, version in re.findall(r'"([\w-]+)==([\d.]+)"', nox):
+        lowest = allowed["jax" if name == "jaxlib" else name]
+        assert (version + ".0").startswith(lowest + "."), name
 
 
 def test_the_readme_has_exactly_the_two_commands_and_ci_runs_the_second():

@@ -102,6 +102,58 @@ def test_no_finite_gradient_stops_an_optimizer_for_good(make, scale):
     assert all(u["w"].any(axis=(1, 2)).all() for u in updates[1:])
 
 
+def hard_gradients():
+    """Blocks `4 × 7`: condition 1e8, rank one, constant, one entry, a zero row and column; also scaled."""
+    rng = np.random.default_rng(0)
+    u, v = (np.linalg.qr(rng.normal(size=(n, n)))[0][:, :4] for n in (4, 7))
+    one, holes = np.zeros((4, 7)), rng.normal(size=(4, 7))
+    one[1, 2], holes[0], holes[:, 0] = 1, 0, 0
+    blocks = np.stack(
+        [(u * 10.0 ** np.linspace(0, -8, 4)) @ v.T, u[:, :1] @ v.T[:1], np.ones((4, 7)), one, holes]
+    )
+    scales = 10.0 ** np.array([-30, -10, 0, 10, 30])[:, None, None]
+    return [
+        {"w": x.astype(np.float32)} for x in (blocks, blocks[::-1], blocks * scales, blocks[::-1] / scales)
+    ]
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_ill_conditioned_and_deficient_gradients_give_finite_steps_and_orthonormal_subspaces(name):
+    updates, state = run(EVERY[name](), hard_gradients() * 2)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((updates, state)))
+    # A sampled block of GUM's has nothing outside its subspace, and standardized a constant is zero.
+    if name not in ("gum", "swan"):
+        assert all(u["w"].any(axis=(1, 2)).all() for u in updates)
+    assert orthonormality_gap(state) < 1e-5
+
+
+def orthonormality_gap(state):
+    """The largest entry of `PᵀP - I` over all projectors."""
+    rules = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, go.LowRankState))
+    projectors = [p for x in rules if isinstance(x, go.LowRankState) for p in jax.tree.leaves(x.projectors)]
+    return max((float(jnp.abs(p.mT @ p - jnp.eye(p.shape[-1])).max()) for p in projectors), default=0)
+
+
+@pytest.mark.parametrize(
+    "name", ["gum", *(pytest.param(x, marks=pytest.mark.long) for x in ("galore_muon", "sumo", "golore"))]
+)
+def test_ten_thousand_steps_leave_the_subspace_orthonormal(name):
+    tx, shape = EVERY[name](), (5, 4, 7)
+
+    def step(state, key):
+        g = jax.random.normal(key, shape) + jnp.ones(shape)
+        u, state = tx.update({"w": g}, state)
+        return state, jnp.isfinite(u["w"]).all()
+
+    state = tx.init({"w": jnp.zeros(shape)})
+    state, finite = jax.jit(lambda s, keys: jax.lax.scan(step, s, keys))(
+        state, jax.random.split(jax.random.key(0), 10_000)
+    )
+    assert finite.all()
+    assert orthonormality_gap(state) < 1e-5
+    assert int(go.metrics(state)["refresh_count"]) == -(-10_000 // 3)
+
+
 def numbers(tree):
     return sum(x.size for x in jax.tree.leaves(tree))
 
