@@ -26,8 +26,10 @@ from jax.sharding import PartitionSpec as P
 
 import gum_optax as go
 
-from corpus import Corpus, CorpusError
+from corpus import Corpus
 from llama import SIZES, Llama
+from options import positive, rate, seed
+from training import RunError, StopSignal
 
 PARALLEL = ("fsdp", "data", "projected")
 
@@ -36,21 +38,21 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--parallel", choices=PARALLEL, default="fsdp")
     p.add_argument("--model", choices=SIZES, default="3m")
-    p.add_argument("--steps", type=int, default=200)
-    p.add_argument("--batch", type=int, default=16, help="windows a step, over all devices (default: 16)")
-    p.add_argument("--microbatches", type=int, default=1, help="of a step, with --parallel projected")
-    p.add_argument("--seq", type=int, default=128, help="tokens a window (default: 128)")
-    p.add_argument("--lr", type=float, default=3e-3, help="of the matrices (default: 3e-3)")
-    p.add_argument("--others-lr", type=float, default=3e-2, help="AdamW's, of the rest (default: 3e-2)")
-    p.add_argument("--period", type=int, default=100, help="steps between new subspaces (default: 100)")
-    p.add_argument("--save-every", type=int, default=100, help="steps (default: 100)")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--steps", type=positive, default=200)
+    p.add_argument("--batch", type=positive, default=16, help="windows a step, of all devices (default: 16)")
+    p.add_argument("--microbatches", type=positive, default=1, help="of a step, with --parallel projected")
+    p.add_argument("--seq", type=positive, default=128, help="tokens a window (default: 128)")
+    p.add_argument("--lr", type=rate, default=3e-3, help="of the matrices (default: 3e-3)")
+    p.add_argument("--others-lr", type=rate, default=3e-2, help="AdamW's, of the rest (default: 3e-2)")
+    p.add_argument("--period", type=positive, default=100, help="steps between new subspaces (default: 100)")
+    p.add_argument("--save-every", type=positive, default=100, help="steps (default: 100)")
+    p.add_argument("--seed", type=seed, default=0)
     p.add_argument("--text", type=Path, help="your own text, UTF-8 (default: chitchat-dataset)")
     p.add_argument("--out", required=True, help="of checkpoints: a folder that all hosts see, or gs://...")
     p.add_argument("--distributed", action="store_true", help="several processes, one a host")
     by_hand = p.add_argument_group("where JAX can't tell by itself, as it does on TPU, SLURM and GKE")
     by_hand.add_argument("--coordinator", help="host:port of the first process")
-    by_hand.add_argument("--processes", type=int)
+    by_hand.add_argument("--processes", type=positive)
     by_hand.add_argument("--process", type=int, help="the number of this one")
     return p
 
@@ -73,16 +75,16 @@ def optimizer(options: argparse.Namespace, shardings: Any) -> optax.GradientTran
     No clipping by a global norm: a projected gradient has none, and neither rule depends on its scale.
     """
 
-    def rate(peak):
+    def schedule(peak):
         return optax.warmup_cosine_decay_schedule(0, peak, options.steps // 10, options.steps, peak / 10)
 
     return go.gum(
-        rate(options.lr),
+        schedule(options.lr),
         rank=SIZES[options.model].rank,
         period=options.period,
         key=options.seed,
         weight_decay=0.1,
-        others=optax.adamw(rate(options.others_lr), b2=0.95, weight_decay=0.1),
+        others=optax.adamw(schedule(options.others_lr), b2=0.95, weight_decay=0.1),
         # With the sides told, FSDP exchanges one small Gram matrix for each full-rank block.
         orthogonalizer=functools.partial(go.gram_newton_schulz, restart=5),
         weight_dimension_numbers=go.with_shardings(shardings),
@@ -145,44 +147,69 @@ class Run:
         return jax.shard_map(on_each, mesh=self.mesh, in_specs=specs, out_specs=P())(state, batches)
 
     def batches(self, corpus: Corpus, step: int) -> jax.Array:
-        """Microbatches of a step `(microbatches, windows, tokens)`; each host makes what its devices read."""
+        """Microbatches of a step `(microbatches, windows, tokens)`; each host keeps what its devices read."""
         o = self.options
         tokens = corpus.batch(step, batch=o.batch, length=o.seq, seed=o.seed)
         batches = tokens.reshape(o.microbatches, -1, tokens.shape[-1])
         return jax.make_array_from_callback(batches.shape, self.split, lambda index: batches[index])
 
 
+# What makes a run the run it is; devices, hosts and ways to share the work may change.
+SETTINGS = ("model", "steps", "batch", "seq", "lr", "others_lr", "period", "seed")
+
+
+def settings_of(options: argparse.Namespace, corpus: Corpus) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in SETTINGS} | {"text": corpus.name}
+
+
+def restored(
+    run: Run, state: Any, settings: dict[str, Any], checkpoints: ocp.CheckpointManager, step: int
+) -> Any:
+    """The state of a checkpoint, if it is of this run."""
+    found = checkpoints.restore(step, args=ocp.args.Composite(settings=ocp.args.JsonRestore()))["settings"]
+    different = [f"{k}={found.get(k)!r} (asked {v!r})" for k, v in settings.items() if found.get(k) != v]
+    if different:
+        where = run.options.out
+        raise RunError(f"{where} holds another run, with {', '.join(different)}; give a new --out.")
+    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    state = checkpoints.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))["state"]
+    go.check_processes_agree(state)
+    return state
+
+
 def train(
-    run: Run, state: Any, corpus: Corpus, checkpoints: ocp.CheckpointManager
+    run: Run, state: Any, corpus: Corpus, checkpoints: ocp.CheckpointManager, stop: StopSignal | None
 ) -> Iterator[tuple[int, float]]:
     """From the newest checkpoint to the last step or a preemption; yields each step's number and loss."""
+    settings = settings_of(run.options, corpus)
     step = checkpoints.latest_step() or 0
     if step:
-        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        state = checkpoints.restore(step, args=ocp.args.StandardRestore(like))
-        go.check_processes_agree(state)
-    while step < run.options.steps:
+        state = restored(run, state, settings, checkpoints, step)
+    going = True
+    while going and step < run.options.steps:
         state, loss = run.step(state, run.batches(corpus, step))
         step += 1
-        # Saves every so many steps, at the last, and when a host is told that it will be taken away.
-        last = step == run.options.steps
-        checkpoints.save(step, args=ocp.args.StandardSave(state), force=last)
+        # Saves every so many steps, at the last, and when a host is told that it will be taken away: JAX
+        # tells all processes; alone, one hears it by itself.
+        going = not (checkpoints.reached_preemption(step) or (stop is not None and stop.came))
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), settings=ocp.args.JsonSave(settings))
+        checkpoints.save(step, args=args, force=step == run.options.steps or not going)
         yield step, float(loss)
-        if checkpoints.reached_preemption(step):
-            break
     checkpoints.wait_until_finished()
 
 
 def check(options: argparse.Namespace) -> None:
-    """Numbers that fit each other and the devices."""
+    """Numbers that fit each other and the devices, and a folder."""
     windows = jax.device_count() * options.microbatches
-    if options.batch < 1 or options.batch % windows:
-        raise ValueError(
+    if options.batch % windows:
+        raise RunError(
             f"--batch {options.batch} must be a multiple of {windows}: {jax.device_count()} devices with"
             f" {options.microbatches} microbatches each."
         )
     if options.microbatches > 1 and options.parallel != "projected":
-        raise ValueError(f"--microbatches is for --parallel projected, not {options.parallel}.")
+        raise RunError(f"--microbatches is for --parallel projected, not {options.parallel}.")
+    if "://" not in options.out and Path(options.out).exists() and not Path(options.out).is_dir():
+        raise RunError(f"{options.out} is a file; give a new directory as --out.")
 
 
 def note(line: str) -> None:
@@ -191,28 +218,37 @@ def note(line: str) -> None:
         print(line, flush=True)
 
 
-def main(argv: list[str] | None = None) -> int:
-    options = parser().parse_args(argv)
-    if options.distributed:
-        jax.distributed.initialize(options.coordinator, options.processes, options.process)
-    try:
-        check(options)
-        corpus = Corpus(options.text, SIZES[options.model].vocabulary)
-        corpus.require(options.seq, options.batch)
-        mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-        run = Run(options, mesh)
-        state = run.start()
-    except (ValueError, CorpusError) as error:
-        print(f"distributed.py: {error}", file=sys.stderr)
-        return 2
+def run_all(options: argparse.Namespace) -> None:
+    check(options)
+    corpus = Corpus(options.text, SIZES[options.model].vocabulary)
+    corpus.require(options.seq, options.batch)
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    run = Run(options, mesh)
+    state = run.start()
     held = sum(x.nbytes for x in jax.tree.leaves(state)) / 2**20
     here = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state)) / 2**20
     note(f"{jax.device_count()} devices, {options.parallel}: {held:.1f} MiB in all, {here:.1f} on each")
     every = ocp.CheckpointManagerOptions(save_interval_steps=options.save_every, max_to_keep=2)
     where = options.out if "://" in options.out else Path(options.out).absolute()
+    stop = None if options.distributed else StopSignal()
     with ocp.CheckpointManager(where, options=every) as checkpoints:
-        for step, loss in train(run, state, corpus, checkpoints):
+        for step, loss in train(run, state, corpus, checkpoints, stop):
             note(json.dumps({"step": step, "loss": loss}))
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = parser()
+    options = p.parse_args(argv)
+    by_hand = (options.coordinator, options.processes, options.process)
+    if options.distributed:
+        jax.distributed.initialize(*by_hand)
+    elif by_hand != (None,) * 3:
+        p.error("--coordinator, --processes and --process are for --distributed; add it")
+    try:
+        run_all(options)
+    except ValueError as error:  # RunError and CorpusError are such
+        print(f"distributed.py: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

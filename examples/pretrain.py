@@ -9,9 +9,7 @@ Runs as it is on CPU, GPU and TPU (there in bfloat16).
 
 import argparse
 import json
-import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +21,10 @@ import matplotlib.pyplot as plt
 from corpus import Corpus, CorpusError
 from llama import SIZES
 from optimizers import MOMENTUM_DTYPE, OPTIMIZERS, OTHERS_LR, Settings
+from options import decay, fraction, positive, rate, seed
 from training import RunDirectory, RunError, StopSignal, Trainer, train
 
 PROMPT = "- Hi! How are you today?\n-"
-
-
-def _number(kind: Callable[[str], Any], valid: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
-    """An argparse type that says what it wanted."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not valid(value):
-            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text}")
-        return value
-
-    return parse
-
-
-_positive = _number(int, lambda x: x >= 1, "a whole number of at least 1")
-_seed = _number(int, lambda x: 0 <= x < 2**32, "a whole number of at least 0")
-_rate = _number(float, lambda x: 0 < x < math.inf, "a positive number")
-_decay = _number(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
-_fraction = _number(float, lambda x: 0 <= x <= 1, "between 0 and 1")
 
 
 def _names(text: str) -> list[str]:
@@ -71,36 +48,36 @@ def parser() -> argparse.ArgumentParser:
         help="train with each, from the same start on the same data",
     )
     p.add_argument("--model", choices=SIZES, default="3m", help="parameters, about (default: 3m)")
-    p.add_argument("--steps", type=_positive, default=1200)
-    p.add_argument("--batch", type=_positive, default=8, help="windows a step (default: 8)")
-    p.add_argument("--seq", type=_positive, default=128, help="tokens a window (default: 128)")
-    p.add_argument("--lr", type=_rate, help="peak learning rate (default: the optimizer's, tuned on 3m)")
+    p.add_argument("--steps", type=positive, default=1200)
+    p.add_argument("--batch", type=positive, default=8, help="windows a step (default: 8)")
+    p.add_argument("--seq", type=positive, default=128, help="tokens a window (default: 128)")
+    p.add_argument("--lr", type=rate, help="peak learning rate (default: the optimizer's, tuned on 3m)")
     p.add_argument(
         "--others-lr",
-        type=_rate,
+        type=rate,
         default=OTHERS_LR,
         help="AdamW's peak rate for embedding, head and norms (default: %(default)g, tuned on 3m)",
     )
     p.add_argument(
-        "--rank", type=_positive, help="of the low-rank optimizers (default: a quarter of the width)"
+        "--rank", type=positive, help="of the low-rank optimizers (default: a quarter of the width)"
     )
-    p.add_argument("--period", type=_positive, default=100, help="steps between new subspaces (default: 100)")
-    p.add_argument("--full-rank-fraction", type=_fraction, default=1 / 16, help="GUM's q (default: 1/16)")
-    p.add_argument("--weight-decay", type=_decay, default=0.1, help="decoupled (default: 0.1)")
+    p.add_argument("--period", type=positive, default=100, help="steps between new subspaces (default: 100)")
+    p.add_argument("--full-rank-fraction", type=fraction, default=1 / 16, help="GUM's q (default: 1/16)")
+    p.add_argument("--weight-decay", type=decay, default=0.1, help="decoupled (default: 0.1)")
     p.add_argument(
         "--momentum-dtype",
         choices=("float32", "bfloat16"),
         default="float32",
         help=f"what {', '.join(MOMENTUM_DTYPE)} keep their momentum in (default: float32)",
     )
-    p.add_argument("--seed", type=_seed, default=0)
+    p.add_argument("--seed", type=seed, default=0)
     p.add_argument("--out", type=Path, metavar="DIR", help="default: the next free runs/NAME-N")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out")
     p.add_argument(
         "--text", type=Path, metavar="FILE", help="your own text, UTF-8 (default: chitchat-dataset)"
     )
-    p.add_argument("--eval-every", type=_positive, help="steps (default: a tenth of the run)")
-    p.add_argument("--save-every", type=_positive, default=200, help="steps (default: 200)")
+    p.add_argument("--eval-every", type=positive, help="steps (default: a tenth of the run)")
+    p.add_argument("--save-every", type=positive, default=200, help="steps (default: 200)")
     return p
 
 

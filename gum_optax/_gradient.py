@@ -14,7 +14,6 @@ from ._projected import Sketches
 from ._refresh import Found, refreshed, refreshed_by_means, stayed
 from ._slots import Group, map_blocks
 from ._subspace import SubspaceFinder, project
-from ._trees import is_hole
 
 
 class Energy(NamedTuple):
@@ -28,6 +27,9 @@ class Energy(NamedTuple):
 def _squares(x: Float[Array, "..."], scale: Float[Array, ""]) -> Float[Array, ""]:
     return jnp.sum(jnp.square(x * inverse(scale)), dtype=jnp.float32)
 
+
+# Any number: it names a stream.
+_SIGNS = 1
 
 # From a block of the gradient and its projector to what a full-rank rule is fed.
 Feed = Callable[[Float[Array, "m n"], Float[Array, "m r"]], Float[Array, "m n"]]
@@ -116,6 +118,7 @@ class Sketched(NamedTuple):
         """`|G - P PᵀG|²` is the mean of `|wᵀ(G - P PᵀG)|²` over random signs `w`; of these, one."""
 
         def signs(key, p):
+            key = jax.random.fold_in(key, _SIGNS)  # the finder draws from the same one
             w = jax.random.rademacher(key, (*p.shape[:-1], 1), jnp.float32)
             return w - exact_matmul(p, exact_matmul(p.mT, w))
 
@@ -138,9 +141,3 @@ class Sketched(NamedTuple):
         return jax.lax.map(
             lambda pair: feed(*pair), (gradients, blocks(projectors, list(map(plain_view, projectors))))
         )
-
-
-def places_of(tree: Any) -> list[int]:
-    """The positions of a tree's leaves among all leaves, holes being places too."""
-    leaves = jax.tree.leaves(tree, is_leaf=is_hole)
-    return [place for place, x in enumerate(leaves) if not is_hole(x)]

@@ -12,10 +12,10 @@ from jaxtyping import Array, Float, Int, UInt32
 from ._carries import Carry, keep
 from ._checks import check_function, check_integer, check_matrix_leaf, check_rule
 from ._dimensions import View, views_beside
-from ._gradient import Energy, Held, Sketched, places_of
+from ._gradient import Energy, Held, Sketched
 from ._guard import Guard
 from ._norms import inverse
-from ._projected import Sketches
+from ._projected import Sketches, places_of
 from ._residuals import Residual, Told, drop, stepping
 from ._sampling import check_key, key_data, stream, streams
 from ._sharding import zeros
@@ -60,7 +60,7 @@ def low_rank(
 
         R = Pᵀ G,   S = inner(R),   step = P S  (+ residual),   P found anew every `period` steps
 
-    A block with `m <= rank` is not projected: `inner` runs on the full matrix and is never carried.
+    A block with `min(m, n) <= rank` is not projected: `inner` runs on the full matrix and is never carried.
 
     Args:
       inner: the rule in the subspace, e.g. `optax.chain(optax.trace(0.95), orthogonalize())`. It is
@@ -93,7 +93,7 @@ def low_rank(
     check_function("carry", carry, "gum_optax.keep")
     check_key(key)
     subspace = Subspace(rank, period, find_subspace, carry, key)
-    return in_subspace(inner, subspace, stepping(residual), lambda shape: shape[0] > rank)
+    return in_subspace(inner, subspace, stepping(residual), lambda shape: min(shape) > rank)
 
 
 class Subspace(NamedTuple):

@@ -1,7 +1,7 @@
 """Project before the reduce: an update from means of linear functions of the gradient."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,32 +9,21 @@ import optax
 
 from ._checks import check_rule
 from ._subspace import MeanOf
+from ._trees import is_hole
 
 
-class _Standing:
-    """Leaves that stand for a gradient."""
+class Question(NamedTuple):
+    """A linear function of the gradients of some leaves."""
 
-    def __init__(self, leaves: Sequence[Any]):
-        self.leaves = leaves
+    places: Sequence[int]
+    f: Callable[[Sequence[Any]], Any]
 
-    def check_untouched(self, updates: Any) -> None:
-        """Refuse leaves that something has made of them.
-
-        Raises:
-          ValueError: there is one.
-        """
-        known = {id(x) for x in self.leaves}
-        for path, x in jax.tree_util.tree_leaves_with_path(updates):
-            if id(x) not in known:
-                where = jax.tree_util.keystr(path)
-                raise ValueError(
-                    f"a transformation before the low-rank rule changes the gradient {where}, which"
-                    " projected_update never forms; put it after the rule, or do without (clipping by a"
-                    " global norm is impossible)."
-                )
+    def of(self, leaves: Sequence[Any]) -> Any:
+        """Of the gradients of all leaves."""
+        return self.f([leaves[place] for place in self.places])
 
 
-class Asking(_Standing):
+class Asking:
     """The first of two times that an update is traced: notes what rules ask of a gradient that nobody holds.
 
     It travels as the extra argument `sketches`. A rule that can do without the gradients of some leaves calls
@@ -42,56 +31,84 @@ class Asking(_Standing):
     """
 
     def __init__(self, mean_of: MeanOf, leaves: Sequence[Any]):
-        super().__init__(leaves)
         self.mean_of = mean_of
-        self.asked: list[Callable[[Sequence[Any]], Any]] = []
+        self.leaves = leaves  # stand for the gradient
+        self.questions: list[Question] = []
         self.made: list[Any] = []
-        self.places: set[int] = set()
+
+    @property
+    def places(self) -> set[int]:
+        """The leaves whose gradients nobody needs as they are."""
+        return {place for question in self.questions for place in question.places}
 
     def mean(self, places: Sequence[int], f: Callable[[Sequence[Any]], Any]) -> Any:
         """The mean of `f`, linear in the leaves at `places`; for now zeros."""
-        self.places |= set(places)
-
-        def of_all(leaves):
-            return f([leaves[i] for i in places])
-
-        self.asked.append(of_all)
-        return optax.tree.zeros_like(jax.eval_shape(of_all, self.leaves))
+        self.questions.append(Question(places, f))
+        return optax.tree.zeros_like(jax.eval_shape(self.questions[-1].of, self.leaves))
 
     def once(self, places: Sequence[int], make: Callable[[MeanOf], Any]) -> Any:
         """What `make` makes of means that it needs one after the other."""
-        made = make(lambda f: self.mean_of(lambda leaves: f([leaves[i] for i in places])))
+        made = make(lambda f: self.mean_of(Question(places, f).of))
         self.made.append(made)
         return made
 
-    def finite_where(self) -> list[Any]:
-        """What is finite where the gradient is."""
+    def check_untouched(self, updates: Any) -> None:
+        """Which leaves must be, is known the second time."""
+
+    def finite_where(self, updates: Any) -> list[Any]:
+        """What is finite where the gradient of `updates` is."""
+        del updates
         return []
 
 
-class Answering(_Standing):
+class Answering:
     """The second time: every call gets what the same call asked for."""
 
     def __init__(self, asking: Asking, leaves: Sequence[Any], answers: Sequence[Any]):
-        super().__init__(leaves)
-        self._held = [x for i, x in enumerate(leaves) if i not in asking.places]
-        self._answers, self._next = answers, iter(answers)
-        self._made = iter(asking.made)
+        self.leaves, self.places = leaves, asking.places
+        self._answered = list(zip(asking.questions, answers, strict=True))
+        self._answers, self._made = iter(answers), iter(asking.made)
 
     def mean(self, places: Sequence[int], f: Callable[[Sequence[Any]], Any]) -> Any:
         del places, f
-        return next(self._next)
+        return next(self._answers)
 
     def once(self, places: Sequence[int], make: Callable[[MeanOf], Any]) -> Any:
         del places, make
         return next(self._made)
 
-    def finite_where(self) -> list[Any]:
+    def check_untouched(self, updates: Any) -> None:
+        """Refuse to project a leaf that something has changed.
+
+        Raises:
+          ValueError: there is one.
+        """
+        for place, x in zip(places_of(updates), jax.tree.leaves(updates), strict=True):
+            if place in self.places and x is not self.leaves[place]:
+                raise ValueError(
+                    "a transformation before the low-rank rule changes the gradient, which projected_update"
+                    " never forms; put it after the rule, or do without (clipping by a global norm is"
+                    " impossible)."
+                )
+
+    def finite_where(self, updates: Any) -> list[Any]:
         # A number of G that is not finite leaves none finite in its column of `PᵀG`.
-        return jax.tree.leaves((self._held, self._answers))
+        own = dict(zip(places_of(updates), jax.tree.leaves(updates), strict=True))
+        known = [answer for question, answer in self._answered if not own.keys().isdisjoint(question.places)]
+        return [x for place, x in own.items() if place not in self.places] + jax.tree.leaves(known)
 
 
 Sketches = Asking | Answering
+
+
+def places_of(tree: Any) -> list[int]:
+    """The positions of a tree's leaves among all leaves, holes being places too."""
+    return [place for place, x in enumerate(_flat(tree)) if not is_hole(x)]
+
+
+def _flat(tree: Any) -> list[Any]:
+    """Leaves and holes."""
+    return jax.tree.leaves(tree, is_leaf=is_hole)
 
 
 def projected_update(
@@ -112,8 +129,8 @@ def projected_update(
         every step      R = mean(Pᵀ Gᵢ),   and the γ sampled blocks of mean(Gᵢ)
         every K steps   C = mean(Pᵀ Gᵢ),   Y = mean(Gᵢ Cᵀ),   P ← orthonormalize(Y)
 
-    `r n + γ/L m n` numbers a block and a step, and `r (m + n)` more a power step, in place of `m n`. Leaves
-    that are not projected are averaged as they are. The result is that of
+    `(r + 1) n + γ/L m n` numbers a block and a step (one row is for the energy outside), and `r (m + n)` more
+    a power step, in place of `m n`. Leaves that are not projected are averaged whole. The result is that of
 
         tx.update(mean(grad(loss)(params, batch)), state, params)
 
@@ -133,8 +150,7 @@ def projected_update(
 
     Args:
       tx: any optax transformation; one that holds no low-rank rule, or passes it no extra arguments, gets the
-        mean gradient. Nothing may change
-        the gradient before a low-rank rule does: its norm is not known.
+        mean gradient. Before a low-rank rule nothing may change the gradient, and what reads it reads zeros.
       loss: `(params, batch) -> scalar`, a mean over a microbatch.
       batches: a tree of arrays whose first axis counts the microbatches.
       state: of `tx`.
@@ -147,32 +163,44 @@ def projected_update(
 
     Raises:
       ValueError: `batches` is empty or its leaves count different microbatches; a transformation before the
-        rule changes the gradient; a `residual` other than `drop`, which needs all of it.
+        rule changes the gradient, or runs the rule in a conditional; a `residual` other than `drop`, which
+        needs all of it; Explicit mesh axes outside of a `shard_map`.
       TypeError: the finder needs all of it (`svd_subspace`, `randomized_svd`, one of your own).
     """
     check_rule("tx", tx)
     update = optax.with_extra_args_support(tx).update
     mean_of = _mean_over(loss, batches, params, (axes,) if isinstance(axes, str) else tuple(axes))
-    treedef = jax.tree.structure(params)
-    zeros = jax.tree.leaves(optax.tree.zeros_like(params))
+    treedef = jax.tree.structure(params, is_leaf=is_hole)
+    zeros = _flat(optax.tree.zeros_like(params))
 
     asking = Asking(lambda f: mean_of(lambda _, leaves: f(leaves)), zeros)
     update(treedef.unflatten(zeros), state, params, sketches=asking, **extra_args)
 
     def everything(value, leaves):
-        rest = [x for i, x in enumerate(leaves) if i not in asking.places]
-        return value, rest, [f(leaves) for f in asking.asked]
+        whole = {i: x for i, x in enumerate(leaves) if i not in asking.places and not is_hole(x)}
+        return value, whole, [question.of(leaves) for question in asking.questions]
 
-    value, rest, answers = mean_of(everything)
-    held = iter(rest)
-    leaves = [x if i in asking.places else next(held).astype(x.dtype) for i, x in enumerate(zeros)]
+    try:
+        value, whole, answers = mean_of(everything)
+    except jax.errors.UnexpectedTracerError as error:
+        raise ValueError(
+            "tx runs a low-rank rule within a conditional, as optax.apply_if_finite does, where"
+            " projected_update cannot ask it anything; leave that out: a gradient that is not finite is"
+            " skipped without it."
+        ) from error
+    leaves = [whole[i].astype(x.dtype) if i in whole else x for i, x in enumerate(zeros)]
     answering = Answering(asking, leaves, answers)
     updates, state = update(treedef.unflatten(leaves), state, params, sketches=answering, **extra_args)
     return value, updates, state
 
 
+def _wide(x: Any) -> Any:
+    """What sums of `x` are kept in."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
 def _mean_over(loss: Any, batches: Any, params: Any, axes: tuple[str, ...]) -> Callable[[Any], Any]:
-    """From `f(loss, gradient leaves)` to its mean over microbatches and mesh axes, in float32."""
+    """From `f(loss, gradient leaves)` to its mean over microbatches and mesh axes, in float32 at least."""
     counts = sorted({jnp.shape(x)[:1] for x in jax.tree.leaves(batches)})
     if len(counts) != 1 or counts[0] in ((), (0,)):
         raise ValueError(
@@ -187,21 +215,21 @@ def _mean_over(loss: Any, batches: Any, params: Any, axes: tuple[str, ...]) -> C
 
     def gradient(batch):
         value, tree = jax.value_and_grad(loss)(own(params), batch)
-        return value, jax.tree.leaves(tree)
+        return value, _flat(tree)
 
-    held = gradient(jax.tree.map(lambda x: x[0], batches)) if count == 1 else None
+    only = gradient(jax.tree.map(lambda x: x[0], batches)) if count == 1 else None
 
     def mean_of(f):
         def one(total, batch):
             return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, f(*gradient(batch))), None
 
-        if held is None:
+        if only is None:
             like = jax.eval_shape(lambda: f(*gradient(jax.tree.map(lambda x: x[0], batches))))
-            start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), like)
+            start = jax.tree.map(lambda x: jnp.zeros(x.shape, _wide(x)), like)
             total, _ = jax.lax.scan(one, own(start), batches)
             mean = jax.tree.map(lambda x: x / count, total)
         else:
-            mean = jax.tree.map(lambda x: x.astype(jnp.float32), f(*held))
+            mean = jax.tree.map(lambda x: x.astype(_wide(x)), f(*only))
         return jax.lax.pmean(mean, axes) if axes else mean
 
     return mean_of

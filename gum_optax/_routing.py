@@ -72,7 +72,7 @@ def skip_non_finite(inner: optax.GradientTransformation) -> optax.GradientTransf
     def update(updates, state, params=None, *, sketches: Sketches | None = None, **extra_args):
         if sketches is not None:
             extra_args |= {"sketches": sketches}
-        own = jax.tree.leaves(updates) if sketches is None else sketches.finite_where()
+        own = jax.tree.leaves(updates) if sketches is None else sketches.finite_where(updates)
         # A pass of its own: fused with a sum that waits for more, it would make every step wait for that.
         own = jax.lax.optimization_barrier(own)
         # The product of the sums with themselves is no chain of operations that XLA would fuse, once more

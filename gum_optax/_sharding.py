@@ -109,7 +109,10 @@ class _Layout(NamedTuple):
 
 
 def _sent(x: Array, sizes: Any, way: Sequence[_Layout]) -> float:
-    """Numbers that a device sends: along the way and back, and to sum up one Gram matrix for each block."""
+    """Numbers that a device sends: along the way and back, and to sum up a Gram matrix for each block.
+
+    One of them, as of `gram_newton_schulz` without restarts; plain Newton-Schulz has one a step.
+    """
     batch, long, _ = way[-1]
     taking, sharing = _count([name for entry in batch for name in _names(entry)], sizes), _count(long, sizes)
     exchanged = sum(1 - 1 / _count(layout.moved, sizes) for layout in way)
@@ -156,6 +159,11 @@ def on_auto_axes(update: Callable[..., Any]) -> Callable[..., Any]:
         meshes = [sharding.mesh for sharding in shardings if sharding is not None]
         if not meshes:
             return update(updates, state, params, guard=guard, **extra_args)
+        if "sketches" in extra_args:
+            raise ValueError(
+                f"on Explicit mesh axes, here {meshes[0].axis_names}, projected_update runs within"
+                " jax.shard_map over those of the data; give the others axis_types=AxisType.Auto."
+            )
         everywhere = NamedSharding(meshes[0], PartitionSpec())
         kept = []
 
@@ -179,9 +187,9 @@ def on_auto_axes(update: Callable[..., Any]) -> Callable[..., Any]:
 def state_shardings(tx: optax.GradientTransformation, params: Any, param_shardings: Any) -> Any:
     """The sharding of each array of `tx`'s state, from those of the parameters.
 
-    What has the size of a parameter along an axis is sharded as that axis; a rank, and what belongs to no
-    parameter, is on every device. So a rank need not be a multiple of a mesh axis. Give it to `jit`, that
-    state is born where it lives:
+    What `init` makes beside a parameter, with its size along an axis, is sharded as that axis; a rank, and
+    what belongs to no parameter, is on every device. So a rank need not be a multiple of a mesh axis. Give it
+    to `jit`, that state is born where it lives:
 
         shardings = state_shardings(tx, params, param_shardings)
         state = jax.jit(tx.init, out_shardings=shardings)(params)
@@ -242,6 +250,8 @@ def check_processes_agree(state: Any) -> None:
     if jax.process_count() == 1:
         return
     for path, x in jax.tree_util.tree_leaves_with_path(state):
+        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x = jax.random.key_data(x)
         if not (isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.integer) and x.is_fully_replicated):
             continue
         held = multihost_utils.process_allgather(x.addressable_data(0))

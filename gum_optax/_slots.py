@@ -48,7 +48,7 @@ class Group(NamedTuple):
 def groups_of(tree: Any, rank: int, fraction: float) -> dict[str, Group]:
     """Group the leaves of `tree` by the shape of their blocks.
 
-    `slots = clip(round(fraction · L), 1, L)`, 0 when the fraction is 0; all `L` where `m <= rank`.
+    `slots = clip(round(fraction · L), 1, L)`, 0 when the fraction is 0; all `L` where `min(m, n) <= rank`.
     """
     members: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for place, leaf in enumerate(jax.tree.leaves(tree)):
@@ -58,7 +58,7 @@ def groups_of(tree: Any, rank: int, fraction: float) -> dict[str, Group]:
         places, sizes = zip(*found, strict=True)
         total = sum(sizes)
         slots = min(max(round(fraction * total), 1), total) if fraction > 0 else 0
-        if shape[0] <= rank:
+        if min(shape) <= rank:
             slots = total
         name = f"{shape[0]}x{shape[1]}"
         groups[name] = Group(name, shape, places, sizes, slots)

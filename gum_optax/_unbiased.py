@@ -92,7 +92,7 @@ def unbiased_low_rank(
       (`msign(P R) = P msign(R)`) but not with the sign.
 
     `k = clip(round(full_rank_fraction · L), 1, L)`, or 0 when the fraction is 0 (then this is
-    `low_rank` with `carry=restart`). Blocks with `m <= rank`, and groups with `k = L`, are not
+    `low_rank` with `carry=restart`). Blocks with `min(m, n) <= rank`, and groups with `k = L`, are not
     projected: inner runs on the full matrix, without restarts.
 
     Args:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import gum_optax as go
 
@@ -29,6 +30,11 @@ OPTIMIZERS = {
     "cosmos": (go.cosmos, {"rank": 2}),
     "scion": (go.scion, {}),
 }
+
+# One of each kind: full rank, low rank, sampled, rotated with a raw residual, stateless, a state a matrix.
+# The others go through what all go through alike in the long tests.
+CORE = ("muon", "galore_muon", "gum", "sumo", "sinkgd", "dion")
+CORE_AND_LONG = [pytest.param(name, marks=[pytest.mark.long] * (name not in CORE)) for name in OPTIMIZERS]
 
 # Both orientations, stacked and not; their gradients are the fixture `leaves`.
 LEAVES = {"wide": (6, 9), "tall": (9, 6), "stack": (3, 6, 9), "tall_stack": (2, 10, 5)}

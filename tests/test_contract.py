@@ -16,7 +16,7 @@ from flax.training.train_state import TrainState
 
 import gum_optax as go
 
-from helpers import AMPLIFIED, OPTIMIZERS, run
+from helpers import AMPLIFIED, CORE_AND_LONG, OPTIMIZERS, run
 
 STATIC = ("rank", "period", "full_rank_fraction", "rounds", "random_after")
 # What inject_hyperparams may trace, of what each optimizer has.
@@ -24,7 +24,7 @@ NUMBERS = {"momentum": 0.8, "consistent_rms": 0.3, "scale": 0.2, "b1": 0.8, "nor
 NUMBERS |= {"ratio": 0.3, "radius": 40.0, "edge_radius": 2000.0}
 
 
-@pytest.fixture(params=OPTIMIZERS)
+@pytest.fixture(params=CORE_AND_LONG)
 def name(request):
     return request.param
 

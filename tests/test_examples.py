@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import corpus  # noqa: E402
 import corpus_comparison  # noqa: E402
+import distributed  # noqa: E402
 import helpers  # noqa: E402
 import linear_regression  # noqa: E402
 import llama  # noqa: E402
@@ -385,3 +386,19 @@ def test_a_stopped_run_of_the_comparison_goes_on_to_the_bit(text, tmp_path, monk
     assert corpus_comparison.run(words, chosen, tmp_path / "cut", Stop(100)) == whole
     assert sorted(whole["validation"]) == [5, 10, 12]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--microbatches", "2"], "--microbatches is for --parallel projected, not fsdp"),
+        (
+            ["--parallel", "projected", "--batch", "3", "--microbatches", "2"],
+            "must be a multiple of 2",
+        ),
+        (["--out", __file__], "is a file; give a new directory as --out"),
+    ],
+)
+def test_the_script_for_many_devices_says_what_does_not_fit(arguments, message, capsys):
+    assert distributed.main(["--out", "none", *arguments]) == 2
+    assert message in capsys.readouterr().err

@@ -47,14 +47,16 @@ print("restored")
 """
 
 
-# `examples/distributed.py` in one process: whole, projected before the reduce, and on from where two stopped.
+# `examples/distributed.py` in one process: each way, on from where two stopped, and as another run.
 ALONE = """
 import sys
 sys.path.insert(0, "../examples")
 import distributed
 folder, *common = sys.argv[1:]
-for name, *way in (["fsdp"], ["projected", "--parallel", "projected", "--microbatches", "2"], ["stopped"]):
+projected = ["projected", "--parallel", "projected", "--microbatches", "2"]
+for name, *way in (["fsdp"], ["data", "--parallel", "data"], projected, ["stopped"]):
     assert distributed.main([*common, *way, "--out", f"{folder}/{name}"]) == 0
+assert distributed.main([*common, "--seed", "1", "--out", f"{folder}/fsdp"]) == 2
 """
 
 
@@ -109,7 +111,12 @@ def losses_of(text):
     return runs
 
 
-def test_a_run_of_two_processes_is_that_of_one_projected_or_not_and_outlives_a_preemption(tmp_path):
+@pytest.mark.parametrize(
+    "way",
+    [["fsdp"], *(pytest.param([way], marks=pytest.mark.long) for way in ("data", "projected"))],
+    ids=lambda way: way[0],
+)
+def test_a_run_of_two_processes_is_that_of_one_each_way_and_outlives_a_preemption(tmp_path, way):
     """One of two processes gets SIGTERM: both save, and one process of eight devices goes on."""
     text = tmp_path / "text.txt"
     text.write_text("".join(f"The {i}th sentence is about {i * i}.\n\n" for i in range(2000)))
@@ -117,7 +124,8 @@ def test_a_run_of_two_processes_is_that_of_one_projected_or_not_and_outlives_a_p
     common += ["--save-every", "1000", "--text", str(text)]
     env = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     where = ["--out", str(tmp_path / "stopped"), "--distributed", "--coordinator", free_address()]
-    command = ["../examples/distributed.py", *common, *where, "--processes", "2", "--process"]
+    where += ["--parallel", *way, "--processes", "2", "--process"]
+    command = ["../examples/distributed.py", *common, *where]
     first, second = (python(*command, str(i), devices=4, env=env) for i in range(2))
     printed = ""
     while '"step": 2' not in printed:
@@ -131,8 +139,9 @@ def test_a_run_of_two_processes_is_that_of_one_projected_or_not_and_outlives_a_p
     assert 2 < len(before) < 30
 
     out, error = python("-c", ALONE, str(tmp_path), *common, devices=8, env=env).communicate(timeout=300)
-    whole, projected, after = losses_of(out)
-    assert list(whole) == list(projected) == [*before, *after] == list(range(1, 31)), error
-    for found in (projected, before | after):
+    assert "holds another run, with seed=0 (asked 1)" in error
+    whole, data, projected, after = losses_of(out)[:4]
+    assert list(whole) == list(data) == list(projected) == [*before, *after] == list(range(1, 31)), error
+    for found in (data, projected, before | after):
         np.testing.assert_allclose([*found.values()], [*whole.values()], rtol=1e-5)
     assert whole[30] < whole[1] - 0.5

@@ -202,10 +202,48 @@ def test_what_needs_the_whole_gradient_is_refused():
     clipped = optax.chain(optax.clip_by_global_norm(1.0), MAKERS["gum"]())
     refused(clipped, ValueError, "clipping by a global norm is impossible")
     refused(MAKERS["gum"](find_subspace=go.svd_subspace), TypeError, "svd_subspace needs the whole gradient")
+    refused(optax.apply_if_finite(MAKERS["gum"](), 3), ValueError, "leave that out")
     galore = go.galore(1e-2, **LOW_RANK, find_subspace=go.randomized_svd)
     refused(galore, TypeError, "randomized_svd needs the whole gradient")
     refused(go.sumo(1e-2, **LOW_RANK, find_subspace=go.track_subspace), ValueError, "residual=gum_optax.drop")
     refused(go.frugal(1e-2, **LOW_RANK), ValueError, "residual=gum_optax.drop")
+
+
+def test_what_is_not_finite_stops_the_rule_that_sees_it_and_no_other():
+    kinds = dict.fromkeys(params(), "low") | {"bias": "frozen"}
+    tx = optax.partition({"low": MAKERS["gum"](), "frozen": optax.set_to_zero()}, kinds)
+
+    def spoilt(params, batch):
+        return loss(params | {"bias": 0}, batch) + jnp.sum(
+            jnp.sqrt(params["bias"])
+        )  # its gradient is infinite
+
+    _, updates, state = go.projected_update(tx, spoilt, batches(0, 2), tx.init(params()), params())
+    assert updates["layers"]["kernel"].any()
+    assert int(go.metrics(state)["skipped_steps"]) == 0
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        go.galore_muon(0.1, **LOW_RANK),
+        optax.chain(optax.clip_by_global_norm(0.1), go.muon(0.1)),  # nothing is projected, so nothing refused
+        optax.adamw(0.1),
+    ],
+    ids=["galore_muon", "clipped muon", "adamw"],
+)
+def test_trees_with_holes_and_complex_leaves(tx):
+    tree = {"kernel": jnp.ones((4, 6)), "hole": optax.MaskedNode(), "none": None, "phase": jnp.ones(3) + 1j}
+
+    def square(params, x):
+        return jnp.mean(x) * jnp.sum(params["kernel"] ** 2) + jnp.sum(jnp.abs(params["phase"] - 2) ** 2)
+
+    for data in (jnp.ones((1, 2)), jnp.ones((2, 2))):
+        _, updates, _ = go.projected_update(tx, square, data, tx.init(tree), tree)
+        gradient = jax.grad(square)(tree, data[0])
+        expected, _ = tx.update(gradient, tx.init(tree), tree)
+        assert gap(updates, expected) < 1e-6
+        assert updates["phase"].imag.any()
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 import gum_optax as go
 
-from helpers import OPTIMIZERS
+from helpers import CORE, OPTIMIZERS
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "benchmarks"))
@@ -77,11 +77,13 @@ def test_sharded_sinkgd_is_sinkgd(found):
         assert result["error"] < 1e-6, spec
 
 
-# Three to a process.
-TRIPLES = [list(OPTIMIZERS)[i::5] for i in range(5)]
+# Two to a process.
+PAIRS = [[*CORE[i::3]] for i in range(3)]
+REST = [name for name in OPTIMIZERS if name not in CORE]
+PAIRS += [pytest.param(REST[i::4], marks=pytest.mark.long) for i in range(4)]
 
 
-@pytest.mark.parametrize("names", TRIPLES, ids=",".join)
+@pytest.mark.parametrize("names", PAIRS, ids=",".join)
 def test_on_every_layout_an_optimizer_does_what_it_does_on_one_device(names):
     """FSDP on either axis, tensor parallel, 2-D, scanned, experts, heads; a rank that not all axes divide."""
     command = [sys.executable, "on_eight_devices.py", *names]

@@ -166,9 +166,10 @@ def test_state_is_r_m_plus_n_and_the_slots_share_of_mn_a_block(blocks, fraction,
     state = jax.eval_shape(tx.init, half)
     q = slots / blocks
     formula = blocks * (r * (m + n) + q * m * n)
-    small = numbers((state.count, state.refreshes, state.key, state.captured, state.outside.index))
+    counts = (state.count, state.refreshes, state.period, state.key, state.captured)
+    small = numbers((counts, state.outside.index))
     assert numbers(state) - small == formula + (0 if slots else 1)  # `slots` is the scalar 0 without slots
-    assert small == 3 + 2 + (slots or 1)
+    assert small == 4 + 2 + (slots or 1)
 
 
 def test_only_slots_hold_full_size_momentum_once_for_each_group():
