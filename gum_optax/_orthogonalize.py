@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from ._checks import check_function, check_integer
 from ._dimensions import views_beside
 from ._products import exact_matmul
-from ._sharding import spread
+from ._spread import spread
 from ._trees import map_in_turn, map_together
 
 Coefficients = Sequence[tuple[float, float, float]]

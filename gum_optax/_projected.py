@@ -7,6 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+try:
+    from jax.extend.core import get_opaque_trace_state
+except ImportError:  # jax 0.9
+    from jax.core import get_opaque_trace_state  # pyright: ignore
+
 from ._checks import check_rule
 from ._subspace import MeanOf
 from ._trees import is_hole
@@ -33,6 +38,7 @@ class Asking:
     def __init__(self, mean_of: MeanOf, leaves: Sequence[Any]):
         self.mean_of = mean_of
         self.leaves = leaves  # stand for the gradient
+        self._trace = get_opaque_trace_state(convention="flax")
         self.questions: list[Question] = []
         self.made: list[Any] = []
 
@@ -47,7 +53,17 @@ class Asking:
         return optax.tree.zeros_like(jax.eval_shape(self.questions[-1].of, self.leaves))
 
     def once(self, places: Sequence[int], make: Callable[[MeanOf], Any]) -> Any:
-        """What `make` makes of means that it needs one after the other."""
+        """What `make` makes of means that it needs one after the other.
+
+        Raises:
+          ValueError: what is asked is known within a conditional only.
+        """
+        if get_opaque_trace_state(convention="flax") != self._trace:
+            raise ValueError(
+                "tx runs a low-rank rule within a conditional, as optax.apply_if_finite does, where"
+                " projected_update cannot ask it anything; leave that out: a gradient that is not finite is"
+                " skipped without it."
+            )
         made = make(lambda f: self.mean_of(Question(places, f).of))
         self.made.append(made)
         return made
@@ -180,14 +196,7 @@ def projected_update(
         whole = {i: x for i, x in enumerate(leaves) if i not in asking.places and not is_hole(x)}
         return value, whole, [question.of(leaves) for question in asking.questions]
 
-    try:
-        value, whole, answers = mean_of(everything)
-    except jax.errors.UnexpectedTracerError as error:
-        raise ValueError(
-            "tx runs a low-rank rule within a conditional, as optax.apply_if_finite does, where"
-            " projected_update cannot ask it anything; leave that out: a gradient that is not finite is"
-            " skipped without it."
-        ) from error
+    value, whole, answers = mean_of(everything)
     leaves = [whole[i].astype(x.dtype) if i in whole else x for i, x in enumerate(zeros)]
     answering = Answering(asking, leaves, answers)
     updates, state = update(treedef.unflatten(leaves), state, params, sketches=answering, **extra_args)

@@ -26,7 +26,7 @@ def settings_of(path):
 
 
 def test_the_accelerator_script_checks_measures_and_trains(tmp_path, monkeypatch):
-    few = {name: accelerator.OPTIMIZERS[name] for name in ("adamw", "gum", "sinkgd")}
+    few = {name: accelerator.OPTIMIZERS[name] for name in ("adamw", "gum")}
     monkeypatch.setattr(accelerator, "OPTIMIZERS", few)
     monkeypatch.setattr(accelerator, "PEERS", ("optax.contrib.muon",))
     monkeypatch.setattr(accelerator, "OURS", ("gum",))
@@ -61,6 +61,7 @@ def test_a_training_step_is_timed_beside_sgd(tmp_path):
     assert "| `optax.sgd` |" in (tmp_path / "training_step.md").read_text()
 
 
+@pytest.mark.long
 def test_what_grows_how_is_measured_and_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(scaling, "NAMES", ("optax.adamw", "galore_muon"))
     scaling.main(["--small", "--rounds", "1", "--out", str(tmp_path)])

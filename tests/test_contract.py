@@ -98,7 +98,11 @@ def test_state_holds_arrays_only_none_empty_none_a_typed_key_and_float32_momentu
     assert {x.dtype for x in jax.tree.leaves(matrices) if x.ndim > 1} <= {jnp.dtype("float32")}
 
 
-DTYPES = [(jnp.float32, jnp.bfloat16), (jnp.bfloat16, jnp.float32), (jnp.float16, jnp.bfloat16)]
+DTYPES = [
+    (jnp.float32, jnp.bfloat16),
+    (jnp.bfloat16, jnp.float32),
+    pytest.param(jnp.float16, jnp.bfloat16, marks=pytest.mark.long),
+]
 
 
 @pytest.mark.parametrize(("params_dtype", "gradient_dtype"), DTYPES)
@@ -337,3 +341,36 @@ def test_a_donated_state_leaves_the_users_key_alone(key):
 def test_learning_rate_is_annotated_as_optax_looks_for_it(factory):
     annotation = factory.func.__annotations__["learning_rate"]
     assert annotation == optax.ScalarOrSchedule
+
+
+def test_lookahead_and_schedule_free_take_gum():
+    tx = optax.lookahead(optimizer("gum"), sync_period=2, slow_step_size=0.5)
+    params = optax.LookaheadParams.init_synced(tree())
+    state = tx.init(params)
+    for g in GRADIENTS[:2]:
+        updates, state = jax.jit(tx.update)(g, state, params)
+        params = optax.apply_updates(params, updates)
+    chex.assert_trees_all_close(params.fast, params.slow)  # synchronized after two steps, half the way
+    steps = steps_of("gum")
+    half = jax.tree.map(lambda p, a, b: p + (a + b) / 2, tree(), *steps[:2])
+    chex.assert_trees_all_close(params.slow, half, atol=AMPLIFIED)
+
+    tx = optax.contrib.schedule_free(optimizer("gum"), learning_rate=0.1)
+    params, state = tree(), tx.init(tree())
+    updates, state = jax.jit(tx.update)(GRADIENTS[0], state, params)
+    first = optax.contrib.schedule_free_eval_params(state, optax.apply_updates(params, updates))
+    # After one step, the average is the first iterate: that of the optimizer itself.
+    chex.assert_trees_all_close(first, jax.tree.map(jnp.add, params, steps[0]), atol=AMPLIFIED)
+
+
+def test_a_checkpointed_model_gives_the_same_steps():
+    tx, params = optimizer("gum"), {"kernel": GRADIENTS[0]["layers"]["0"]["kernel"]}
+
+    def loss(params):
+        return jnp.sum(jnp.tanh(params["kernel"] @ params["kernel"].T) ** 2)
+
+    def step(loss):
+        return tx.update(jax.grad(loss)(params), tx.init(params), params)[0]
+
+    remade, held = (jax.jit(functools.partial(step, f))() for f in (jax.checkpoint(loss), loss))
+    chex.assert_trees_all_close(remade, held, atol=AMPLIFIED)

@@ -54,7 +54,7 @@ sys.path.insert(0, "../examples")
 import distributed
 folder, *common = sys.argv[1:]
 projected = ["projected", "--parallel", "projected", "--microbatches", "2"]
-for name, *way in (["fsdp"], ["data", "--parallel", "data"], projected, ["stopped"]):
+for name, *way in (["fsdp"], projected, ["stopped"]):
     assert distributed.main([*common, *way, "--out", f"{folder}/{name}"]) == 0
 assert distributed.main([*common, "--seed", "1", "--out", f"{folder}/fsdp"]) == 2
 """
@@ -89,14 +89,11 @@ def folder(tmp_path_factory):
 def test_two_processes_run_as_one_and_their_checkpoint_fits_every_mesh(folder):
     out, error = python("-c", RESTORE, str(folder), devices=8).communicate(timeout=300)
     assert out.splitlines()[-1:] == ["restored"], error
-
-
-@pytest.mark.parametrize("process", [0, 1])
-def test_a_seed_of_its_own_in_each_process_is_caught_and_named(folder, process):
-    message = (folder / f"{process}.txt").read_text()
-    assert "key" in message
-    assert "[[0, 0], [0, 1]]" in message
-    assert "same key" in message
+    for process in range(2):  # a seed of its own in each is caught and named
+        message = (folder / f"{process}.txt").read_text()
+        assert "key" in message
+        assert "[[0, 0], [0, 1]]" in message
+        assert "same key" in message
 
 
 def losses_of(text):
@@ -140,8 +137,8 @@ def test_a_run_of_two_processes_is_that_of_one_each_way_and_outlives_a_preemptio
 
     out, error = python("-c", ALONE, str(tmp_path), *common, devices=8, env=env).communicate(timeout=300)
     assert "holds another run, with seed=0 (asked 1)" in error
-    whole, data, projected, after = losses_of(out)[:4]
-    assert list(whole) == list(data) == list(projected) == [*before, *after] == list(range(1, 31)), error
-    for found in (data, projected, before | after):
+    whole, projected, after = losses_of(out)[:3]
+    assert list(whole) == list(projected) == [*before, *after] == list(range(1, 31)), error
+    for found in (projected, before | after):
         np.testing.assert_allclose([*found.values()], [*whole.values()], rtol=1e-5)
     assert whole[30] < whole[1] - 0.5

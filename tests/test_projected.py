@@ -194,8 +194,10 @@ def test_flax_nnx_parameters_and_a_chain_behind_the_rule():
 
 
 def refused(tx, error, message, data=None):
-    with pytest.raises(error, match=re.escape(message)):
-        projected(tx, batches(0, 2) if data is None else data, tx.init(params()), params())
+    batch = batches(0, 2) if data is None else data
+    state = jax.eval_shape(tx.init, params())
+    with pytest.raises(error, match=re.escape(message)):  # traced, and not run
+        jax.eval_shape(lambda state, params: projected(tx, batch, state, params), state, params())
 
 
 def test_what_needs_the_whole_gradient_is_refused():

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -193,15 +194,28 @@ def test_a_matrix_without_a_sharding_is_named(mesh):
         tx.init(params)
 
 
-def collectives(tmp_path, *arguments):
-    """MiB that a device sends in an update and a refresh, by optimizer and layout."""
-    command = [sys.executable, "benchmarks/collectives.py", "--out", str(tmp_path), *arguments]
+def benchmark(name, tmp_path, *arguments):
+    """What a benchmark measured, and what it printed."""
+    command = [sys.executable, f"benchmarks/{name}.py", "--out", str(tmp_path), *arguments]
     # Two tests may load libtpu at a time, and none of them a device.
     env = os.environ | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     done = subprocess.run(command, cwd=HERE.parent, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (setting,) = json.loads((tmp_path / "collectives.json").read_text())["settings"].values()
-    return setting["rows"]
+    (setting,) = json.loads((tmp_path / f"{name}.json").read_text())["settings"].values()
+    return setting["rows"], done.stdout
+
+
+def exchanges(printed):
+    """How many collectives of an ordinary step send a KiB or more, by optimizer and layout."""
+    counts = {}
+    for line in printed.splitlines():
+        if head := re.match(r"cpu (\S+)  (\S+)  ", line):
+            counts[head[2], head[1]] = 0
+            now = head[2], head[1]
+        elif not line.strip().startswith("refresh"):
+            times, wire = re.search(r"(\d+) × ([\d.]+)$", line).groups()
+            counts[now] += int(times) * (float(wire) >= 0.001)
+    return counts
 
 
 # MiB of an update and of a refresh, of [8, 1024, 4096] at rank 128 with two slots: nothing of the size of m n
@@ -216,8 +230,14 @@ def check_budgets(found):
 
 
 def test_what_gum_sends_on_eight_devices_is_within_its_budget(tmp_path):
-    found = collectives(tmp_path, "--optimizers", "gum;galore_muon;sinkgd;muon")
+    found, printed = benchmark(
+        "collectives", tmp_path, "--verbose", "--optimizers", "gum;galore_muon;sinkgd;muon"
+    )
     check_budgets(found)
+    counts = exchanges(printed)
+    # On n and 2-D a Gram matrix for each of the 8 blocks; beside them those of the slots, and their ways.
+    assert [counts["gum", layout] for layout in found["gum"]] == [10, 5, 16]
+    assert max(counts["sinkgd", layout] for layout in found["gum"]) <= 12
     # What it takes to bring every matrix to one device and back, 2-D along one mesh axis after the other.
     assert [found["muon"][layout][0] for layout in found["gum"]] == [28, 28, 40]
     assert max(update for update, _ in found["galore_muon"].values()) <= 5
@@ -226,7 +246,24 @@ def test_what_gum_sends_on_eight_devices_is_within_its_budget(tmp_path):
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install libtpu")
 def test_what_gum_sends_on_eight_tpus_is_within_its_budget(tmp_path):
-    check_budgets(collectives(tmp_path, "--platform", "tpu", "--optimizers", "gum", "--layouts", "m"))
+    arguments = ["--platform", "tpu", "--optimizers", "gum", "--layouts", "m"]
+    check_budgets(benchmark("collectives", tmp_path, *arguments)[0])
+
+
+def test_projecting_before_the_reduce_sends_projections_and_nothing_else(tmp_path):
+    """Of two layers of 32 × 32 and 32 × 64, rank 8: coordinates, a row for the energy, and the loss."""
+    arguments = ["--model", "tiny", "--optimizers", "galore_muon", "--microbatches", "2", "--seq", "8"]
+    plain, projected = benchmark("projected", tmp_path, *arguments)[0].values()
+    matrices, coordinates = 2 * (4 * 32 * 32 + 3 * 32 * 64), 2 * (8 + 1) * (4 * 32 + 3 * 64)
+    mib = 4 / 2**20
+    ring = 2 * 7 / 8
+    assert plain["accumulated"] == pytest.approx(matrices * mib)
+    assert plain["sent"] == pytest.approx(matrices * mib * ring)
+    assert projected["accumulated"] == pytest.approx((coordinates + 1) * mib)
+    assert projected["sent"] == pytest.approx(coordinates * mib * ring)  # nobody asks for the loss
+    # A power step: the coordinates, and their products with the gradient, (m + n) r.
+    power_step = 2 * 8 * (4 * (32 + 32) + 3 * (32 + 64))
+    assert projected["refresh"] == pytest.approx(power_step * mib * ring)
 
 
 # One step of `examples/distributed.py`, for a slice that is not there.
