@@ -83,11 +83,13 @@ class Answering:
     def __init__(self, asking: Asking, leaves: Sequence[Any], answers: Sequence[Any]):
         self.leaves, self.places = leaves, asking.places
         self._answered = list(zip(asking.questions, answers, strict=True))
-        self._answers, self._made = iter(answers), iter(asking.made)
+        self._next, self._made = iter(self._answered), iter(asking.made)
 
     def mean(self, places: Sequence[int], f: Callable[[Sequence[Any]], Any]) -> Any:
-        del places, f
-        return next(self._answers)
+        del f
+        question, answer = next(self._next)
+        assert list(question.places) == list(places), "an update must ask the same whenever it is traced"
+        return answer
 
     def once(self, places: Sequence[int], make: Callable[[MeanOf], Any]) -> Any:
         del places, make
