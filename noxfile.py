@@ -10,8 +10,8 @@ import nox
 nox.options.default_venv_backend = "venv"
 nox.options.error_on_missing_interpreters = False
 
-# The lower bounds of pyproject.toml; `tests/test_docs.py` holds them against it.
-OLDEST = ("jax==0.9.2", "jaxlib==0.9.2", "optax==0.2.6", "flax==0.12.0", "jaxtyping==0.3.0")
+# Lower bounds of pyproject.toml; `tests/test_docs.py` holds them against it.
+OLDEST = ("jax==0.9.2", "jaxlib==0.9.2", "optax==0.2.6", "flax==0.12.6")
 
 
 @nox.session(python="3.11")

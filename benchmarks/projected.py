@@ -19,12 +19,16 @@ import jax.numpy as jnp
 import optax
 from collectives import collectives, total
 from flax import nnx
-from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from results import RESULTS, Results
 
 import gum_optax as go
+
+try:
+    from jax.extend.core import jaxprs_in_params
+except ImportError:  # jax 0.9
+    from jax.core import jaxprs_in_params  # pyright: ignore
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 

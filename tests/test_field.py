@@ -27,6 +27,7 @@ def test_galore_is_its_algorithm(leaves):
         np.testing.assert_allclose(steps[name], expected, rtol=0, atol=2e-4)
 
 
+@pytest.mark.skipif(not hasattr(optax.contrib, "galore"), reason="optax has had it since 0.2.8")
 def test_galore_is_optax_galore_step_by_step_on_square_matrices():
     rng = np.random.default_rng(2)
     gradients = trees({"a": sequence(rng, (7, 7), STEPS), "c": sequence(rng, (5, 5), STEPS)})
@@ -168,6 +169,7 @@ def test_sinkhorn_writes_the_matrix_once(first):
     assert scratch(functools.partial(go.sinkhorn, first=first), matrix) < VECTORS
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="the XLA of jax 0.9 writes out two matrices here")
 def test_a_whole_step_of_sinkgd_needs_vectors_beside_gradient_and_parameters():
     tx = go.sinkgd(0.1)
     params = {"kernel": jax.ShapeDtypeStruct((256, 512), jnp.float32)}

@@ -11,6 +11,11 @@ import pytest
 from flax import nnx
 
 import gum_optax as go
+
+try:
+    from jax.extend.core import jaxprs_in_params
+except ImportError:  # jax 0.9
+    from jax.core import jaxprs_in_params
 from gum_optax._dimensions import plain_view
 from gum_optax._gradient import Sketched
 
@@ -142,7 +147,7 @@ def scans(jaxpr, length):
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "scan" and eqn.params["length"] == length:
             yield eqn
-        for sub in jax.extend.core.jaxprs_in_params(eqn.params):
+        for sub in jaxprs_in_params(eqn.params):
             yield from scans(sub, length)
 
 
