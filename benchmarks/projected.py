@@ -85,7 +85,7 @@ def accumulated(step: Any, arguments: Any, microbatches: int) -> int:
 
     # Of loops of this length, the one that carries most: the model may have some of its own.
     found = loops(jax.make_jaxpr(step)(*arguments).jaxpr)
-    carried = [eqn.outvars[: eqn.params["num_carry"]] for eqn in found]
+    carried = [eqn.outvars for eqn in found]
     return max(sum(v.aval.size * v.aval.dtype.itemsize for v in variables) for variables in carried)
 
 
