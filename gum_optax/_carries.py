@@ -50,7 +50,9 @@ def rotate_first_moment(inner: Any, state: Any, coordinates: Any, rotation: Any,
       ValueError: there is no such field.
       KeyError: there are several.
     """
-    del inner, coordinates
+    del inner
+    if not jax.tree.leaves(coordinates):
+        return state  # a tree without leaves has no field either
 
     def is_field(path, _):  # of a NamedTuple, and not a module of that name
         return isinstance(path[-1], optax.tree_utils.NamedTupleKey)

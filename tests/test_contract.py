@@ -133,6 +133,10 @@ def test_none_leaves_and_extra_arguments_are_fine(tx, expected):
         chex.assert_trees_all_close(u, wanted, atol=AMPLIFIED)
 
 
+def test_golore_takes_a_tree_without_leaves():
+    assert optimizer("golore").init(None)
+
+
 def test_a_tree_without_matrices_or_without_leaves_is_fine(tx):
     for params in ({"bias": jnp.ones(3)}, {}, {"a": None}):
         updates, _ = run(tx, [params, params])
