@@ -131,7 +131,7 @@ def test_gum_takes_any_tree_or_says_why_not():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_takes_any_tree_or_says_why_not(name):
     counts = run([name], 100)
-    assert min(counts.values()) >= 3  # both happen
+    assert counts[True] >= 50
 
 
 arguments = st.one_of(
