@@ -85,9 +85,8 @@ def muon(x: Matrices, chips: int) -> Cost:
     Every chip has its share of the work, as if L were a multiple of the chips.
     """
     size = x.blocks * x.m * x.n / chips
-    traffic = (
-        (3 + 2 + 4 * STEPS) * FLOAT * size
-    )  # W, G, momentum; the momentum and W; X in and out of products
+    # Reads W, G and the momentum, writes the momentum and W; X in and out of four products a step.
+    traffic = (3 + 2 + 4 * STEPS) * FLOAT * size
     return Cost(newton_schulz(x) / chips, traffic, 2 * ring(chips) * FLOAT * size)
 
 

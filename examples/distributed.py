@@ -29,7 +29,7 @@ import gum_optax as go
 from corpus import Corpus
 from llama import SIZES, Llama
 from options import positive, rate, seed
-from training import RunError, StopSignal
+from training import RunError, StopSignal, check_settings
 
 PARALLEL = ("fsdp", "data", "projected")
 
@@ -167,10 +167,7 @@ def restored(
 ) -> Any:
     """The state of a checkpoint, if it is of this run."""
     found = checkpoints.restore(step, args=ocp.args.Composite(settings=ocp.args.JsonRestore()))["settings"]
-    different = [f"{k}={found.get(k)!r} (asked {v!r})" for k, v in settings.items() if found.get(k) != v]
-    if different:
-        where = run.options.out
-        raise RunError(f"{where} holds another run, with {', '.join(different)}; give a new --out.")
+    check_settings(run.options.out, found, settings)
     like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
     state = checkpoints.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))["state"]
     go.check_processes_agree(state)

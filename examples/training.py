@@ -113,6 +113,13 @@ def checksum(state: Any) -> dict[str, int]:
     return {"crc32": found}
 
 
+def check_settings(where: Any, held: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Refuse to go on with a run of other settings; the message names each of them."""
+    different = [f"{k}={held.get(k)!r} (asked {v!r})" for k, v in asked.items() if held.get(k) != v]
+    if different:
+        raise RunError(f"{where} holds another run, with {', '.join(different)}; give a new --out.")
+
+
 class RunDirectory:
     """`settings.json`, `metrics.jsonl` and `checkpoints/` of one run."""
 
@@ -140,9 +147,7 @@ class RunDirectory:
             held = json.loads(self.settings_file.read_text())
         except (json.JSONDecodeError, UnicodeDecodeError):
             raise RunError(f"{self.settings_file} is damaged; give a new directory as --out.") from None
-        different = [f"{k}={held.get(k)!r} (asked {v!r})" for k, v in asked.items() if held.get(k) != v]
-        if different:
-            raise RunError(f"{self.path} holds another run, with {', '.join(different)}; give a new --out.")
+        check_settings(self.path, held, asked)
         if not resume:
             raise RunError(f"{self.path} holds this run already; add --resume to go on, or give a new --out.")
 

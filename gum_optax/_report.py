@@ -14,12 +14,12 @@ from ._unbiased import SampledState
 _STATES = (LowRankState, SkipNonFiniteState)
 
 
-def _found(tree: Any) -> list[Any]:
+def states_of(tree: Any) -> list[Any]:
     """All of this library's states within an optimizer state, outermost first."""
     states = []
     for node in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, _STATES)):
         if isinstance(node, _STATES):
-            states += [node, *(s for field in node for s in _found(field))]
+            states += [node, *(s for field in node for s in states_of(field))]
     return states
 
 
@@ -37,7 +37,7 @@ def metrics(state: Any) -> dict[str, Scalar | Array]:
       - `skipped_steps`: steps skipped for a gradient that was not finite.
     """
     found: dict[str, Any] = {}
-    for node in _found(state):
+    for node in states_of(state):
         if isinstance(node, SkipNonFiniteState):
             found["skipped_steps"] = node.skipped
         elif isinstance(node, LowRankState):

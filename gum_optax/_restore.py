@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from ._checks import check_rule
 from ._low_rank import LowRankState
+from ._report import states_of
 from ._subspace import orthonormalize
 
 # The arguments that decide the shape of a state's fields, and the axis that each decides.
@@ -27,12 +28,8 @@ def _field(path: Any) -> str:
     return next((key.name for key in reversed(path) if getattr(key, "name", None) in _ARGUMENTS), "")
 
 
-def _is_low_rank(x: Any) -> bool:
-    return isinstance(x, LowRankState)
-
-
 def _low_rank_states(state: Any) -> list[LowRankState]:
-    return [x for x in jax.tree.leaves(state, is_leaf=_is_low_rank) if _is_low_rank(x)]
+    return [x for x in states_of(state) if isinstance(x, LowRankState)]
 
 
 def _periods(tx: optax.GradientTransformation, params: Any) -> list[int]:
