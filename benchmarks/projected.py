@@ -32,7 +32,7 @@ except ImportError:  # jax 0.9
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
-from llama import SIZES, Llama
+from llama import SIZES, Llama, next_token_loss
 
 DEVICES = 8
 
@@ -51,12 +51,7 @@ def model(name: str) -> tuple[Any, Any]:
     graph, params = nnx.split(
         nnx.eval_shape(lambda: Llama(SIZES[name], dtype=jnp.float32, rngs=nnx.Rngs(0))), nnx.Param
     )
-
-    def loss(params, tokens):
-        logits = nnx.merge(graph, params)(tokens[:, :-1])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
-
-    return loss, params
+    return functools.partial(next_token_loss, graph), params
 
 
 def plain_update(tx: Any, loss: Any, batches: Any, state: Any, params: Any) -> tuple[Any, Any]:

@@ -8,6 +8,7 @@ and the table of all of them is written beside it.
 """
 
 import argparse
+import functools
 import statistics
 import sys
 import time
@@ -24,7 +25,7 @@ from results import RESULTS, Results
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
-from llama import SIZES, Llama
+from llama import SIZES, Llama, next_token_loss
 
 
 def optimizers(rank: int) -> dict[str, Callable[[], optax.GradientTransformation]]:
@@ -43,12 +44,8 @@ class Step:
         vocabulary = SIZES[model].vocabulary
         self.tokens = jax.random.randint(jax.random.key(0), (batch, length + 1), 0, vocabulary)
 
-        def loss(params, tokens):
-            logits = nnx.merge(graph, params)(tokens[:, :-1])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
-
         def step(params, state, tokens):
-            gradients = jax.grad(loss)(params, tokens)
+            gradients = jax.grad(functools.partial(next_token_loss, graph))(params, tokens)
             updates, state = tx.update(gradients, state, params)
             return optax.apply_updates(params, updates), state
 

@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 import gum_optax as go
 
 from corpus import Corpus
-from llama import SIZES, Llama
+from llama import SIZES, Llama, next_token_loss
 from options import positive, rate, seed
 from training import RunError, StopSignal, check_settings
 
@@ -124,8 +124,7 @@ class Run:
         return found
 
     def loss(self, params: Any, tokens: jax.Array) -> jax.Array:
-        logits = nnx.merge(self.graph, params)(tokens[:, :-1])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+        return next_token_loss(self.graph, params, tokens)
 
     def plain_step(self, state: Any, batches: jax.Array) -> tuple[Any, jax.Array]:
         params, opt_state = state

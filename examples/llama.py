@@ -1,9 +1,11 @@
 """A LLaMA-style decoder in Flax NNX: RMSNorm, rotary positions, SwiGLU, no biases."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
 
@@ -85,3 +87,9 @@ class Llama(nnx.Module):
         for layer in self.layers:
             x = layer(x)
         return self.lm_head(self.norm(x)).astype(jnp.float32)
+
+
+def next_token_loss(graph: nnx.GraphDef, params: Any, tokens: jax.Array) -> jax.Array:
+    """The mean cross-entropy, in nats, of each token `(batch, length + 1)` given those before it."""
+    logits = nnx.merge(graph, params)(tokens[:, :-1])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()

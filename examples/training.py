@@ -20,7 +20,7 @@ from tqdm import tqdm
 import gum_optax
 
 from corpus import Corpus, replace_file
-from llama import SIZES, Llama
+from llama import SIZES, Llama, next_token_loss
 from optimizers import Settings, optimizer
 
 VALIDATION_BATCHES = 32
@@ -51,8 +51,7 @@ class Trainer:
         )
 
     def _loss(self, params: Any, tokens: jax.Array) -> jax.Array:
-        logits = nnx.merge(self.graph, params)(tokens[:, :-1])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+        return next_token_loss(self.graph, params, tokens)
 
     def _step(self, state: Any, tokens: jax.Array) -> tuple[Any, jax.Array, dict[str, jax.Array]]:
         params, opt_state = state
