@@ -134,7 +134,8 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, param_shardin
         jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=NamedSharding(explicit, s.spec))
         for x, s in zip(leaves, shardings, strict=True)
     ]
-    state = jax.eval_shape(tx.init, treedef.unflatten(typed))
+    with jax.sharding.use_abstract_mesh(explicit.abstract_mesh):  # jax 0.12 types no array without it
+        state = jax.eval_shape(tx.init, treedef.unflatten(typed))
 
     def of(x):
         spec = PartitionSpec() if x.sharding is None else x.sharding.spec
