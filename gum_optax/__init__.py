@@ -21,6 +21,7 @@ from ._full_momentum import trion as trion
 from ._full_rank import muon as muon
 from ._full_rank import sinkgd as sinkgd
 from ._full_rank import swan as swan
+from ._axis_names import with_axis_names as with_axis_names
 from ._hidden import hidden_matrices as hidden_matrices
 from ._layouts import with_shardings as with_shardings
 from ._low_rank import LowRankState as LowRankState

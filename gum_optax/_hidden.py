@@ -27,6 +27,12 @@ _OUTPUTS = frozenset({"out", "o", "out_proj", "o_proj", "wo", "attention_output"
 _SPLIT_INPUT = MuonDimensionNumbers(reduction_axis=-3, output_axis=(-2, -1))
 _SPLIT_FUSED = MuonDimensionNumbers(reduction_axis=-4, output_axis=(-3, -2, -1))
 _SPLIT_OUTPUT = MuonDimensionNumbers(reduction_axis=(-3, -2), output_axis=-1)
+# What such a kernel is called: by Flax, and by the `Einsum` of Gemma and of Tunix's models.
+_KERNELS = frozenset({"kernel", "w"})
+# Gemma's names tell their axes: (heads, embed, head_dim), queries, keys and values in a stack; (heads, head_dim, embed).
+_GEMMA_INPUT = MuonDimensionNumbers(reduction_axis=-2, output_axis=(-3, -1))
+_GEMMA = dict.fromkeys(("q_einsum", "k_einsum", "v_einsum", "kv_einsum", "qkv_einsum"), _GEMMA_INPUT)
+_GEMMA |= {"attn_vec_einsum": _SPLIT_OUTPUT}
 
 
 def _words(name: str) -> list[str]:
@@ -81,10 +87,12 @@ def _attention_entry(names: Names, shapes: dict[Names, Shape]) -> MuonDimensionN
     that a model is wider than it has heads, where a stack is less deep than a model is wide.
     """
     shape = shapes[names]
-    if len(names) < 2 or names[-1] != "kernel" or len(shape) < 3:
+    if len(names) < 2 or names[-1] not in _KERNELS or len(shape) < 3:
         return None
     module, child = names[:-2], names[-2].lower()
-    beside = {n[-2].lower(): s for n, s in shapes.items() if n[:-2] == module and n[-1] == "kernel"}
+    if child in _GEMMA:
+        return _GEMMA[child]
+    beside = {n[-2].lower(): s for n, s in shapes.items() if n[:-2] == module and n[-1] == names[-1]}
     outputs = [s for name, s in beside.items() if name in _OUTPUTS and len(s) >= 3]
     if child in _OUTPUTS:
         inputs = [s for name, s in beside.items() if name in _INPUTS and len(s) >= 3]

@@ -52,4 +52,4 @@ def metrics(state: Any) -> dict[str, Scalar | Array]:
                 found["realised_fraction"] = jnp.float32(sum(i.shape[-1] for i in index.values()) / blocks)
                 for group, i in index.items():
                     found |= {f"sampled/{group}/{slot}": i[..., slot] for slot in range(i.shape[-1])}
-    return found
+    return {name: jnp.asarray(value) for name, value in found.items()}  # NNX would give its variables

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
+from ._axis_names import with_axis_names
 from ._checks import check_number, check_rule, is_function
 from ._dimensions import WeightDimensionNumbers, dimension_numbers, views_of
 from ._guard import Guard
@@ -213,4 +214,4 @@ def matrices_and_others(
     def update(updates, state, params=None, **extra_args):
         return routed(updates).update(updates, state, params, **extra_args)
 
-    return skip_non_finite(optax.GradientTransformationExtraArgs(init, update))
+    return with_axis_names(skip_non_finite(optax.GradientTransformationExtraArgs(init, update)))

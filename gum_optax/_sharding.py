@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from ._checks import check_rule
@@ -129,19 +129,32 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, param_shardin
     if len(meshes) != 1:
         raise ValueError(f"param_shardings must be of one mesh, got {len(meshes)} meshes: {meshes}.")
     mesh = meshes[0]
-    explicit = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Explicit,) * len(mesh.axis_names))
+    explicit = AbstractMesh(
+        mesh.axis_sizes, mesh.axis_names, axis_types=(AxisType.Explicit,) * len(mesh.axis_names)
+    )
+    state, specs = typed_state(tx, params, [sharding.spec for sharding in shardings], explicit)
+    return jax.tree.structure(state).unflatten([NamedSharding(mesh, spec) for spec in specs])
+
+
+def typed_state(
+    tx: optax.GradientTransformation, params: Any, specs: list[PartitionSpec], mesh: AbstractMesh
+) -> tuple[Any, list[PartitionSpec]]:
+    """The shapes of `tx`'s state, and what each has of the axes that the parameters' types tell.
+
+    Args:
+      tx: any optax transformation.
+      params: arrays or shapes.
+      specs: of each of their leaves.
+      mesh: what the specs speak of, its axes Explicit.
+    """
+    leaves, treedef = jax.tree.flatten(params)
     typed = [
-        jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=NamedSharding(explicit, s.spec))
-        for x, s in zip(leaves, shardings, strict=True)
+        jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=NamedSharding(mesh, spec))
+        for x, spec in zip(leaves, specs, strict=True)
     ]
-    with jax.sharding.use_abstract_mesh(explicit.abstract_mesh):  # jax 0.12 types no array without it
+    with jax.sharding.use_abstract_mesh(mesh):  # without it jax 0.12 types no array that has just been made
         state = jax.eval_shape(tx.init, treedef.unflatten(typed))
-
-    def of(x):
-        spec = PartitionSpec() if x.sharding is None else x.sharding.spec
-        return NamedSharding(mesh, spec)
-
-    return jax.tree.map(of, state)
+    return state, [PartitionSpec() if x.sharding is None else x.sharding.spec for x in jax.tree.leaves(state)]
 
 
 def check_processes_agree(state: Any) -> None:

@@ -1,0 +1,42 @@
+"""What the runs in other trainers share: something to learn, and a record of the losses."""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+VOCABULARY, BATCH, LENGTH = 64, 4, 16
+# So small that a few steps cross a refresh, and a run that stops after three is in the midst of a period.
+GUM = {"rank": 4, "period": 4, "full_rank_fraction": 0.5}
+
+
+def sequences(start: int = 0) -> Iterator[np.ndarray]:
+    """Batches of tokens from the one numbered `start` on; each row counts up by its own stride."""
+    step = start
+    while True:
+        draw = np.random.default_rng(step)
+        first = draw.integers(VOCABULARY, size=(BATCH, 1))
+        stride = draw.integers(1, 4, size=(BATCH, 1))
+        yield (first + stride * np.arange(LENGTH)).astype(np.int32) % VOCABULARY
+        step += 1
+
+
+def arguments(doc: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=6, help="train up to this step (default 6)")
+    parser.add_argument("--out", type=lambda x: Path(x).resolve(), required=True,
+                        help="folder of the checkpoints; a run goes on from the last one there")  # fmt: skip
+    return parser.parse_args()
+
+
+class Record:
+    """`losses.jsonl` in the run's folder: a line for each step."""
+
+    def __init__(self, out: Path):
+        out.mkdir(parents=True, exist_ok=True)
+        self._file = (out / "losses.jsonl").open("a")
+
+    def __call__(self, step: int, loss: float) -> None:
+        print(json.dumps({"step": int(step), "loss": float(loss)}), file=self._file, flush=True)
