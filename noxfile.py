@@ -3,7 +3,10 @@
 nox -s oldest            the oldest jax, optax and flax that pyproject.toml allows, on the oldest Python
 nox -s newest            the newest that pip finds, on newer Pythons
 nox -s long              the tests that the README's command leaves out
+nox -s trainers          runs in Tunix, Kauldron, MaxText and Levanter (wants uv: `pip install 'nox[uv]'`)
 """
+
+from pathlib import Path
 
 import nox
 
@@ -33,3 +36,27 @@ def long(session: nox.Session) -> None:
     """optax's suites over every optimizer, a hundred kills, more fuzzing."""
     session.install("-e", ".[test]")
     session.run("python", "-m", "pytest", "-n", "2", "-m", "long", *session.posargs)
+
+
+# Each with what it was tested with; they do not share an environment.
+TRAINERS = {
+    "tunix": ["google-tunix==0.1.7"],
+    "kauldron": ["kauldron==1.4.4"],
+    "maxtext": ["maxtext==0.2.5"],
+    "levanter": ["--prerelease=allow", "marin-levanter==0.2.227.dev40316220070"],
+}
+
+
+@nox.session(python="3.12", venv_backend="uv")
+@nox.parametrize("trainer", list(TRAINERS), ids=list(TRAINERS))
+def trainers(session: nox.Session, trainer: str) -> None:
+    """Train, save and resume with GUM in a trainer. uv, for pip takes hours over what some depend on."""
+    session.install("-e", ".", "pytest", "pytest-xdist", "hypothesis", "beartype", *TRAINERS[trainer])
+    if trainer == "maxtext":  # which ships what it needs without the clients of a cloud
+        (requirements,) = Path(session.virtualenv.location).glob(
+            "lib/*/site-packages/**/decoupled-requirements.txt"
+        )
+        session.install("-r", str(requirements))
+    session.run(
+        "python", "-m", "pytest", "-m", "trainers", "tests/test_trainers.py", "-k", trainer, *session.posargs
+    )

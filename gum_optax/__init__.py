@@ -1,5 +1,6 @@
 """Memory-efficient matrix optimizers for JAX, as compositions of optax transformations."""
 
+from ._axis_names import with_axis_names as with_axis_names
 from ._carries import keep as keep
 from ._carries import restart as restart
 from ._carries import rotate as rotate
@@ -21,7 +22,6 @@ from ._full_momentum import trion as trion
 from ._full_rank import muon as muon
 from ._full_rank import sinkgd as sinkgd
 from ._full_rank import swan as swan
-from ._axis_names import with_axis_names as with_axis_names
 from ._hidden import hidden_matrices as hidden_matrices
 from ._layouts import with_shardings as with_shardings
 from ._low_rank import LowRankState as LowRankState

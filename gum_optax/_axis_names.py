@@ -1,11 +1,11 @@
-"""Flax's names of axes, told to the state: trainers that shard by name then shard it as it is."""
+"""The names that models give to axes, told to the state, which trainers shard by them."""
 
 import math
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
@@ -15,67 +15,74 @@ from ._sharding import typed_state
 Names = tuple[Any, ...]  # of each axis: a name, several, or None
 Axis = tuple[Any, int]  # a name, and in how many parts the axis is seen
 
-# What NNX called `out_sharding` before; it would take that, where it is still there, for the newer.
-_OLD_KEYS = frozenset({"sharding", "sharding_names"})
 _MOST_DEVICES = 2**31 - 1
 
 
-def _is_variable(x: Any) -> bool:
-    """Whether `x` is a `flax.nnx.Variable`; where Flax was not imported, nothing is."""
-    nnx = sys.modules.get("flax.nnx")
-    return nnx is not None and isinstance(x, nnx.Variable)
+class _Kind(NamedTuple):
+    """A kind of box: a node of a tree that holds one array and the names of its axes."""
+
+    content: Callable[[Any], Any]
+    names: Callable[[Any], Any]
+    # A box like another, of an array and names.
+    like: Callable[[Any, Any, Names], Any]
+
+
+def _variable_names(box: Any) -> Any:
+    """Those of an NNX variable; MaxText writes down apart what its scan over layers has added."""
+    told = box.get_metadata()
+    names, shape = told.get("out_sharding"), getattr(box.get_value(), "shape", ())
+    scanned = "param_scan_axis" in told and "partition_name" in told
+    if not scanned or not isinstance(names, tuple) or len(names) != len(shape) - 1:
+        return names
+    at = told["param_scan_axis"]
+    return (*names[:at], told["partition_name"], *names[at:])
+
+
+def _variable_like(box: Any, array: Any, names: Names) -> Any:
+    # Under its old names NNX would take `out_sharding`, where they are still there, for the newer.
+    told = {key: x for key, x in box.get_metadata().items() if key not in ("sharding", "sharding_names")}
+    return type(box)(array, **told | {"out_sharding": names, "eager_sharding": False})
+
+
+def _named_array_like(box: Any, array: Any, names: Names) -> Any:
+    """Haliax has no axis without a name, and no two of one."""
+    return type(box)(array, tuple(f"axis{i}" if name is None else name for i, name in enumerate(names)))
+
+
+_VARIABLE = _Kind(lambda box: box.get_value(), _variable_names, _variable_like)
+_PARTITIONED = _Kind(
+    lambda box: box.value, lambda box: box.names, lambda box, x, names: box.replace(value=x, names=names)
+)
+_NAMED_ARRAY = _Kind(lambda box: box.array, lambda box: box.axis_names, _named_array_like)
+# Found where they are imported, so that none of them need be: module, class.
+_KINDS = {
+    ("flax.nnx", "Variable"): _VARIABLE,
+    ("flax.core.meta", "Partitioned"): _PARTITIONED,
+    ("haliax", "NamedArray"): _NAMED_ARRAY,
+}
+
+
+def _kind(x: Any) -> _Kind | None:
+    for (module, name), kind in _KINDS.items():
+        if module in sys.modules and isinstance(x, getattr(sys.modules[module], name)):
+            return kind
+    return None
 
 
 def _is_box(x: Any) -> bool:
-    """Whether `x` holds an array and the names of its axes: NNX's variables, Linen's `Partitioned`."""
-    meta = sys.modules.get("flax.core.meta")
-    return _is_variable(x) or (meta is not None and isinstance(x, meta.Partitioned))
+    return _kind(x) is not None
 
 
-def _content(box: Any) -> Any:
-    return box.get_value() if _is_variable(box) else box.value
-
-
-def _written(box: Any) -> Any:
-    """The names that a box has, which beside a parameter need not be those of its own array."""
-    return box.get_metadata().get("out_sharding") if _is_variable(box) else box.names
-
-
-def _names(box: Any) -> Names:
-    """The names of a parameter's axes, one for each; none where its box does not tell them."""
-    found, shape = _written(box), getattr(_content(box), "shape", None)  # a hole has no shape
-    if shape is None or not found or isinstance(found, NamedSharding) or len(found) > len(shape):
-        return ()
-    names = list(found)
-    if _is_variable(box) and len(names) < len(shape):
-        # MaxText writes down apart what its scan over layers has added.
-        added = box.get_metadata()
-        if "param_scan_axis" in added and "partition_name" in added:
-            names.insert(added["param_scan_axis"], added["partition_name"])
-    return (*names, *[None] * (len(shape) - len(names)))
-
-
-def _renamed(box: Any, names: Names) -> Any:
-    """The box of the same array, whose axes have other names."""
-    if not _is_variable(box):
-        return box.replace(names=names)
-    new = box.copy()
-    kept = {key: value for key, value in box.get_metadata().items() if key not in _OLD_KEYS}
-    new.set_metadata(kept | {"out_sharding": names})
-    return new
-
-
-def _boxed(array: Any, names: Names, like: Any) -> Any:
-    """A box for an array that stands at no parameter's place, of the kind of another."""
-    if not _is_variable(like):
-        return like.replace(value=array, names=names)
-    return type(like)(array, out_sharding=names, eager_sharding=False)
-
-
-def _axes(box: Any) -> list[Axis | None]:
+def _axes(x: Any) -> list[Axis | None]:
     """The named axes of a parameter, those of size one and a second of the same name left out."""
+    kind = _kind(x)
+    if kind is None:
+        return []
+    names, shape = kind.names(x), getattr(kind.content(x), "shape", None)  # a hole has no shape
+    if shape is None or not names or isinstance(names, NamedSharding) or len(names) > len(shape):
+        return []
     axes: list[Axis | None] = []
-    for name, size in zip(_names(box), jnp.shape(_content(box)) if _names(box) else (), strict=True):
+    for name, size in zip(names, shape, strict=False):
         axis = None if name is None or size < 2 else (name, _least_factor(size))
         axes.append(None if axis in axes else axis)
     return axes
@@ -103,14 +110,14 @@ def _names_beside(tx: optax.GradientTransformation, params: Any) -> list[list[An
     """
     beside: list[list[Axis | None]] = []
     for box in jax.tree.leaves(params, is_leaf=_is_box):
-        beside += [_axes(box) if _is_box(box) else []] * len(jax.tree.leaves(box))
+        beside += [_axes(box)] * len(jax.tree.leaves(box))
     found: list[list[Any]] = []
-    for group in _at_once(list(dict.fromkeys(axis for axes in beside for axis in axes if axis))):
+    for group in _at_once(list(dict.fromkeys(axis for axes in beside for axis in axes if axis is not None))):
         axis_of = {axis: f"axis{i}" for i, axis in enumerate(group)}
         name_of = {axis_of[name, factor]: name for name, factor in group}
         sizes = tuple(factor for _, factor in group)
         mesh = AbstractMesh(sizes, tuple(name_of), axis_types=(AxisType.Explicit,) * len(group))
-        specs = [PartitionSpec(*(axis_of.get(axis) for axis in axes)) for axes in beside]
+        specs = [PartitionSpec(*(axis and axis_of.get(axis) for axis in axes)) for axes in beside]
         state, specs = typed_state(tx, params, specs, mesh)
         rows = [
             [name_of.get(axis) for axis in (*spec, *[None] * (x.ndim - len(spec)))]
@@ -122,16 +129,16 @@ def _names_beside(tx: optax.GradientTransformation, params: Any) -> list[list[An
 
 
 def with_axis_names(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Name the axes of `tx`'s state as Flax names those of the parameters.
+    """Name the axes of `tx`'s state as Flax or Haliax names those of the parameters.
 
     A state leaf at a parameter's place would come with the names of the parameter's axes, though it has
     others: `(layers, rank, mlp)` beside `(embed, layers, mlp)`. Trainers that shard what they find by its
-    names (Tunix, MaxText) would refuse it, or spread the wrong axis. With this, what `init` makes beside a
-    parameter with its size along an axis has that axis's name, a rank has none, and what stands beside
-    several parameters, the momenta of sampled blocks, is put in boxes of its own.
+    names (Tunix, MaxText, Levanter) would refuse it, or spread the wrong axis. With this, what `init` makes
+    beside a parameter with its size along an axis has that axis's name, a rank has none, and what stands
+    beside several parameters, the momenta of sampled blocks, is put in boxes of its own.
 
-    The optimizers of this library do it themselves; it is for compositions of the parts. Without Flax, and
-    where nothing is named, nothing is done.
+    The optimizers of this library do it themselves; it is for compositions of the parts. Where nothing is
+    named, nothing is done.
 
     Args:
       tx: any optax transformation.
@@ -147,15 +154,17 @@ def with_axis_names(tx: optax.GradientTransformation) -> optax.GradientTransform
         if not rows:
             return state
         found = iter(rows)
-        box = next(filter(_is_box, jax.tree.leaves(params, is_leaf=_is_box)))
+        boxes = ((x, _kind(x)) for x in jax.tree.leaves(params, is_leaf=_is_box))
+        first, its_kind = next((box, kind) for box, kind in boxes if kind is not None)
 
         def named(x):
             names = [tuple(next(found)) for _ in jax.tree.leaves(x)]
             if len(names) != 1:
                 return x  # a hole
-            if _is_box(x):
-                return _renamed(x, names[0]) if _written(x) else x
-            return _boxed(x, names[0], box) if any(names[0]) else x
+            kind = _kind(x)
+            if kind is not None:
+                return kind.like(x, kind.content(x), names[0]) if kind.names(x) else x
+            return its_kind.like(first, x, names[0]) if any(names[0]) else x
 
         return jax.tree.map(named, state, is_leaf=_is_box)
 

@@ -37,14 +37,18 @@ def _is_entry(x: Any) -> bool:
     return isinstance(x, Entry)
 
 
+def unboxed(path: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A tree path without the `.value` in which an NNX variable or a Linen box shows its leaf."""
+    boxed = bool(path) and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value"
+    return path[:-1] if boxed else path
+
+
 def names_of(path: tuple[Any, ...]) -> tuple[str, ...]:
     """The names along a tree path, the same for dicts, dataclasses and Flax NNX states.
 
     An NNX variable shows its leaf as `.value` in `init` and without it in `update`.
     """
-    if path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
-        path = path[:-1]
-    return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+    return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in unboxed(path))
 
 
 def dimension_numbers(spec: WeightDimensionNumbers, tree: Any) -> list[Entry]:

@@ -29,10 +29,11 @@ _SPLIT_FUSED = MuonDimensionNumbers(reduction_axis=-4, output_axis=(-3, -2, -1))
 _SPLIT_OUTPUT = MuonDimensionNumbers(reduction_axis=(-3, -2), output_axis=-1)
 # What such a kernel is called: by Flax, and by the `Einsum` of Gemma and of Tunix's models.
 _KERNELS = frozenset({"kernel", "w"})
-# Gemma's names tell their axes: (heads, embed, head_dim), queries, keys and values in a stack; (heads, head_dim, embed).
+# Gemma's names tell their axes: (heads, embed, head_dim), also in a stack of queries, keys and values,
+# and (heads, head_dim, embed).
 _GEMMA_INPUT = MuonDimensionNumbers(reduction_axis=-2, output_axis=(-3, -1))
-_GEMMA = dict.fromkeys(("q_einsum", "k_einsum", "v_einsum", "kv_einsum", "qkv_einsum"), _GEMMA_INPUT)
-_GEMMA |= {"attn_vec_einsum": _SPLIT_OUTPUT}
+_GEMMA: dict[str, MuonDimensionNumbers] = {"attn_vec_einsum": _SPLIT_OUTPUT}
+_GEMMA |= dict.fromkeys(("q_einsum", "k_einsum", "v_einsum", "kv_einsum", "qkv_einsum"), _GEMMA_INPUT)
 
 
 def _words(name: str) -> list[str]:

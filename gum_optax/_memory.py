@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from ._checks import check_rule
-from ._dimensions import names_of
+from ._dimensions import names_of, unboxed
 
 # State that belongs to no leaf of the model: GUM's slots, and counts, keys and the like.
 _SLOTS, _BOOKKEEPING = "slots", "bookkeeping"
@@ -142,7 +142,7 @@ def _bytes(leaf: Any) -> int:
 
 def _last_field(path: Any) -> str:
     """The last field on the way to a leaf of the state: optax's own name for it."""
-    fields = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
+    fields = [key.name for key in unboxed(path) if isinstance(key, jax.tree_util.GetAttrKey)]
     return fields[-1] if fields else "state"
 
 

@@ -118,8 +118,7 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, param_shardin
       ValueError: the shardings are of several meshes, there is none, or one does not fit its leaf.
     """
     check_rule("tx", tx)
-    leaves, treedef = jax.tree.flatten(params)
-    shardings = treedef.flatten_up_to(param_shardings)
+    shardings = jax.tree.structure(params).flatten_up_to(param_shardings)
     for sharding in shardings:
         if not isinstance(sharding, NamedSharding):
             raise TypeError(
@@ -152,7 +151,10 @@ def typed_state(
         jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=NamedSharding(mesh, spec))
         for x, spec in zip(leaves, specs, strict=True)
     ]
-    with jax.sharding.use_abstract_mesh(mesh):  # without it jax 0.12 types no array that has just been made
+    # Within the mesh, without which jax 0.12 types no array that has just been made; from none to it, since
+    # JAX lets no other size take the place of one that is in force.
+    none = AbstractMesh((), ())
+    with jax.sharding.use_abstract_mesh(none), jax.sharding.use_abstract_mesh(mesh):
         state = jax.eval_shape(tx.init, treedef.unflatten(typed))
     return state, [PartitionSpec() if x.sharding is None else x.sharding.spec for x in jax.tree.leaves(state)]
 

@@ -18,6 +18,7 @@ from helpers import muon_rule, run
 
 SPLIT_INPUT, SPLIT_OUTPUT = Dims(-3, (-2, -1)), Dims((-3, -2), -1)
 SPLIT_FUSED = Dims(-4, (-3, -2, -1))
+HEADS_FIRST = Dims(-2, (-3, -1))
 
 
 def seen_by(inner_shapes):
@@ -231,6 +232,23 @@ ATTENTION = {
     "stack_with_bias": ({"a": {"query": shaped(kernel=(9, 6, 6), bias=(9, 6))}}, PLAIN | {None}),
     "feed_forward_stack": (shaped(mlp__wi__kernel=(5, 6, 9), mlp__wo__kernel=(5, 9, 6)), PLAIN),
     "convolution": (shaped(attn_1__q__kernel=(1, 1, 6, 6)), PLAIN),
+    # Tunix's LLaMA and Qwen call them `w`, as the layers of Haiku do theirs.
+    "einsum": (
+        shaped(attn__q_proj__w=(6, 2, 3), attn__k_proj__w=(6, 1, 3), attn__o_proj__w=(2, 3, 6)),
+        SPLIT,
+    ),
+    "stack_of_w": (shaped(a__q__w=(5, 6, 6), a__o__w=(5, 6, 6)), PLAIN),
+    "gemma": (
+        shaped(
+            attn__q_einsum__w=(2, 6, 3), attn__kv_einsum__w=(2, 1, 6, 3), attn__attn_vec_einsum__w=(2, 3, 6)
+        ),
+        {HEADS_FIRST, SPLIT_OUTPUT},
+    ),
+    "gemma_scanned": (
+        shaped(attn__qkv_einsum__w=(4, 3, 2, 6, 3), attn__attn_vec_einsum__w=(4, 2, 3, 6)),
+        {HEADS_FIRST, SPLIT_OUTPUT},
+    ),
+    "gemma_feed_forward": (shaped(mlp__gating_einsum__w=(2, 9, 6), mlp__linear__w=(9, 6)), PLAIN),
 }
 
 

@@ -1,6 +1,7 @@
 """What the runs in other trainers share: something to learn, and a record of the losses."""
 
 import argparse
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,15 +13,16 @@ VOCABULARY, BATCH, LENGTH = 64, 4, 16
 GUM = {"rank": 4, "period": 4, "full_rank_fraction": 0.5}
 
 
-def sequences(start: int = 0) -> Iterator[np.ndarray]:
-    """Batches of tokens from the one numbered `start` on; each row counts up by its own stride."""
-    step = start
-    while True:
-        draw = np.random.default_rng(step)
-        first = draw.integers(VOCABULARY, size=(BATCH, 1))
-        stride = draw.integers(1, 4, size=(BATCH, 1))
-        yield (first + stride * np.arange(LENGTH)).astype(np.int32) % VOCABULARY
-        step += 1
+def sequence(number: int) -> np.ndarray:
+    """Tokens that count up by a stride; both are drawn."""
+    draw = np.random.default_rng(number)
+    first, stride = draw.integers(VOCABULARY), draw.integers(1, 4)
+    return ((first + stride * np.arange(LENGTH)) % VOCABULARY).astype(np.int32)
+
+
+def batches() -> Iterator[np.ndarray]:
+    for step in itertools.count():
+        yield np.stack([sequence(step * BATCH + i) for i in range(BATCH)])
 
 
 def arguments(doc: str | None) -> argparse.Namespace:

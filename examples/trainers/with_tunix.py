@@ -1,13 +1,12 @@
 """GUM in Tunix: a small LLaMA of `tunix.models`, trained, saved and resumed by `PeftTrainer`.
 
-    python examples/trainers/with_tunix.py --steps 6 --out run
+python examples/trainers/with_tunix.py --steps 6 --out run
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from counting import GUM, LENGTH, VOCABULARY, Record, arguments, sequences
 from flax import nnx
 from jax.sharding import AxisType
 from tunix.models.llama3.model import Llama3, ModelConfig
@@ -16,6 +15,7 @@ from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig, TrainingInput
 
 import gum_optax
 
+from counting import GUM, LENGTH, VOCABULARY, Record, arguments, batches
 
 TINY = ModelConfig(
     num_layers=2,
@@ -80,7 +80,7 @@ def main() -> None:
         trainer = trainer.with_gen_model_input_fn(model_input)
         trainer.with_training_hooks(Losses(Record(asked.out)))
         # It skips by itself the batches that it has had.
-        trainer.train(TrainingInput(tokens, np.ones((len(tokens), LENGTH), bool)) for tokens in sequences())
+        trainer.train(TrainingInput(tokens, np.ones((len(tokens), LENGTH), bool)) for tokens in batches())
     print(gum_optax.metrics(trainer.optimizer.opt_state))
 
 
