@@ -159,9 +159,10 @@ def with_axis_names(tx: optax.GradientTransformation) -> optax.GradientTransform
 
         def named(x):
             names = [tuple(next(found)) for _ in jax.tree.leaves(x)]
-            if len(names) != 1:
-                return x  # a hole
             kind = _kind(x)
+            if len(names) != 1:
+                # A hole, without its box: whoever looks for what the names say would look for an array.
+                return x if kind is None or names else kind.content(x)
             if kind is not None:
                 return kind.like(x, kind.content(x), names[0]) if kind.names(x) else x
             return its_kind.like(first, x, names[0]) if any(names[0]) else x

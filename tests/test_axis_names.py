@@ -118,6 +118,14 @@ def test_names_are_told_within_a_mesh_of_another_size_and_under_jit():
         assert names_by_field(jax.jit(gum().init)(params)) == EXPECTED
 
 
+@pytest.mark.parametrize("box", BOXES.values(), ids=BOXES)
+def test_no_box_holds_a_hole(box):
+    """Tunix looks for a sharding of whatever is in a box that has names."""
+    state = gum().init(boxed_params(box))
+    boxes = [x for x in jax.tree.leaves(state, is_leaf=is_box) if is_box(x)]
+    assert all(len(jax.tree.leaves(x)) == 1 for x in boxes)
+
+
 def test_more_names_than_one_mesh_has_axes():
     """JAX counts the devices of a mesh in 32 bits: 40 names of even axes are told in two goes."""
     params = {str(i): variable(jnp.ones((4, 6)), (f"in{i}", f"out{i}")) for i in range(20)}
