@@ -179,7 +179,8 @@ def main(argv: list[str] | None = None) -> None:
             results.add(f"{device}, {name}, GiB", lean(shape))
         if "speed" in parts:
             gradients = speed.gradients_of(width, ff, layers, scanned=True)
-            rows = speed.measure([*PEERS, *OURS], rank, gradients, plan.rounds)
+            makers = {name: speed.optimizers(rank)[name] for name in (*PEERS, *OURS)}
+            rows = speed.measure(makers, gradients, plan.rounds)
             results.add(f"{device}, {name}, seconds", rows)
     if "pretrain" in parts:
         results.add(

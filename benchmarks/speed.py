@@ -116,9 +116,12 @@ def gradients_of(width: int, ff: int, layers: int, *, scanned: bool, seed: int =
     )
 
 
-def measure(names: list[str], rank: int, gradients: Any, rounds: int) -> dict[str, dict[str, float]]:
+Makers = dict[str, Callable[[], optax.GradientTransformation]]
+
+
+def measure(makers: Makers, gradients: Any, rounds: int) -> dict[str, dict[str, float]]:
     """Seconds of an ordinary step, of a refresh, of both amortised, and of compilation."""
-    makers = optimizers(rank)
+    names = list(makers)
     timed, first = {}, {}
     for name in names:
         timed[name] = Timed(makers[name](), gradients)
@@ -195,7 +198,8 @@ def main(argv: list[str] | None = None) -> None:
         if kind == "scanned":
             names = [name for name in names if name != "optax.contrib.galore"]  # it raises on stacked leaves
         gradients = gradients_of(*MODELS[options.model], scanned=kind == "scanned")
-        results.add(setting, measure(names, options.rank, gradients, options.rounds))
+        makers = {name: optimizers(options.rank)[name] for name in names}
+        results.add(setting, measure(makers, gradients, options.rounds))
         plot(results.data["settings"], options.out / "speed.png")
     print(results.text())
 

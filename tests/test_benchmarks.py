@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 sys.path.insert(0, str(ROOT / "examples"))
 
 import accelerator  # noqa: E402
+import guard  # noqa: E402
 import momentum_dtype  # noqa: E402
 import results  # noqa: E402
 import scaling  # noqa: E402
@@ -91,3 +92,12 @@ def test_a_setting_measured_again_replaces_itself_and_no_other(tmp_path):
     assert data["a"]["versions"]["jax"] == jax.__version__
     assert (tmp_path / "x.md").read_text() == "a:\n\n2\n\nb1:\n\n1\n\nb2:\n\n2\n"
     assert jnp.asarray(0).devices().pop().device_kind in data["a"]["machine"]
+
+
+def test_the_guard_is_timed_beside_the_rule_alone(tmp_path):
+    common = ["--model", "tiny", "--rank", "4", "--kinds", "scanned", "--rounds", "1"]
+    guard.main([*common, "--out", str(tmp_path)])
+    (rows,) = settings_of(tmp_path / "guard.json").values()
+    assert len(rows) == 9
+    assert all(row["step"] > 0 and row["temporaries"] > 0 for row in rows.values())
+    assert (tmp_path / "guard.md").read_text().count("| 1.000 |") >= 6

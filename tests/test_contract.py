@@ -13,6 +13,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax.training.train_state import TrainState
+from jax.sharding import NamedSharding, PartitionSpec
 
 import gum_optax as go
 
@@ -189,6 +190,47 @@ def test_map_params_reaches_every_leaf_that_mirrors_a_parameter(tx):
         where = jax.tree_util.keystr(path)
         mirrors = not any(name in where for name in others)
         np.testing.assert_array_equal(new, leaf + 1 if mirrors else leaf, err_msg=where)
+
+
+def test_map_params_gives_what_mirrors_a_parameter_that_parameters_sharding(tx):
+    """And where a leaf has the parameter's shape, that is where it lives; for the others: state_shardings."""
+    mesh = jax.make_mesh((1, 1), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    params = tree()
+    specs = {"stack": (None, "x", "y"), "layers": {"0": {"kernel": ("x",)}, "1": {"kernel": ("y",)}}}
+    specs |= {"embedding": ("x", "y"), "bias": ("y",)}
+    where = jax.tree.map(lambda _, spec: NamedSharding(mesh, PartitionSpec(*spec)), params, specs)
+
+    def is_hole(x):
+        return isinstance(x, optax.MaskedNode)
+
+    def of(leaf, param, sharding):
+        if is_hole(leaf):
+            return leaf
+        return sharding if leaf.shape == param.shape else everywhere
+
+    state = tx.init(params)
+
+    def not_of_a_parameter(leaves):  # GUM's draws and slots come as the dicts that they are
+        return jax.tree.map(lambda _: everywhere, leaves)
+
+    found = optax.tree.map_params(
+        tx, of, state, params, where, transform_non_params=not_of_a_parameter, is_leaf=is_hole
+    )
+    wanted = {
+        jax.tree_util.keystr(path): (x.shape, sharding)
+        for (path, x), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(where), strict=True
+        )
+    }
+    for (path, leaf), sharding in zip(
+        jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(found), strict=True
+    ):
+        at = jax.tree_util.keystr(path)
+        of_its_shape = [s for end, (shape, s) in wanted.items() if at.endswith(end) and shape == leaf.shape]
+        assert sharding == (of_its_shape or [everywhere])[0], at
+    placed = jax.tree.map(lambda x, s: x.sharding == s, jax.device_put(state, found), found)
+    assert all(jax.tree.leaves(placed))
 
 
 def test_inject_hyperparams_traces_all_but_the_arguments_that_decide_shapes(factory):

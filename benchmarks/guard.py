@@ -1,0 +1,82 @@
+"""What it costs to skip a gradient that is not finite: a rule alone, with the guard, within optax's.
+
+    python benchmarks/guard.py --model 60m
+
+The rules are what `muon`, `galore_muon` and `gum` are made of, on the matrices of a LLaMA. `skip_non_finite`
+is the guard that these optimizers have built in, `optax.apply_if_finite` what one would put around them. Times
+as in `speed.py`; temporaries of a donated update and apply, over the gradients' bytes, as in `memory.py`.
+"""
+
+import argparse
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import memory
+import optax
+import speed
+from results import RESULTS, Results
+
+import gum_optax as go
+from gum_optax._full_rank import muon_rule
+
+GUARDS = {
+    "alone": lambda tx: tx,
+    "skip_non_finite": go.skip_non_finite,
+    "optax.apply_if_finite": lambda tx: optax.apply_if_finite(tx, max_consecutive_errors=100),
+}
+
+
+def rules(rank: int) -> dict[str, optax.GradientTransformation]:
+    """Steps of matrices, up the gradient."""
+    muon = muon_rule(0.95, None, together=True)
+    return {
+        "muon": muon,
+        "galore_muon": go.low_rank(muon, rank, speed.PERIOD),
+        "gum": go.unbiased_low_rank(muon, rank, speed.PERIOD, speed.FRACTION),
+    }
+
+
+def guarded(rule: optax.GradientTransformation, guard: Any) -> optax.GradientTransformation:
+    return guard(optax.chain(go.as_matrices(rule), optax.scale_by_learning_rate(1e-3)))
+
+
+def table(rows: dict[str, dict[str, float]]) -> list[str]:
+    """Milliseconds, their ratio to the rule alone, temporaries."""
+    lines = ["| rule | guard | step ms | of alone | refresh ms | of alone | temporaries |", "|---" * 7 + "|"]
+    for name, row in rows.items():
+        rule, guard = name.split(", ")
+        alone = rows[f"{rule}, alone"]
+        times = [f"{1e3 * row[k]:.0f} | {row[k] / alone[k]:.3f}" for k in ("step", "refresh")]
+        lines.append(f"| `{rule}` | {guard} | {times[0]} | {times[1]} | {row['temporaries']:.3f} |")
+    return lines
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", choices=speed.MODELS, default="60m")
+    p.add_argument("--rank", type=int, default=128)
+    p.add_argument("--kinds", default="separate,scanned", help="default: both")
+    p.add_argument("--rounds", type=int, default=15)
+    p.add_argument("--out", type=Path, default=RESULTS)
+    options = p.parse_args(argv)
+    results = Results(options.out / "guard.json", table)
+    for kind in options.kinds.split(","):
+        setting = f"{jax.default_backend()}, {options.model}, {kind} layers, rank {options.rank}"
+        print(setting, flush=True)
+        gradients = speed.gradients_of(*speed.MODELS[options.model], scanned=kind == "scanned")
+        makers = {
+            f"{name}, {guard}": functools.partial(guarded, rule, how)
+            for name, rule in rules(options.rank).items()
+            for guard, how in GUARDS.items()
+        }
+        rows = speed.measure(makers, gradients, options.rounds)
+        for name, row in rows.items():
+            row["temporaries"] = memory.measure(makers[name](), gradients, True)
+        results.add(setting, rows)
+    print(results.text())
+
+
+if __name__ == "__main__":
+    main()
