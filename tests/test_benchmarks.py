@@ -99,5 +99,9 @@ def test_the_guard_is_timed_beside_the_rule_alone(tmp_path):
     guard.main([*common, "--out", str(tmp_path)])
     (rows,) = settings_of(tmp_path / "guard.json").values()
     assert len(rows) == 9
-    assert all(row["step"] > 0 and row["temporaries"] > 0 for row in rows.values())
+    assert all(row["step"] > 0 for row in rows.values())
+    for rule in ("galore_muon", "gum"):  # the state is kept where it is made: no second one
+        alone, built_in = (rows[f"{rule}, {how}"]["temporaries"] for how in ("alone", "skip_non_finite"))
+        assert built_in < 1.03 * alone
+        assert rows[f"{rule}, optax.apply_if_finite"]["temporaries"] > 1.3 * alone
     assert (tmp_path / "guard.md").read_text().count("| 1.000 |") >= 6
