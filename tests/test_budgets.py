@@ -41,6 +41,8 @@ BUDGETS = {
     ("sumo", True): 0.45,
     ("sinkgd", True): 0.01,
 }
+if jax.__version_info__ >= (0, 11):  # whose compiler has another order of separate layers
+    BUDGETS |= {("galore_muon", False): 0.3, ("gum", False): 0.44}
 
 
 @pytest.mark.parametrize(
