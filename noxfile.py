@@ -1,9 +1,9 @@
-"""Both ends of what is supported, and what takes long: `python -m pip install nox && nox`.
+"""Both ends of what is supported, and what takes long: `python -m pip install 'nox[uv]' && nox`.
 
 nox -s oldest            the oldest jax, optax and flax that pyproject.toml allows, on the oldest Python
 nox -s newest            the newest that pip finds, on newer Pythons
 nox -s long              the tests that the README's command leaves out
-nox -s trainers          runs in Tunix, Kauldron, MaxText and Levanter (wants uv: `pip install 'nox[uv]'`)
+nox -s trainers          runs in Tunix, Kauldron, MaxText and Levanter
 """
 
 from pathlib import Path

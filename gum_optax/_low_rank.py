@@ -120,7 +120,7 @@ def in_subspace(
       step_from: from gradients to steps; its `update` takes `told`, a `Told`, besides.
       is_projected: of the shape `(m, n)` of a leaf's blocks.
     """
-    rank, period, find_subspace, carry, key = subspace
+    _, period, find_subspace, carry, _ = subspace
 
     def split_by_shape(tree):
         return split(tree, [is_projected(leaf.shape[-2:]) for leaf in jax.tree.leaves(tree)])
@@ -128,28 +128,7 @@ def in_subspace(
     def init(params):
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
             check_matrix_leaf(path, leaf)
-        low, full = split_by_shape(params)
-        data = key_data(key)
-
-        def start(place, g):
-            return first_subspace(stream(data, jnp.int32(0), place), g, rank)
-
-        coordinates = jax.tree.map(lambda g: zeros(g, rank, -1), low)
-        inner_state = inner.init(coordinates)
-        # A carry that does not fit inner says so here, and not at the first refresh.
-        rotation = jax.tree.map(lambda r: zeros(r, rank, rank), coordinates)
-        jax.eval_shape(functools.partial(carry, inner), inner_state, coordinates, rotation, True)
-        return LowRankState(
-            count=jnp.zeros((), jnp.int32),
-            refreshes=jnp.zeros((), jnp.int32),
-            period=jnp.asarray(period, jnp.int32),
-            key=data,
-            captured=jnp.zeros((), jnp.float32),
-            projectors=map_with_place(start, low),
-            low=inner_state,
-            full=inner.init(float32_zeros(full)),
-            outside=step_from.init(float32_zeros(low)),
-        )
+        return _initial(inner, subspace, step_from, *split_by_shape(params))
 
     def update(
         updates, state, params=None, *, views=None, guard: Guard | None = None, sketches=None, **extra_args
@@ -194,6 +173,38 @@ def in_subspace(
         return merge(steps, full_steps), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _initial(
+    inner: optax.GradientTransformationExtraArgs,
+    subspace: Subspace,
+    step_from: optax.GradientTransformationExtraArgs,
+    low: Any,
+    full: Any,
+) -> LowRankState:
+    """The state before the first step, which finds a subspace in place of the random one here."""
+    data = key_data(subspace.key)
+
+    def start(place, g):
+        return first_subspace(stream(data, jnp.int32(0), place), g, subspace.rank)
+
+    coordinates = jax.tree.map(lambda g: zeros(g, subspace.rank, -1), low)
+    inner_state = inner.init(coordinates)
+    # A carry that does not fit inner says so here, and not at the first refresh.
+    rotation = jax.tree.map(lambda r: zeros(r, subspace.rank, subspace.rank), coordinates)
+    carried = functools.partial(subspace.carry, inner)
+    jax.eval_shape(carried, inner_state, coordinates, rotation, True)
+    return LowRankState(
+        count=jnp.zeros((), jnp.int32),
+        refreshes=jnp.zeros((), jnp.int32),
+        period=jnp.asarray(subspace.period, jnp.int32),
+        key=data,
+        captured=jnp.zeros((), jnp.float32),
+        projectors=map_with_place(start, low),
+        low=inner_state,
+        full=inner.init(float32_zeros(full)),
+        outside=step_from.init(float32_zeros(low)),
+    )
 
 
 def _gradient(low: Any, views: Sequence[View], sketches: Sketches | None) -> Held | Sketched:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import gum_optax as go
@@ -142,6 +142,16 @@ def test_of_axes_seen_as_one_the_first_keeps_its_sharding(mesh):
 def test_state_of_any_optax_transformation_is_sharded_as_its_parameters(mesh):
     found = specs_of(optax.adamw(1e-3), {"w": (4, 8)}, {"w": P("x", "y")}, mesh)
     assert found == {".mu['w']": P("x", "y"), ".nu['w']": P("x", "y")}
+
+
+def test_state_is_planned_for_a_mesh_that_is_not_here_and_within_another_one(mesh):
+    params = {"w": jax.ShapeDtypeStruct((4, 8), jnp.float32)}
+    away = AbstractMesh((2, 16), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    other = jax.make_mesh((1,), ("z",), axis_types=(AxisType.Auto,))
+    for where in (away, mesh):
+        with jax.set_mesh(other):
+            found = go.state_shardings(optax.trace(0.9), params, {"w": NamedSharding(where, P("x"))})
+        assert found.trace["w"] == NamedSharding(where, P("x", None))
 
 
 def test_shardings_that_are_none_or_of_several_meshes_are_refused(mesh):
