@@ -1,5 +1,6 @@
 """The names that models give to axes, told to the state, which trainers shard by them."""
 
+import itertools
 import math
 import sys
 from collections.abc import Callable
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from ._checks import check_rule
 from ._sharding import typed_state
@@ -29,24 +30,37 @@ class _Kind(NamedTuple):
 
 def _variable_names(box: Any) -> Any:
     """Those of an NNX variable; MaxText writes down apart what its scan over layers has added."""
-    told = box.get_metadata()
-    names, shape = told.get("out_sharding"), getattr(box.get_value(), "shape", ())
-    scanned = "param_scan_axis" in told and "partition_name" in told
+    told, shape = box.get_metadata(), getattr(box.get_value(), "shape", ())
+    names = told.get("out_sharding")
+    names = getattr(getattr(names, "sharding", names), "spec", names)  # of a Format, a NamedSharding
+    scanned = all(key in told for key in _SCAN)
     if not scanned or not isinstance(names, tuple) or len(names) != len(shape) - 1:
         return names
     at = told["param_scan_axis"]
     return (*names[:at], told["partition_name"], *names[at:])
 
 
+# What MaxText says of a scan, beside the names.
+_SCAN = ("param_scan_axis", "partition_name")
+
+
 def _variable_like(box: Any, array: Any, names: Names) -> Any:
+    """A copy, without the constructor and the hooks, which are for parameters."""
+    told = box.get_metadata()
     # Under its old names NNX would take `out_sharding`, where they are still there, for the newer.
-    told = {key: x for key, x in box.get_metadata().items() if key not in ("sharding", "sharding_names")}
-    return type(box)(array, **told | {"out_sharding": names, "eager_sharding": False})
+    dropped = {"sharding", "sharding_names"}
+    if told.get("partition_name") not in names:
+        dropped.update(_SCAN)  # the layers are no axis of this array, and are not to be put in
+    new = box.copy(array)
+    told = {key: x for key, x in told.items() if key not in dropped}
+    new.set_metadata(told | {"out_sharding": names})
+    return new
 
 
 def _named_array_like(box: Any, array: Any, names: Names) -> Any:
     """Haliax has no axis without a name, and no two of one."""
-    return type(box)(array, tuple(f"axis{i}" if name is None else name for i, name in enumerate(names)))
+    free = (name for i in itertools.count() if (name := f"axis{i}") not in names)
+    return type(box)(array, tuple(next(free) if name is None else name for name in names))
 
 
 _VARIABLE = _Kind(lambda box: box.get_value(), _variable_names, _variable_like)
@@ -79,13 +93,12 @@ def _axes(x: Any) -> list[Axis | None]:
     if kind is None:
         return []
     names, shape = kind.names(x), getattr(kind.content(x), "shape", None)  # a hole has no shape
-    if shape is None or not names or isinstance(names, NamedSharding) or len(names) > len(shape):
+    if shape is None or not isinstance(names, tuple | list | PartitionSpec) or len(names) > len(shape):
         return []
-    axes: list[Axis | None] = []
-    for name, size in zip(names, shape, strict=False):
-        axis = None if name is None or size < 2 else (name, _least_factor(size))
-        axes.append(None if axis in axes else axis)
-    return axes
+    told = [tuple(name) if isinstance(name, list) else name for name in names]
+    once = [None if name in told[:i] else name for i, name in enumerate(told)]
+    pairs = zip(once, shape, strict=False)
+    return [None if name is None or size < 2 else (name, _least_factor(size)) for name, size in pairs]
 
 
 def _least_factor(size: int) -> int:
@@ -134,8 +147,8 @@ def with_axis_names(tx: optax.GradientTransformation) -> optax.GradientTransform
     A state leaf at a parameter's place would come with the names of the parameter's axes, though it has
     others: `(layers, rank, mlp)` beside `(embed, layers, mlp)`. Trainers that shard what they find by its
     names (Tunix, MaxText, Levanter) would refuse it, or spread the wrong axis. With this, what `init` makes
-    beside a parameter with its size along an axis has that axis's name, a rank has none, and what stands
-    beside several parameters, the momenta of sampled blocks, is put in boxes of its own.
+    beside a parameter with its size along an axis (more than one) has that axis's name, a rank has none, and
+    what stands beside several parameters, the momenta of sampled blocks, is put in boxes of its own.
 
     The optimizers of this library do it themselves; it is for compositions of the parts. Where nothing is
     named, nothing is done.
@@ -170,10 +183,10 @@ def with_axis_names(tx: optax.GradientTransformation) -> optax.GradientTransform
         return jax.tree.map(named, state, is_leaf=_is_box)
 
     def update(updates, state, params=None, **extra_args):
-        outside = jax.tree.structure(state)
-        if any(map(_is_box, jax.tree.leaves(state, is_leaf=_is_box))):
-            # With the boxes that `tx` would have made: a box of other names is another tree.
-            inside = jax.eval_shape(tx.init, updates if params is None else params)
+        outside, like = jax.tree.structure(state), updates if params is None else params
+        if any(map(_is_box, jax.tree.leaves(like, is_leaf=_is_box))):
+            # With the boxes that `tx` would have made: a box of other names, or none, is another tree.
+            inside = jax.eval_shape(tx.init, like)
             state = jax.tree.structure(inside).unflatten(jax.tree.leaves(state))
         steps, new = tx.update(updates, state, params, **extra_args)
         return steps, outside.unflatten(jax.tree.leaves(new))

@@ -8,6 +8,7 @@ import optax
 from jaxtyping import Array, Float
 
 from ._checks import check_rule
+from ._dimensions import unboxed
 from ._low_rank import LowRankState
 from ._report import states_of
 from ._subspace import orthonormalize
@@ -26,6 +27,11 @@ _SHIFTED_PASSES = 3
 def _field(path: Any) -> str:
     """The field of the low-rank state that a leaf is in."""
     return next((key.name for key in reversed(path) if getattr(key, "name", None) in _ARGUMENTS), "")
+
+
+def _by_path(state: Any) -> dict[Any, Any]:
+    """Its arrays, alike for a state of Flax NNX, whose arrays are in variables, and a pure one."""
+    return {unboxed(path): x for path, x in jax.tree_util.tree_leaves_with_path(state)}
 
 
 def _low_rank_states(state: Any) -> list[LowRankState]:
@@ -54,8 +60,8 @@ def check_state(tx: optax.GradientTransformation, state: Any, params: Any) -> No
         `full_rank_fraction`, `period` or `momentum_dtype`; the message names each difference.
     """
     check_rule("tx", tx)
-    held = dict(jax.tree_util.tree_leaves_with_path(state))
-    wanted = dict(jax.tree_util.tree_leaves_with_path(jax.eval_shape(tx.init, params)))
+    held = _by_path(state)
+    wanted = _by_path(jax.eval_shape(tx.init, params))
     name = jax.tree_util.keystr
     found = [f"{name(path)} is missing" for path in wanted if path not in held]
     found += [f"{name(path)} is no part of this optimizer's" for path in held if path not in wanted]
@@ -67,7 +73,8 @@ def check_state(tx: optax.GradientTransformation, state: Any, params: Any) -> No
         elif jnp.result_type(x) != like.dtype:
             found.append(f"{name(path)} has dtype {jnp.result_type(x)} in place of {like.dtype}")
     pairs = [] if found else zip(_low_rank_states(state), _periods(tx, params), strict=True)
-    found += [f"period is {int(x.period)} in place of {period}" for x, period in pairs if x.period != period]
+    periods = [(int(jnp.asarray(x.period)), period) for x, period in pairs]
+    found += [f"period is {held} in place of {period}" for held, period in periods if held != period]
     if found:
         raise ValueError(
             "this state is of another optimizer: "
@@ -95,22 +102,35 @@ def convert_state(tx: optax.GradientTransformation, state: Any, params: Any) -> 
     """
     check_rule("tx", tx)
     for node in _low_rank_states(state):
-        period = int(node.period)
-        if into := int(node.count) % period:
+        period = int(jnp.asarray(node.period))
+        if into := int(jnp.asarray(node.count)) % period:
             raise ValueError(
                 f"a state is converted at the beginning of a period, but {into} of {period} steps of this one"
                 f" are taken: take {period - into} more, or go back to an earlier checkpoint."
             )
-    old = dict(jax.tree_util.tree_leaves_with_path(state))
+    old = _by_path(state)
 
     def converted(path, new):
+        path = unboxed(path)
         names = [getattr(key, "name", None) for key in path]
         # The draw of the new period is made anew, with the new arguments.
         if path not in old or names[-1] == "period" or "index" in names:
             return new
         return _fitted(path, jnp.asarray(old[path]), new)
 
-    return jax.tree_util.tree_map_with_path(converted, tx.init(params))
+    new = tx.init(params)
+    lost = [path for path in old.keys() - _by_path(new).keys() if not _may_go(path)]
+    if lost:
+        raise ValueError(
+            "this state is not of the same kind of optimizer and parameters: the new one has no"
+            f" {', '.join(sorted(map(jax.tree_util.keystr, lost)))}."
+        )
+    return jax.tree_util.tree_map_with_path(converted, new)
+
+
+def _may_go(path: Any) -> bool:
+    """Whether a leaf is of what starts anew: a matrix that is no longer projected, a group's slots."""
+    return any(getattr(key, "name", None) in (*_ARGUMENTS, "full", "outside") for key in path)
 
 
 def _fitted(path: Any, x: Float[Array, "..."], like: Float[Array, "..."]) -> Float[Array, "..."]:

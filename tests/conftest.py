@@ -1,3 +1,4 @@
+import importlib.metadata
 import os
 from pathlib import Path
 
@@ -9,9 +10,11 @@ os.environ.setdefault(
 )
 
 # Compiled programs are shared by the workers and kept for the next run (`pytest --cache-clear` forgets them).
-os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "d" / "jax")
-)
+# Reading them, jaxlib 0.9 hangs now and then.
+if not importlib.metadata.version("jaxlib").startswith("0.9."):
+    os.environ.setdefault(
+        "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "d" / "jax")
+    )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 

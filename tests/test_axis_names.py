@@ -126,6 +126,56 @@ def test_no_box_holds_a_hole(box):
     assert all(len(jax.tree.leaves(x)) == 1 for x in boxes)
 
 
+@pytest.mark.parametrize("box", BOXES.values(), ids=BOXES)
+def test_an_update_whose_state_has_no_box_left(box):
+    """The only named parameter is the embedding, for which SGD keeps nothing."""
+    tx = go.gum(0.1, rank=2, period=2, full_rank_fraction=0.4, others=optax.sgd(0.1))
+    params = {"embedding": box(jnp.ones((4, 6)), ("vocab", "embed")), "kernel": jnp.ones((3, 4, 6))}
+    steps, state = tx.update(params, tx.init(params), params)
+    assert jax.tree.structure(steps) == jax.tree.structure(params)
+    assert not any(map(is_box, jax.tree.leaves(state, is_leaf=is_box)))
+
+
+def test_hooks_and_constructors_of_variables_are_for_parameters():
+    class Own(nnx.Param):
+        def __init__(self, rngs, **told):
+            super().__init__(rngs + jnp.zeros((4, 6)), **told)
+
+    told = {"out_sharding": ("embed", "mlp"), "eager_sharding": False}
+    hooked = nnx.Param(jnp.ones((4, 6)), on_create_value=lambda _, x: 2 * x, **told)
+    tx = go.galore_muon(0.1, rank=2, period=2)
+    found, expected = (
+        tx.init({"a": hooked, "b": Own(1.0, **told)}),
+        tx.init({"a": jnp.ones((4, 6))} | {"b": jnp.ones((4, 6))}),
+    )
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize(
+    ("told", "names"),
+    [
+        (("l", ["x", "y"], None), ("l", ("x", "y"), None)),
+        (("l", ("x", "y"), None), ("l", ("x", "y"), None)),
+        (jax.P("l", "x"), ("l", "x", None)),
+        (("l", "x", "x"), ("l", "x", None)),
+        (("a", "b", "c", "d"), None),
+    ],
+    ids=["list", "tuple", "spec", "twice", "more_than_axes"],
+)
+def test_however_names_are_told(told, names):
+    box = variable(jnp.ones((2, 4, 6)), told)
+    state = go.with_axis_names(optax.trace(0.9)).init({"w": box, "other": variable(jnp.ones(2), ("l",))})
+    assert state.trace["w"].get_metadata("out_sharding") == (told if names is None else names)
+
+
+def test_a_named_sharding_is_its_spec():
+    mesh = jax.make_mesh((1, 1), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    where = jax.sharding.NamedSharding(mesh, jax.P("x", "y"))
+    state = go.galore_muon(0.1, rank=2).init({"up": variable(jnp.ones((4, 6)), where)})
+    assert names_by_field(state)[".trace['up']"] == ((1, 2, 6), (None, None, "y"))
+
+
 def test_more_names_than_one_mesh_has_axes():
     """JAX counts the devices of a mesh in 32 bits: 40 names of even axes are told in two goes."""
     params = {str(i): variable(jnp.ones((4, 6)), (f"in{i}", f"out{i}")) for i in range(20)}

@@ -45,6 +45,10 @@ if jax.__version_info__ >= (0, 11):  # whose compiler has another order of separ
     BUDGETS |= {("galore_muon", False): 0.3, ("gum", False): 0.44}
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 10),
+    reason="jax 0.9 counts donated state: optax.adamw has 2.0 of the gradients",
+)
 @pytest.mark.parametrize(
     ("name", "scanned"), BUDGETS, ids=lambda x: {True: "scanned", False: "separate"}.get(x, x)
 )

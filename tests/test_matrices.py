@@ -248,6 +248,8 @@ ATTENTION = {
         shaped(attn__qkv_einsum__w=(4, 3, 2, 6, 3), attn__attn_vec_einsum__w=(4, 2, 3, 6)),
         {HEADS_FIRST, SPLIT_OUTPUT},
     ),
+    # A leaf of that name at the root has no module to look beside it in.
+    "root": (shaped(w=(6,), a__w=(3, 4, 6)) | shaped(kernel=(4, 6), a2__kernel=(3, 4, 6)), PLAIN | {None}),
     "gemma_feed_forward": (shaped(mlp__gating_einsum__w=(2, 9, 6), mlp__linear__w=(9, 6)), PLAIN),
 }
 

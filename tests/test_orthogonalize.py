@@ -172,6 +172,6 @@ def test_orthogonalize_maps_its_method_over_the_tree(rng):
     tree = {"a": jnp.float32(rng.normal(size=(2, 3, 4))), "b": None}
     tx = go.orthogonalize(go.polar)
     step, state = tx.update(tree, tx.init(tree))
-    np.testing.assert_array_equal(step["a"], go.polar(tree["a"]))
+    np.testing.assert_allclose(step["a"], go.polar(tree["a"]), atol=1e-6)  # jax 0.9 fuses the two apart
     assert step["b"] is None
     assert not jax.tree.leaves(state)

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import gum_optax as go
+from gum_optax._report import states_of
 from gum_optax._restore import _low_rank_states
 
 from helpers import run, sequence
@@ -113,3 +115,36 @@ def test_within_a_period_and_for_another_model_a_conversion_is_refused():
     other = PARAMS | {"stack": jnp.ones((5, 6, 10))}
     with pytest.raises(ValueError, match="no change of rank, period or fraction"):
         go.convert_state(gum(rank=3), state, other)
+
+
+def test_the_state_of_an_nnx_optimizer_is_checked_and_converted():
+    def optimizer(rank):
+        tx = go.galore_muon(0.1, rank=rank, period=2)
+        return nnx.Optimizer(nnx.Linear(6, 8, rngs=nnx.Rngs(0)), tx, wrt=nnx.Param)
+
+    model, old = nnx.Linear(6, 8, rngs=nnx.Rngs(0)), optimizer(2)
+    for _ in range(2):
+        gradients = nnx.grad(lambda model: jnp.square(model(jnp.eye(6))).sum())(model)
+        old.update(model, gradients)
+    params = nnx.state(model, nnx.Param)
+    for state in (old.opt_state, nnx.as_pure(old.opt_state)):
+        go.check_state(old.tx, state, params)
+        with pytest.raises(ValueError, match="another rank"):
+            go.check_state(optimizer(3).tx, state, params)
+        converted = go.convert_state(optimizer(3).tx, state, params)
+        (low,) = [x for x in states_of(converted) if isinstance(x, go.LowRankState)]
+        assert int(jnp.asarray(low.count)) == 2
+        momentum = np.asarray(jax.tree.leaves(low.low)[0])
+        (before,) = [x for x in states_of(old.opt_state) if isinstance(x, go.LowRankState)]
+        np.testing.assert_array_equal(momentum[..., :2, :], jax.tree.leaves(before.low)[0])
+        new = optimizer(3)
+        new.opt_state = jax.tree.structure(new.opt_state).unflatten(jax.tree.leaves(converted))
+        new.update(model, gradients)
+        assert int(go.metrics(new.opt_state)["refresh_count"]) == 2
+
+
+def test_a_state_of_another_optimizer_is_not_converted():
+    params = {"kernel": jnp.ones((6, 8))}
+    state = optax.adamw(0.1).init(params)
+    with pytest.raises(ValueError, match=r"not of the same kind.*mu\['kernel'\]"):
+        go.convert_state(go.gum(0.1, rank=2), state, params)

@@ -95,6 +95,7 @@ def main() -> None:
         state = trainer.initial_state(
             jax.random.PRNGKey(0), model_init=lambda: TINY.build(Vocab, key=jax.random.PRNGKey(1))
         )
+        info = None
         for number, tokens in enumerate(batches()):
             if number >= asked.steps:
                 break
@@ -104,7 +105,8 @@ def main() -> None:
             info = trainer.train_step(state, hax.shard(example, trainer.compute_axis_mapping))
             state = info.state
             record(info.next_step, info.loss)
-        trainer.run_hooks(info, force=True)  # the last checkpoint
+        if info is not None:
+            trainer.run_hooks(info, force=True)  # the last checkpoint
     print(gum_optax.metrics(state.opt_state))
 
 
