@@ -93,11 +93,8 @@ def _attention_entry(names: Names, shapes: dict[Names, Shape]) -> MuonDimensionN
     module, child = names[:-2], names[-2].lower()
     if child in _GEMMA:
         return _GEMMA[child]
-    beside = {
-        n[-2].lower(): s
-        for n, s in shapes.items()
-        if n[-1:] == names[-1:] and len(n) > 1 and n[:-2] == module
-    }
+    inside = {n: s for n, s in shapes.items() if len(n) > 1 and n[:-2] == module and n[-1] == names[-1]}
+    beside = {n[-2].lower(): s for n, s in inside.items()}
     outputs = [s for name, s in beside.items() if name in _OUTPUTS and len(s) >= 3]
     if child in _OUTPUTS:
         inputs = [s for name, s in beside.items() if name in _INPUTS and len(s) >= 3]

@@ -19,7 +19,7 @@ import gum_optax as go
 from helpers import OPTIMIZERS
 
 MOST = 2**14  # numbers of a leaf
-NAMES = ("kernel", "bias", "scale", "embedding", "query", "out", "lm_head", "w1", "0")
+NAMES = ("kernel", "w", "bias", "scale", "embedding", "query", "out", "lm_head", "w1", "0")
 
 shapes = st.one_of(
     st.just(()),

@@ -5,7 +5,9 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 
 VOCABULARY, BATCH, LENGTH = 64, 4, 16
@@ -42,3 +44,14 @@ class Record:
 
     def __call__(self, step: int, loss: float) -> None:
         print(json.dumps({"step": int(step), "loss": float(loss)}), file=self._file, flush=True)
+
+
+def report(opt_state: Any) -> None:
+    """What became of a state: how often the subspace was found, and where projectors and momenta live."""
+    print("devices", jax.device_count())
+    for path, x in jax.tree_util.tree_leaves_with_path(opt_state):
+        name = jax.tree_util.keystr(path)
+        if "refreshes" in name:
+            print("refreshes", x)
+        if x.ndim > 2 and ("projectors" in name or "trace" in name):
+            print(name, x.shape, "replicated" if x.sharding.is_fully_replicated else "sharded")

@@ -9,7 +9,7 @@ from kauldron import kd
 
 import gum_optax
 
-from counting import BATCH, GUM, VOCABULARY, Record, arguments, sequence
+from counting import BATCH, GUM, VOCABULARY, Record, arguments, report, sequence
 
 
 class Sequences:
@@ -75,7 +75,7 @@ def main() -> None:
         writer=Losses(),
     )
     state, _ = trainer.train()
-    print(gum_optax.metrics(state.opt_state))
+    report(state.opt_state)
 
 
 if __name__ == "__main__":

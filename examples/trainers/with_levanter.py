@@ -19,7 +19,7 @@ from optax.contrib import MuonDimensionNumbers
 
 import gum_optax
 
-from counting import BATCH, GUM, LENGTH, VOCABULARY, Record, arguments, batches
+from counting import BATCH, GUM, LENGTH, VOCABULARY, Record, arguments, batches, report
 
 TINY = LlamaConfig(
     max_seq_len=LENGTH,
@@ -107,7 +107,7 @@ def main() -> None:
             record(info.next_step, info.loss)
         if info is not None:
             trainer.run_hooks(info, force=True)  # the last checkpoint
-    print(gum_optax.metrics(state.opt_state))
+    report(state.opt_state)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import os
 os.environ.setdefault("DECOUPLE_GCLOUD", "TRUE")  # before MaxText is imported: no cloud clients
 
 import jax
-from flax import nnx
 from maxtext.optimizers import optimizers
 from maxtext.trainers.pre_train import train
 from maxtext.utils.globals import MAXTEXT_CONFIGS_DIR
@@ -18,16 +17,14 @@ from maxtext.utils.muon_utils import get_muon_weight_dimension_numbers
 
 import gum_optax
 
-from counting import BATCH, GUM, LENGTH, VOCABULARY, arguments
+from counting import BATCH, GUM, LENGTH, VOCABULARY, arguments, report
 
 
 def gum_for_maxtext(config, learning_rate_schedule, model=None, mesh=None):
     """In place of `get_optimizer`: MaxText's own dimension numbers tell where its scans put the layers."""
     del mesh
     dims = get_muon_weight_dimension_numbers(model, config)
-    tx = gum_optax.gum(learning_rate_schedule, **GUM, weight_dimension_numbers=dims)
-    print(gum_optax.memory_report(tx, nnx.state(model, nnx.Param)))
-    return tx
+    return gum_optax.gum(learning_rate_schedule, **GUM, weight_dimension_numbers=dims)
 
 
 TINY = {
@@ -68,9 +65,10 @@ def main() -> None:
         "metrics_file": asked.out / "losses.jsonl",
     }
     asked.out.mkdir(parents=True, exist_ok=True)
-    train.main(
-        ["", f"{MAXTEXT_CONFIGS_DIR}/base.yml", *(f"{name}={value}" for name, value in settings.items())]
-    )
+    told = [f"{name}={value}" for name, value in settings.items()]
+    config, recorder = train.initialize(["", f"{MAXTEXT_CONFIGS_DIR}/base.yml", *told])
+    state = train.train_loop(config, recorder)  # train.main(argv) does it, and gives nothing back
+    report(state["optimizer"]["opt_state"])
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig, TrainingInput
 
 import gum_optax
 
-from counting import GUM, LENGTH, VOCABULARY, Record, arguments, batches
+from counting import GUM, LENGTH, VOCABULARY, Record, arguments, batches, report
 
 TINY = ModelConfig(
     num_layers=2,
@@ -81,7 +81,7 @@ def main() -> None:
         trainer.with_training_hooks(Losses(Record(asked.out)))
         # It skips by itself the batches that it has had.
         trainer.train(TrainingInput(tokens, np.ones((len(tokens), LENGTH), bool)) for tokens in batches())
-    print(gum_optax.metrics(trainer.optimizer.opt_state))
+    report(trainer.optimizer.opt_state)
 
 
 if __name__ == "__main__":
