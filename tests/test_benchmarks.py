@@ -104,4 +104,4 @@ def test_the_guard_is_timed_beside_the_rule_alone(tmp_path):
         alone, built_in = (rows[f"{rule}, {how}"]["temporaries"] for how in ("alone", "skip_non_finite"))
         assert built_in < 1.03 * alone
         assert rows[f"{rule}, optax.apply_if_finite"]["temporaries"] > 1.3 * alone
-    assert (tmp_path / "guard.md").read_text().count("| 1.000 |") >= 6
+    assert (tmp_path / "guard.md").read_text().count("skip_non_finite") == 3

@@ -2,8 +2,10 @@
 
 import functools
 import inspect
+import itertools
 
 import chex
+import equinox as eqx
 import flax.linen as nn
 import flax.serialization
 import jax
@@ -102,7 +104,11 @@ def test_state_holds_arrays_only_none_empty_none_a_typed_key_and_float32_momentu
 DTYPES = [
     (jnp.float32, jnp.bfloat16),
     (jnp.bfloat16, jnp.float32),
-    pytest.param(jnp.float16, jnp.bfloat16, marks=pytest.mark.long),
+    *(
+        pytest.param(params, gradients, marks=pytest.mark.long)
+        for params, gradients in itertools.product((jnp.float32, jnp.bfloat16, jnp.float16), repeat=2)
+        if {params, gradients} not in ({jnp.float32}, {jnp.float32, jnp.bfloat16})
+    ),
 ]
 
 
@@ -306,7 +312,7 @@ def trained(tx, state, gradients):
     return u, state
 
 
-def test_orbax_and_flax_serialization_bring_the_state_back_to_the_bit(tx, tmp_path):
+def test_orbax_flax_and_equinox_bring_the_state_back_to_the_bit(tx, tmp_path):
     _, state = trained(tx, tx.init(tree()), GRADIENTS[:2])
     like = jax.tree.map(jnp.zeros_like, state)
     with ocp.StandardCheckpointer() as checkpointer:
@@ -314,8 +320,10 @@ def test_orbax_and_flax_serialization_bring_the_state_back_to_the_bit(tx, tmp_pa
         checkpointer.wait_until_finished()
         from_orbax = checkpointer.restore(tmp_path / "state", like)
     from_flax = flax.serialization.from_bytes(like, flax.serialization.to_bytes(state))
+    eqx.tree_serialise_leaves(tmp_path / "state.eqx", state)
+    from_equinox = eqx.tree_deserialise_leaves(tmp_path / "state.eqx", like)
     expected, _ = trained(tx, state, GRADIENTS[2:])  # mid-period: the third of three steps
-    for restored in (from_orbax, from_flax):
+    for restored in (from_orbax, from_flax, from_equinox):
         jax.tree.map(np.testing.assert_array_equal, restored, state)
         u, _ = trained(tx, jax.tree.map(jnp.asarray, restored), GRADIENTS[2:])
         jax.tree.map(np.testing.assert_array_equal, u, expected)

@@ -96,6 +96,7 @@ def test_on_every_layout_an_optimizer_does_what_it_does_on_one_device(names):
         for setting, found in settings.items():
             assert found["gap"] < 1e-5, (name, setting)
             assert found["repeats"], (name, setting)
+            assert found["draws"], (name, setting)
             assert found["stays"], (name, setting)
 
 
