@@ -136,6 +136,36 @@ def test_an_update_whose_state_has_no_box_left(box):
     assert not any(map(is_box, jax.tree.leaves(state, is_leaf=is_box)))
 
 
+def injected():
+    dims = {"up": SCANNED, "down": SCANNED, "scale": None}
+    static = ("rank", "period", "full_rank_fraction")
+    return optax.inject_hyperparams(go.gum, static_args=static)(
+        0.1, rank=2, period=2, full_rank_fraction=0.4, weight_dimension_numbers=lambda _: dims
+    )
+
+
+WRAPPED = {
+    "inject_hyperparams": injected,
+    "multi_steps": lambda: optax.MultiSteps(gum(), 2).gradient_transformation(),
+    "chain": lambda: optax.chain(optax.clip_by_global_norm(1.0), gum()),
+}
+
+
+@pytest.mark.parametrize("wrapped", WRAPPED.values(), ids=WRAPPED)
+@pytest.mark.parametrize("box", [variable, nn.Partitioned], ids=["nnx", "linen"])
+def test_within_wrappers_and_a_scan_names_change_no_number(box, wrapped):
+    tx, params = wrapped(), boxed_params(box)
+
+    def steps_of(params):
+        def step(state, _):
+            steps, state = tx.update(params, state, params)
+            return state, steps
+
+        return jax.jit(lambda params: jax.lax.scan(step, tx.init(params), length=3)[1])(params)
+
+    jax.tree.map(np.testing.assert_array_equal, bare(steps_of(params)), steps_of(bare(params)))
+
+
 def test_hooks_and_constructors_of_variables_are_for_parameters():
     class Own(nnx.Param):
         def __init__(self, rngs, **told):
