@@ -152,7 +152,9 @@ WRAPPED = {
 
 
 @pytest.mark.parametrize("wrapped", WRAPPED.values(), ids=WRAPPED)
-@pytest.mark.parametrize("box", [variable, nn.Partitioned], ids=["nnx", "linen"])
+@pytest.mark.parametrize(
+    "box", [pytest.param(variable, marks=pytest.mark.long), nn.Partitioned], ids=["nnx", "linen"]
+)
 def test_within_wrappers_and_a_scan_names_change_no_number(box, wrapped):
     tx, params = wrapped(), boxed_params(box)
 
