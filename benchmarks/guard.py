@@ -7,16 +7,13 @@ is the guard that these optimizers have built in, `optax.apply_if_finite` what o
 Times as in `speed.py`; temporaries of a donated update and apply over gradients' bytes, as in `memory.py`.
 """
 
-import argparse
 import functools
-from pathlib import Path
 from typing import Any
 
-import jax
 import memory
 import optax
 import speed
-from results import RESULTS, Results
+from results import Results
 
 import gum_optax as go
 from gum_optax._full_rank import muon_rule
@@ -54,18 +51,9 @@ def table(rows: dict[str, dict[str, float]]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", choices=speed.MODELS, default="60m")
-    p.add_argument("--rank", type=int, default=128)
-    p.add_argument("--kinds", default="separate,scanned", help="default: both")
-    p.add_argument("--rounds", type=int, default=15)
-    p.add_argument("--out", type=Path, default=RESULTS)
-    options = p.parse_args(argv)
+    options = speed.parser(__doc__, model="60m", rounds=15).parse_args(argv)
     results = Results(options.out / "guard.json", table)
-    for kind in options.kinds.split(","):
-        setting = f"{jax.default_backend()}, {options.model}, {kind} layers, rank {options.rank}"
-        print(setting, flush=True)
-        gradients = speed.gradients_of(*speed.MODELS[options.model], scanned=kind == "scanned")
+    for _, setting, gradients in speed.settings(options):
         makers = {
             f"{name}, {guard}": functools.partial(guarded, rule, how)
             for name, rule in rules(options.rank).items()

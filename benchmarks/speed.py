@@ -11,7 +11,7 @@ A refresh is timed by itself and amortised over the period of 200. Results are m
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -181,23 +181,34 @@ def plot(settings: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def main(argv: list[str] | None = None) -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", choices=MODELS, default="130m")
+def parser(doc: str | None, *, model: str, rounds: int) -> argparse.ArgumentParser:
+    """The options of a script that times updates."""
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", choices=MODELS, default=model)
     p.add_argument("--rank", type=int, default=128)
     p.add_argument("--kinds", default="separate,scanned", help="default: both")
-    p.add_argument("--optimizers", help="some of them, separated by commas; default: all")
-    p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--rounds", type=int, default=rounds)
     p.add_argument("--out", type=Path, default=RESULTS)
-    options = p.parse_args(argv)
-    results = Results(options.out / "speed.json", table)
+    return p
+
+
+def settings(options: argparse.Namespace) -> Iterator[tuple[str, str, Any]]:
+    """For each kind of layers: it, what the setting is called, the gradients."""
     for kind in options.kinds.split(","):
         setting = f"{jax.default_backend()}, {options.model}, {kind} layers, rank {options.rank}"
         print(setting, flush=True)
+        yield kind, setting, gradients_of(*MODELS[options.model], scanned=kind == "scanned")
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = parser(__doc__, model="130m", rounds=5)
+    p.add_argument("--optimizers", help="some of them, separated by commas; default: all")
+    options = p.parse_args(argv)
+    results = Results(options.out / "speed.json", table)
+    for kind, setting, gradients in settings(options):
         names = options.optimizers.split(",") if options.optimizers else list(optimizers(options.rank))
         if kind == "scanned":
             names = [name for name in names if name != "optax.contrib.galore"]  # it raises on stacked leaves
-        gradients = gradients_of(*MODELS[options.model], scanned=kind == "scanned")
         makers = {name: optimizers(options.rank)[name] for name in names}
         results.add(setting, measure(makers, gradients, options.rounds))
         plot(results.data["settings"], options.out / "speed.png")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from ._checks import check_rule
 from ._sharding import typed_state
@@ -128,10 +128,9 @@ def _names_beside(tx: optax.GradientTransformation, params: Any) -> list[list[An
     for group in _at_once(list(dict.fromkeys(axis for axes in beside for axis in axes if axis is not None))):
         axis_of = {axis: f"axis{i}" for i, axis in enumerate(group)}
         name_of = {axis_of[name, factor]: name for name, factor in group}
-        sizes = tuple(factor for _, factor in group)
-        mesh = AbstractMesh(sizes, tuple(name_of), axis_types=(AxisType.Explicit,) * len(group))
+        sizes = {axis_of[name, factor]: factor for name, factor in group}
         specs = [PartitionSpec(*(axis and axis_of.get(axis) for axis in axes)) for axes in beside]
-        state, specs = typed_state(tx, params, specs, mesh)
+        state, specs = typed_state(tx, params, specs, sizes)
         rows = [
             [name_of.get(axis) for axis in (*spec, *[None] * (x.ndim - len(spec)))]
             for x, spec in zip(jax.tree.leaves(state), specs, strict=True)

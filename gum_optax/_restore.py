@@ -74,7 +74,7 @@ def check_state(tx: optax.GradientTransformation, state: Any, params: Any) -> No
             found.append(f"{name(path)} has dtype {jnp.result_type(x)} in place of {like.dtype}")
     pairs = [] if found else zip(_low_rank_states(state), _periods(tx, params), strict=True)
     periods = [(int(jnp.asarray(x.period)), period) for x, period in pairs]
-    found += [f"period is {held} in place of {period}" for held, period in periods if held != period]
+    found += [f"period is {its} in place of {period}" for its, period in periods if its != period]
     if found:
         raise ValueError(
             "this state is of another optimizer: "

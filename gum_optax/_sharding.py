@@ -128,15 +128,12 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, param_shardin
     if len(meshes) != 1:
         raise ValueError(f"param_shardings must be of one mesh, got {len(meshes)} meshes: {meshes}.")
     mesh = meshes[0]
-    explicit = AbstractMesh(
-        mesh.axis_sizes, mesh.axis_names, axis_types=(AxisType.Explicit,) * len(mesh.axis_names)
-    )
-    state, specs = typed_state(tx, params, [sharding.spec for sharding in shardings], explicit)
+    state, specs = typed_state(tx, params, [sharding.spec for sharding in shardings], dict(mesh.shape))
     return jax.tree.structure(state).unflatten([NamedSharding(mesh, spec) for spec in specs])
 
 
 def typed_state(
-    tx: optax.GradientTransformation, params: Any, specs: list[PartitionSpec], mesh: AbstractMesh
+    tx: optax.GradientTransformation, params: Any, specs: list[PartitionSpec], axes: dict[str, int]
 ) -> tuple[Any, list[PartitionSpec]]:
     """The shapes of `tx`'s state, and what each has of the axes that the parameters' types tell.
 
@@ -144,8 +141,9 @@ def typed_state(
       tx: any optax transformation.
       params: arrays or shapes.
       specs: of each of their leaves.
-      mesh: what the specs speak of, its axes Explicit.
+      axes: the mesh axes that the specs speak of, and their sizes; there need be no such devices.
     """
+    mesh = AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Explicit,) * len(axes))
     leaves, treedef = jax.tree.flatten(params)
     typed = [
         jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=NamedSharding(mesh, spec))
