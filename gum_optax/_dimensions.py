@@ -114,7 +114,7 @@ class View:
     order: tuple[int, ...]  # the leaf's axes: batch axes, row axes, column axes
     batch: int  # how many of them are batch axes
     permuted: tuple[int, ...]  # the leaf's shape in that order
-    shape: tuple[int, ...]  # (*batch, rows, columns), one block where there is no batch
+    shape: tuple[int, ...]  # (*batch, rows, columns)
     fan_in: int
     fan_out: int
     sharding: NamedSharding | None = None  # of the blocks, where it is known
@@ -196,14 +196,14 @@ def view_of(path: Any, leaf: Any, entry: Entry, *, wide: bool) -> View:
         swapped = split[0] if split[0] != split[1] else swapped
     rows, columns = (output, reduction) if wide and swapped else (reduction, output)
     order = batch + rows + columns
-    blocks = [leaf.shape[axis] for axis in batch] or [1]
+    blocks = [leaf.shape[axis] for axis in batch]
     sides = [math.prod(leaf.shape[axis] for axis in axes) for axes in (rows, columns)]
     permuted = tuple(leaf.shape[i] for i in order)
     known = explicit_sharding(leaf) or told
     if known is not None:
         # Axes that are seen as one are sharded as the first of them.
         spec = _spec(known, leaf.ndim)
-        over = [spec[axis] for axis in batch] or [None]
+        over = [spec[axis] for axis in batch]
         known = NamedSharding(known.mesh, PartitionSpec(*over, spec[rows[0]], spec[columns[0]]))
     return View(order, len(batch), permuted, (*blocks, *sides), fan_in, fan_out, known)
 

@@ -1,4 +1,4 @@
-"""The canonical view: below `as_matrices` every leaf is a stack of blocks `(blocks, m, n)`."""
+"""The canonical view: below `as_matrices` every leaf is a matrix or a stack of them, `(*blocks, m, n)`."""
 
 from typing import Any
 
@@ -19,18 +19,18 @@ def as_matrices(
     *,
     wide: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    """Run `inner` on leaves seen as stacks of matrices.
+    """Run `inner` on leaves seen as matrices `(m, n)`, or stacks of them.
 
-        G (any axes)  →  (blocks, m, n), m <= n  →  inner  →  back to the axes of G
+        G (any axes)  →  (*blocks, m, n), m <= n  →  inner  →  back to the axes of G
 
     The tree keeps its structure and no data moves: XLA folds the transpose or reshape into the next
     product. Axes that are neither reduction nor output axes, wherever they stand, count as blocks.
 
     Args:
-      inner: a rule over trees of `(blocks, m, n)` leaves. It sees parameters in the same view.
+      inner: a rule over trees of `(*blocks, m, n)` leaves. It sees parameters in the same view.
       weight_dimension_numbers: `optax.contrib.MuonDimensionNumbers` for all leaves, a tree of them,
         or a function from the tree to such a tree. Default: the last two axes of every leaf.
-      wide: put the shorter side first (`m <= n`). False keeps `(blocks, fan_in, fan_out)`.
+      wide: put the shorter side first (`m <= n`). False keeps `(*blocks, fan_in, fan_out)`.
 
     Returns:
       A transformation whose state is inner's. The step keeps the dtype that inner gave it.

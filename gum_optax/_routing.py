@@ -159,7 +159,7 @@ def matrices_and_others(
     others_rule: optax.GradientTransformation | None = None,
     wide: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    """An optimizer from a rule over `(blocks, m, n)`: the arguments that all optimizers share.
+    """An optimizer from a rule over `(*blocks, m, n)`: the arguments that all optimizers share.
 
         matrices:   W ← W - η (scaling(rule(G)) + λ W)          others:   AdamW at the same η
 

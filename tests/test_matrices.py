@@ -54,7 +54,9 @@ def test_the_view_is_a_bijection_onto_blocks_and_the_batch_axes_may_stand_anywhe
     fan_in = np.prod([shape[a] for a in reduction], dtype=int)
     fan_out = np.prod([shape[a] for a in output], dtype=int)
     m, n = (fan_out, fan_in) if wide and fan_in > fan_out else (fan_in, fan_out)
-    assert shapes == [{"w": (x.size // (m * n), m, n)}]
+    named = {axis % x.ndim for axis in reduction + output}
+    batch = tuple(size for axis, size in enumerate(shape) if axis not in named)
+    assert shapes == [{"w": (*batch, m, n)}]
 
 
 def test_each_block_is_the_matrix_that_its_axes_name(rng):
