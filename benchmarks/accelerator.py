@@ -102,11 +102,11 @@ def allocator_peak(name: str, width: int, ff: int, layers: int, rank: int) -> in
     params = jax.tree.map(jnp.zeros_like, gradients)
     state = jax.jit(tx.init)(params)
 
-    def step(gradients, state, params):
+    def step(params, state, gradients):  # in the order of the results, as `memory_report` has it
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
-    jax.block_until_ready(jax.jit(step, donate_argnums=(1, 2))(gradients, state, params))
+    jax.block_until_ready(jax.jit(step, donate_argnums=(0, 1))(params, state, gradients))
     found = jax.devices()[0].memory_stats()
     return None if found is None else found["peak_bytes_in_use"]
 

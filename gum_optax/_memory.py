@@ -132,7 +132,7 @@ def memory_report(
         kinds[kind] = kinds.get(kind, 0) + _bytes(leaf)
     rest = tuple(LeafMemory(kind, (), 0, 0, {kind: size}) for kind, size in shared.items())
     device = None if isinstance(compiled, bool) else compiled
-    temporaries = _temporaries(tx, device, gradients, state, shapes) if compiled else None
+    temporaries = _temporaries(tx, device, shapes, state, gradients) if compiled else None
     return MemoryReport((*owned.values(), *rest), temporaries)
 
 
@@ -147,12 +147,14 @@ def _last_field(path: Any) -> str:
 
 
 def _temporaries(tx: Any, device: Any, *arguments: Any) -> int | None:
-    def step(gradients, state, params):
+    # In the order of the results: JAX gives a result the first donated argument of its shape, and would give
+    # new parameters the room of a momentum, to be copied away first.
+    def step(params, state, gradients):
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
     if device is not None:
         place = jax.sharding.SingleDeviceSharding(device)
         arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments)
-    analysis = jax.jit(step, donate_argnums=(1, 2)).lower(*arguments).compile().memory_analysis()
+    analysis = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile().memory_analysis()
     return None if analysis is None else analysis.temp_size_in_bytes
