@@ -62,9 +62,9 @@ def optimizers(rank: int) -> dict[str, Callable[[], optax.GradientTransformation
         "muon": lambda: go.muon(1e-3),
         "gum": lambda: go.gum(1e-3, rank, PERIOD, FRACTION),
         "galore_muon": lambda: go.galore_muon(1e-3, rank, PERIOD),
-        "gum (Gram form)": lambda: go.gum(1e-3, rank, PERIOD, FRACTION, orthogonalizer=go.gram_newton_schulz),
-        "galore_muon (Gram form)": lambda: go.galore_muon(
-            1e-3, rank, PERIOD, orthogonalizer=go.gram_newton_schulz
+        "gum (plain form)": lambda: go.gum(1e-3, rank, PERIOD, FRACTION, orthogonalizer=go.newton_schulz),
+        "galore_muon (plain form)": lambda: go.galore_muon(
+            1e-3, rank, PERIOD, orthogonalizer=go.newton_schulz
         ),
         "sumo": lambda: go.sumo(1e-3, rank, PERIOD),
         "sinkgd": lambda: go.sinkgd(1e-3),

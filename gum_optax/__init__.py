@@ -48,6 +48,7 @@ from ._optimizers import gum as gum
 from ._optimizers import sumo as sumo
 from ._orthogonalize import JORDAN as JORDAN
 from ._orthogonalize import POLAR_EXPRESS as POLAR_EXPRESS
+from ._orthogonalize import fastest_newton_schulz as fastest_newton_schulz
 from ._orthogonalize import gram_newton_schulz as gram_newton_schulz
 from ._orthogonalize import newton_schulz as newton_schulz
 from ._orthogonalize import orthogonalize as orthogonalize

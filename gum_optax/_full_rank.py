@@ -14,7 +14,7 @@ from ._dimensions import WeightDimensionNumbers
 from ._momentum import heavy_ball
 from ._normalize import multi_norm, normalize, outputs_first, sinkhorn, standardize_rows, whiten
 from ._norms import LARGEST
-from ._orthogonalize import POLAR_EXPRESS, Orthogonalizer, newton_schulz, orthogonalize
+from ._orthogonalize import POLAR_EXPRESS, Orthogonalizer, fastest_newton_schulz, newton_schulz, orthogonalize
 from ._routing import by_constant, by_shape, matrices_and_others
 
 
@@ -32,7 +32,9 @@ def muon_rule(
     together: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Muon's rule: `R ← β R + G,  step = NS(R)`, the heavy ball kept in `dtype`."""
-    method = check_function("orthogonalizer", chosen(orthogonalizer, newton_schulz), "gum_optax.polar")
+    method = check_function(
+        "orthogonalizer", chosen(orthogonalizer, fastest_newton_schulz), "gum_optax.polar"
+    )
     return optax.chain(heavy_ball(momentum, nesterov, dtype), orthogonalize(method, together=together))
 
 
@@ -68,7 +70,8 @@ def muon(
       momentum_dtype: what `R` is kept in: float32 (the default), or bfloat16, rounded to stochastically,
         which halves the state. (GUM's sampled blocks live outside the subspace; rounding puts a little of
         their momentum inside, where Newton-Schulz raises it.)
-      orthogonalizer: `newton_schulz` (the default), `polar`, or any function `(*, m, n) -> (*, m, n)`.
+      orthogonalizer: `fastest_newton_schulz` (the default), `polar`, or any function
+        `(*, m, n) -> (*, m, n)`.
       consistent_rms: step times `0.2 √max(fan_in, fan_out)` (Moonlight); `None`: times
         `√max(1, fan_out/fan_in)` (Jordan).
       weight_decay, weight_decay_mask, weight_dimension_numbers, others: as in all optimizers of this

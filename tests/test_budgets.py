@@ -31,23 +31,24 @@ WIDTH, FF, RANK = memory.SIZES["512"]
 # Scanned, the step of the largest leaf alone is 0.22 of the gradients, and XLA's CPU backend fuses no product
 # with what reads it; a TPU does.
 BUDGETS = {
-    ("galore_muon", False): 0.26,
-    ("gum", False): 0.4,
-    ("sumo", False): 0.2,
+    ("galore_muon", False): 0.24,
+    ("gum", False): 0.32,
+    ("sumo", False): 0.16,
     ("sinkgd", False): 0.01,
-    ("muon", False): 0.1,
+    ("muon", False): 0.06,
     ("galore_muon", True): 0.3,
-    ("gum", True): 0.5,
+    ("gum", True): 0.4,
     ("sumo", True): 0.45,
     ("sinkgd", True): 0.01,
+    ("muon", True): 0.46,
 }
 if jax.__version_info__ >= (0, 11):  # whose compiler has another order of separate layers
-    BUDGETS |= {("galore_muon", False): 0.3, ("gum", False): 0.44}
+    BUDGETS |= {("galore_muon", False): 0.28, ("gum", False): 0.35}
 
 
 @pytest.mark.skipif(
     jax.__version_info__ < (0, 10),
-    reason="jax 0.9 counts donated state: optax.adamw has 2.0 of the gradients",
+    reason="the XLA of jax 0.9 holds the steps of all leaves: muon has 1.0 of the gradients",
 )
 @pytest.mark.parametrize(
     ("name", "scanned"), BUDGETS, ids=lambda x: {True: "scanned", False: "separate"}.get(x, x)

@@ -15,7 +15,13 @@ from helpers import AMPLIFIED
 from oracles import jordan, msign
 
 express = functools.partial(go.newton_schulz, coefficients=go.POLAR_EXPRESS)
-ALL = {"jordan": go.newton_schulz, "gram": go.gram_newton_schulz, "polar_express": express, "polar": go.polar}
+ALL = {
+    "jordan": go.newton_schulz,
+    "gram": go.gram_newton_schulz,
+    "fastest": go.fastest_newton_schulz,
+    "polar_express": express,
+    "polar": go.polar,
+}
 SHAPES = st.tuples(st.integers(1, 7), st.integers(1, 7))
 SEEDS = st.integers(0, 2**16)
 
@@ -45,6 +51,23 @@ def test_the_gram_form_is_the_plain_form_up_to_rounding(rng, coefficients, condi
     np.testing.assert_allclose(go.gram_newton_schulz(x, coefficients, restart=1), plain, atol=1e-4)
     with pytest.raises(ValueError, match="restart must be at least 1, got 0"):
         go.gram_newton_schulz(x, restart=0)
+
+
+def test_the_fastest_way_is_the_gram_form_of_wide_matrices_on_a_cpu_alone(rng):
+    for shape, on_a_cpu in (
+        ((16, 16), go.newton_schulz),
+        ((31, 16), go.newton_schulz),
+        ((16, 32), go.gram_newton_schulz),
+        ((48, 16), go.gram_newton_schulz),
+    ):
+        x = jnp.float32(rng.standard_normal(shape))
+        for platform, way in (("cpu", on_a_cpu), ("cuda", go.newton_schulz), ("tpu", go.newton_schulz)):
+            found, expected = (
+                jax.jit(f).trace(x).lower(lowering_platforms=(platform,)).as_text().count("dot_general")
+                for f in (go.fastest_newton_schulz, way)
+            )
+            assert found == expected > 0
+        np.testing.assert_allclose(go.fastest_newton_schulz(x), go.newton_schulz(x), atol=1e-4)
 
 
 def test_the_gram_form_costs_less_on_wide_matrices():
