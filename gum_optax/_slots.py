@@ -96,16 +96,17 @@ def _sliced(members: Sequence[Member], leaf: Any, number: Any) -> list[Array]:
 def _branched(members: Sequence[Member], leaf: Any, number: Any) -> list[Array]:
     """A branch for every leaf: of many leaves, only the one that holds the block is read."""
 
-    def reader(member):
+    @functools.partial(jax.jit, static_argnums=0)  # traced once for all leaves seen the same way
+    def flat(view, x, number):
         # Behind a barrier, or XLA would move the view out of the branch, and copy every leaf. Flat, so that
         # all branches give the block in one layout.
-        return lambda number: [
-            view.block(jax.lax.optimization_barrier(x), number).astype(jnp.float32).ravel()
-            for x, view in member
-        ]
+        return view.block(jax.lax.optimization_barrier(x), number).astype(jnp.float32).ravel()
 
-    flat = jax.lax.switch(leaf, [reader(member) for member in members], number)
-    return [x.reshape(view.shape[-2:]) for x, (_, view) in zip(flat, members[0], strict=True)]
+    def reader(member):
+        return lambda number: [flat(view, x, number) for x, view in member]
+
+    found = jax.lax.switch(leaf, [reader(member) for member in members], number)
+    return [x.reshape(view.shape[-2:]) for x, (_, view) in zip(found, members[0], strict=True)]
 
 
 def map_blocks(

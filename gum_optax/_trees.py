@@ -45,6 +45,16 @@ def _zero(x: Array) -> Array:
     return jnp.where(jnp.isnan(zero), 0, zero)
 
 
+@jax.jit  # traced once for all leaves of a shape
+def _after(x: Array, result: Array) -> Array:
+    """`x`, which on a CPU hangs on `result`."""
+
+    def waiting(x, result):
+        return x + _zero(result).astype(x.dtype)
+
+    return jax.lax.platform_dependent(x, result, cpu=waiting, default=lambda x, _: x)
+
+
 def map_in_turn(f: Callable[..., Array], tree: Any, *others: Any) -> Any:
     """`jax.tree.map` in which each leaf waits for the result of the one before.
 
@@ -54,16 +64,12 @@ def map_in_turn(f: Callable[..., Array], tree: Any, *others: Any) -> Any:
     should be the smallest, carries it. On a TPU, whose scheduler saves memory by itself, the order would
     only keep the result from being fused into what reads it.
     """
-
-    def after(x, result):
-        return x + _zero(result).astype(x.dtype)
-
     leaves, treedef = jax.tree.flatten(tree)
     results: list[Array] = []
     for row in zip(leaves, *(treedef.flatten_up_to(other) for other in others), strict=True):
         *operands, last = row
         if results:
-            last = jax.lax.platform_dependent(last, results[-1], cpu=after, default=lambda x, _: x)
+            last = _after(last, results[-1])
         results.append(f(*operands, last))
     return treedef.unflatten(results)
 

@@ -190,12 +190,14 @@ def _sampled_steps(
         for name, group in sampled.items():
             slot = holders(index[name], group.blocks)
             for place, start, size in zip(group.places, group.starts, group.sizes, strict=True):
-                held = slot[start : start + size]
-                overlay[place] = functools.partial(put, values=slot_steps[name], slots=held)
+                overlay[place] = slot_steps[name], slot[start : start + size]
+
+        @jax.jit  # traced once for all leaves of a shape
+        def laid_over(p, s, values, held):
+            return put(functools.partial(lift, p, s), values, held)
 
         def step(place, p, s):
-            lifted = functools.partial(lift, p, s)
-            return overlay[place](lifted) if place in overlay else lifted()
+            return laid_over(p, s, *overlay[place]) if place in overlay else lift(p, s)
 
         places = map_with_place(lambda place, _: place, updates)
         steps = map_in_turn(step, places, told.projectors, told.steps)

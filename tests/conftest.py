@@ -5,6 +5,8 @@ from pathlib import Path
 # Tests are tiny: compilation dominates, so LLVM's optimizations are off; XLA's own, which decide the
 # buffers that the memory tests look at, are on.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Threads of LAPACK spin for a while after each call, on the cores that XLA goes on with.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault(
     "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
