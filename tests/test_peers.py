@@ -50,7 +50,7 @@ def test_golore_is_adam_in_its_subspaces_with_a_rotated_mean(leaves):
 def test_golore_takes_the_gradients_subspace_first_and_random_ones_later(leaves):
     def projectors(key):
         tx = go.golore(1.0, RANK, PERIOD, random_after=PERIOD, find_subspace=go.svd_subspace, key=key)
-        return [rule_state(s).projectors["wide"][0] for s in steps_of(tx, leaves)[1][1::PERIOD]]
+        return [rule_state(s).projectors["wide"] for s in steps_of(tx, leaves)[1][1::PERIOD]]
 
     (first, then, _), (other_first, other_then, _) = projectors(0), projectors(1)
     u = np.linalg.svd(leaves["wide"][0])[0][:, :RANK]
