@@ -132,47 +132,27 @@ def holders(index: Int[Array, "k"], blocks: int) -> Int[Array, "blocks"]:
 
 
 def put(
-    made: Callable[[], Float[Array, "... m n"]], values: Float[Array, "k m n"], slots: Int[Array, "size"]
+    leaf: Float[Array, "... m n"], values: Float[Array, "k m n"], slots: Int[Array, "size"]
 ) -> Float[Array, "... m n"]:
-    """The leaf `made()`, with `values[slots[i]]` in place of its block `i` where that is not -1."""
+    """`leaf`, with `values[slots[i]]` in place of its block `i` where that is not -1."""
     if len(slots) == 1:
-        # An accelerator fuses the choice with what next reads the leaf, and branches at a cost; a CPU fuses
-        # nothing with a product, spares it in a branch, and has less to compile.
-        return jax.lax.platform_dependent(
-            values, slots, cpu=functools.partial(_by_branch, made), default=functools.partial(_chosen, made)
-        )
-    in_turn = functools.partial(_in_turn, made)
+        # A choice and no branch: it is made where the leaf is next read.
+        held = values[slots[0]].reshape(leaf.shape).astype(leaf.dtype)
+        return jnp.where(slots[0] < 0, leaf, held)
     if len(values) > _FEW:
-        return in_turn(values, slots)
-    return rolled_but_on_tpu(in_turn, functools.partial(_by_choice, made), values, slots)
+        return _in_turn(leaf, values, slots)
+    return rolled_but_on_tpu(_in_turn, _by_choice, leaf, values, slots)
 
 
-def _held(values: Array, slots: Array, like: Any) -> Array:
-    """The slot of a single block, as a leaf like it."""
-    return values[slots[0]].reshape(like.shape).astype(like.dtype)
-
-
-def _by_branch(made: Callable[[], Array], values: Array, slots: Array) -> Array:
-    like = jax.eval_shape(made)
-    return jax.lax.cond(slots[0] < 0, made, lambda: _held(values, slots, like))
-
-
-def _chosen(made: Callable[[], Array], values: Array, slots: Array) -> Array:
-    leaf = made()
-    return jnp.where(slots[0] < 0, leaf, _held(values, slots, leaf))
-
-
-def _by_choice(made: Callable[[], Array], values: Array, slots: Array) -> Array:
+def _by_choice(leaf: Array, values: Array, slots: Array) -> Array:
     """As a single block, once for each slot: on a TPU the leaf is then never written out."""
-    leaf = made()
     for slot, value in enumerate(values.astype(leaf.dtype)):
         leaf = jnp.where((slots == slot).reshape(*leaf.shape[:-2], 1, 1), value, leaf)
     return leaf
 
 
-def _in_turn(made: Callable[[], Array], values: Array, slots: Array) -> Array:
+def _in_turn(leaf: Array, values: Array, slots: Array) -> Array:
     """Block by block and in place, where a scatter would write the leaf anew."""
-    leaf = made()
 
     def overwritten(slot, blocks):
         here = slots == slot

@@ -194,7 +194,7 @@ def _sampled_steps(
 
         @jax.jit  # traced once for all leaves of a shape
         def laid_over(p, s, values, held):
-            return put(functools.partial(lift, p, s), values, held)
+            return put(lift(p, s), values, held)
 
         def step(place, p, s):
             return laid_over(p, s, *overlay[place]) if place in overlay else lift(p, s)

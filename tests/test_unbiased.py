@@ -134,17 +134,17 @@ def test_slots_are_written_back_the_same_by_choice_and_in_turn(held):
     for block, slot in enumerate(held):
         expected[block] = values[slot] if slot >= 0 else expected[block]
     for put in (_slots._by_choice, _slots._in_turn):
-        found = put(lambda: jnp.asarray(leaf), jnp.asarray(values), jnp.asarray(held))
+        found = put(jnp.asarray(leaf), jnp.asarray(values), jnp.asarray(held))
         np.testing.assert_array_equal(found, np.float32(expected).reshape(leaf.shape))
 
 
 @pytest.mark.parametrize("held", [-1, 0, 2])
-def test_a_slot_is_written_back_the_same_by_a_branch_and_by_a_choice(held):
+@pytest.mark.parametrize("shape", [(4, 5), (1, 4, 5)])
+def test_a_slot_is_written_back_to_a_single_matrix(held, shape):
     rng = np.random.default_rng(2)
-    leaf, values = rng.standard_normal((1, 4, 5)), rng.standard_normal((3, 4, 5))
-    for put in (_slots._by_branch, _slots._chosen):
-        found = put(lambda: jnp.asarray(leaf), jnp.asarray(values), jnp.asarray([held]))
-        np.testing.assert_array_equal(found, np.float32(leaf if held < 0 else values[held : held + 1]))
+    leaf, values = rng.standard_normal(shape), rng.standard_normal((3, 4, 5))
+    found = _slots.put(jnp.asarray(leaf), jnp.asarray(values), jnp.asarray([held]))
+    np.testing.assert_array_equal(found, np.float32(leaf if held < 0 else values[held].reshape(shape)))
 
 
 @pytest.mark.parametrize("sizes", [(3, 2), (1, 1, 1), (1, 4)], ids=str)
