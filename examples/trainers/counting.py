@@ -53,5 +53,5 @@ def report(opt_state: Any) -> None:
         name = jax.tree_util.keystr(path)
         if "refreshes" in name:
             print("refreshes", x)
-        if x.ndim > 2 and ("projectors" in name or "trace" in name):
+        if x.ndim > 1 and ("projectors" in name or "trace" in name):
             print(name, x.shape, "replicated" if x.sharding.is_fully_replicated else "sharded")
