@@ -61,6 +61,7 @@ class Held(NamedTuple):
         """Inside the subspace and in all."""
         del keys, projectors
 
+        @jax.jit  # traced once for all leaves of a shape
         def energy(r, g):
             scale = jnp.max(jnp.abs(r))
             return Energy(scale, _squares(r, scale), _squares(g, scale))

@@ -12,7 +12,7 @@ from ._dimensions import View, plain_view
 from ._products import exact_matmul
 from ._slots import Member, read
 from ._subspace import MeanOf, SubspaceFinder, by_means, finders_of
-from ._trees import companions, rolled_but_on_tpu
+from ._trees import companions, rolled_but_on_tpu, unstacked
 
 # A leaf's gradient as it is stored, how that is seen as blocks, and its projector.
 Row = tuple[Float[Array, "..."], View, Float[Array, "*b m r"]]
@@ -110,14 +110,16 @@ def _each(finders: Sequence[SubspaceFinder], rows: Sequence[Row]):
         branches = [functools.partial(by, find, view) for find in finders]
         return [jax.lax.switch(phase, branches, keys[0], *operands[0])]
 
+    def one(view, due, *operands):
+        return jax.lax.cond(due, functools.partial(found, view), _stayed, *operands)[0]
+
     # Jitted, so that a view is traced once for all leaves that share it.
-    found_by = {view: jax.jit(functools.partial(found, view)) for _, view, _ in rows}
+    one_by = {view: jax.jit(functools.partial(one, view)) for _, view, _ in rows}
 
     def each(due, keys, phase, operands):
-        views = [view for _, view, _ in rows]
         return [
-            jax.lax.cond(due, found_by[view], _stayed, keys[i : i + 1], phase, [operand])[0]
-            for i, (view, operand) in enumerate(zip(views, operands, strict=True))
+            one_by[view](due, keys[i : i + 1], phase, [operand])
+            for i, ((_, view, _), operand) in enumerate(zip(rows, operands, strict=True))
         ]
 
     return each
@@ -140,6 +142,6 @@ def _in_turn(finders: Sequence[SubspaceFinder], rows: Sequence[Row]):
             return jax.lax.switch(phase, [functools.partial(_found, find) for find in finders], *block)
 
         projectors, rotations = jax.lax.map(one, (jnp.arange(len(rows)), keys))
-        return list(zip(projectors, rotations, strict=True))
+        return unstacked(projectors, rotations)
 
     return found

@@ -19,7 +19,7 @@ from ._sampling import check_key, draw, key_data
 from ._sharding import zeros
 from ._slots import Group, groups_of, holders, put
 from ._subspace import SubspaceFinder, lift, outside, project, track_subspace
-from ._trees import is_hole, map_in_turn, map_with_place, split
+from ._trees import is_hole, map_in_turn, map_with_place, split, unknown
 
 
 class Weights(NamedTuple):
@@ -189,8 +189,9 @@ def _sampled_steps(
         overlay = {}
         for name, group in sampled.items():
             slot = holders(index[name], group.blocks)
-            for place, start, size in zip(group.places, group.starts, group.sizes, strict=True):
-                overlay[place] = slot_steps[name], slot[start : start + size]
+            starts = unknown(group.starts, slot[0])
+            for place, start, size in zip(group.places, starts, group.sizes, strict=True):
+                overlay[place] = slot_steps[name], jax.lax.dynamic_slice_in_dim(slot, start, size)
 
         @jax.jit  # traced once for all leaves of a shape
         def laid_over(p, s, values, held):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -83,6 +84,28 @@ def test_separate_layers_compile_to_less_than_optax_muon(name):
         return jax.jit(tx.update).lower(shapes, state, shapes).compile().as_text().count("\n")
 
     assert lines(makers[name]()) <= lines(makers["optax.contrib.muon"]())
+
+
+def test_layers_share_their_kernels():
+    """XLA's CPU backend compiles equal kernels once: more layers are more of the same ones."""
+    tx = memory.optimizers(4)["gum"]()
+
+    def kernels(count):
+        shapes = memory.layers(32, 48, count, scanned=False)
+        state = jax.eval_shape(tx.init, shapes)
+
+        def step(params, state, gradients):
+            updates, state = tx.update(gradients, state, params)
+            return optax.apply_updates(params, updates), state
+
+        text = jax.jit(step).lower(shapes, state, shapes).compile().as_text()
+        bodies = re.findall(r"^%fused_computation\S* \(.*?\n(.*?)^}", text, re.MULTILINE | re.DOTALL)
+        plain = [re.sub(r", metadata=\{[^}]*\}|, backend_config=.*", "", body) for body in bodies]
+        return len({re.sub(r"%[\w.\-]+", "", body) for body in plain})
+
+    few, many = kernels(2), kernels(4)
+    assert 20 < few
+    assert many <= few + 2
 
 
 def test_a_changed_learning_rate_compiles_nothing_anew():
