@@ -1,5 +1,6 @@
 """Orthogonalizers: the polar factor of a matrix, exactly or by Newton-Schulz."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -170,8 +171,8 @@ def gram_newton_schulz(
 
     Two products with `n` columns for every `restart` rows, where `newton_schulz` has two a row. All products
     are in full float32: in bfloat16 the errors of `A` grow until the result blows up, and an accelerator may
-    well be faster with the plain form in its fast precision. With `restart=3` the two agree to 1e-5, without
-    restarts to 3e-4.
+    well be faster with the plain form in its fast precision. From `JORDAN` in float64 `restart=3` is 2e-5
+    off in spectral norm, as `newton_schulz` is, and without restarts 1.3e-3.
 
     Args:
       x: matrices in the last two axes, of any floating dtype.
@@ -206,8 +207,10 @@ def gram_newton_schulz(
 def fastest_newton_schulz(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
     """Newton-Schulz by the way that was measured to be the faster one: the default of Muon's rule.
 
-    On a CPU `gram_newton_schulz` for matrices at least twice as wide as high, and `newton_schulz` for all
-    others and on all other platforms, whose fast precision the Gram form could not use.
+    On a CPU `gram_newton_schulz` without restarts for matrices at least twice as wide as high: up to 1.3e-3
+    in spectral norm from `newton_schulz` (measured, at conditions from 1e2 to 1e7), which itself is 0.3 from
+    the polar factor. `newton_schulz` for all others and on all other platforms, whose fast precision the Gram
+    form could not use.
 
     Args:
       x: matrices in the last two axes, of any floating dtype.
@@ -215,7 +218,8 @@ def fastest_newton_schulz(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
     short, long = sorted(x.shape[-2:])
     if long < _WIDE_ENOUGH * short:
         return newton_schulz(x)
-    return jax.lax.platform_dependent(x, cpu=gram_newton_schulz, default=newton_schulz)
+    gram = functools.partial(gram_newton_schulz, restart=len(JORDAN))
+    return jax.lax.platform_dependent(x, cpu=gram, default=newton_schulz)
 
 
 def polar(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:

@@ -54,11 +54,12 @@ def test_the_gram_form_is_the_plain_form_up_to_rounding(rng, coefficients, condi
 
 
 def test_the_fastest_way_is_the_gram_form_of_wide_matrices_on_a_cpu_alone(rng):
+    gram = functools.partial(go.gram_newton_schulz, restart=5)
     for shape, on_a_cpu in (
         ((16, 16), go.newton_schulz),
         ((31, 16), go.newton_schulz),
-        ((16, 32), go.gram_newton_schulz),
-        ((48, 16), go.gram_newton_schulz),
+        ((16, 32), gram),
+        ((48, 16), gram),
     ):
         x = jnp.float32(rng.standard_normal(shape))
         for platform, way in (("cpu", on_a_cpu), ("cuda", go.newton_schulz), ("tpu", go.newton_schulz)):
@@ -68,6 +69,20 @@ def test_the_fastest_way_is_the_gram_form_of_wide_matrices_on_a_cpu_alone(rng):
             )
             assert found == expected > 0
         np.testing.assert_allclose(go.fastest_newton_schulz(x), go.newton_schulz(x), atol=1e-4)
+
+
+@pytest.mark.parametrize("small", [1e-2, 1e-3, 3e-4, 1e-7, 0])
+def test_without_restarts_the_gram_form_is_close_to_float64_whatever_the_condition(rng, small):
+    """In spectral norm, where the Gram matrix loses the small singular values to rounding."""
+    left, _ = np.linalg.qr(rng.standard_normal((16, 16)))
+    right, _ = np.linalg.qr(rng.standard_normal((64, 16)))
+    x = np.float32((left * np.r_[1, np.full(15, small)]) @ right.T)
+    exact = np.float64(x) / np.linalg.norm(np.float64(x))
+    for a, b, c in go.JORDAN:
+        gram = exact @ exact.T
+        exact = a * exact + (b * gram + c * gram @ gram) @ exact
+    found = go.gram_newton_schulz(jnp.asarray(x), restart=5)
+    assert np.linalg.norm(found - exact, 2) < 2e-3
 
 
 def test_the_gram_form_costs_less_on_wide_matrices():
