@@ -96,12 +96,15 @@ def test_a_setting_measured_again_replaces_itself_and_no_other(tmp_path):
 
 def test_the_guard_is_timed_beside_the_rule_alone(tmp_path, monkeypatch):
     made = guard.rules
-    monkeypatch.setattr(guard, "rules", lambda rank: {"gum": made(rank)["gum"]})
+    few = ("galore_muon", "gum")
+    monkeypatch.setattr(guard, "rules", lambda rank: {name: made(rank)[name] for name in few})
     common = ["--model", "tiny", "--rank", "4", "--kinds", "scanned", "--rounds", "1"]
     guard.main([*common, "--out", str(tmp_path)])
     (rows,) = settings_of(tmp_path / "guard.json").values()
+    assert len(rows) == 6
     assert all(row["step"] > 0 for row in rows.values())
-    alone, built_in, around = (row["temporaries"] for row in rows.values())
-    assert built_in < 1.03 * alone  # the state is kept where it is made: no second one
-    assert around > 1.3 * alone
-    assert (tmp_path / "guard.md").read_text().count("skip_non_finite") == 1
+    for rule in few:  # the state is kept where it is made: no second one
+        alone, built_in = (rows[f"{rule}, {how}"]["temporaries"] for how in ("alone", "skip_non_finite"))
+        assert built_in < 1.03 * alone
+        assert rows[f"{rule}, optax.apply_if_finite"]["temporaries"] > 1.3 * alone
+    assert (tmp_path / "guard.md").read_text().count("skip_non_finite") == 2
