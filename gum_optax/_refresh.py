@@ -12,7 +12,7 @@ from ._dimensions import View, plain_view
 from ._products import exact_matmul
 from ._slots import Member, read
 from ._subspace import MeanOf, SubspaceFinder, by_means, finders_of
-from ._trees import companions, rolled_but_on_tpu, unstacked
+from ._trees import after, companions, rolled_but_on_tpu, unstacked
 
 # A leaf's gradient as it is stored, how that is seen as blocks, and its projector.
 Row = tuple[Float[Array, "..."], View, Float[Array, "*b m r"]]
@@ -104,7 +104,9 @@ def _each(finders: Sequence[SubspaceFinder], rows: Sequence[Row]):
 
     def by(find, view, key, stored, p):
         # The barrier keeps XLA from moving the view out of the branch again.
-        return _found(find, key, view.of(jax.lax.optimization_barrier(stored)), p)
+        new, rotation = _found(find, key, view.of(jax.lax.optimization_barrier(stored)), p)
+        # The new one takes the place of the old, which the rotation reads: first the rotation.
+        return after(new, rotation), rotation
 
     def found(view, keys, phase, operands):
         branches = [functools.partial(by, find, view) for find in finders]

@@ -47,8 +47,8 @@ def _zero(x: Array) -> Array:
 
 
 @jax.jit  # traced once for all leaves of a shape
-def _after(x: Array, result: Array) -> Array:
-    """`x`, which on a CPU hangs on `result`."""
+def after(x: Array, result: Array) -> Array:
+    """`x`, which on a CPU is not there before `result`."""
 
     def waiting(x, result):
         return x + _zero(result).astype(x.dtype)
@@ -70,7 +70,7 @@ def map_in_turn(f: Callable[..., Array], tree: Any, *others: Any) -> Any:
     for row in zip(leaves, *(treedef.flatten_up_to(other) for other in others), strict=True):
         *operands, last = row
         if results:
-            last = _after(last, results[-1])
+            last = after(last, results[-1])
         results.append(f(*operands, last))
     return treedef.unflatten(results)
 
