@@ -10,6 +10,7 @@ from ._cosmos import cosmos_rule as cosmos_rule
 from ._dimensions import LAST_TWO as LAST_TWO
 from ._feedback import DionState as DionState
 from ._feedback import TrionState as TrionState
+from ._feedback import dct_columns as dct_columns
 from ._feedback import dion_rule as dion_rule
 from ._feedback import trion_rule as trion_rule
 from ._field import fira as fira
@@ -69,7 +70,6 @@ from ._scaling import limit_norm_growth as limit_norm_growth
 from ._scaling import scale_by_shape as scale_by_shape
 from ._sharding import check_processes_agree as check_processes_agree
 from ._sharding import state_shardings as state_shardings
-from ._subspace import dct_columns as dct_columns
 from ._subspace import random_subspace as random_subspace
 from ._subspace import randomized_svd as randomized_svd
 from ._subspace import subspace_iteration as subspace_iteration

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from ._checks import check_function, check_integer, check_number
 from ._norms import frobenius, inverse, norm
@@ -13,12 +13,37 @@ from ._orthogonalize import Orthogonalizer, newton_schulz
 from ._per_matrix import per_matrix
 from ._products import exact_matmul
 from ._sharding import placed, zeros
-from ._subspace import dct_columns, lift, orthonormalize, project, regularized
+from ._subspace import lift, orthonormalize, project, regularized
 
 _EPS = float(jnp.finfo(jnp.float32).eps)
 # What a completing column of Dion's P sees of M, in units of eps |M|: the floor, over a column of Y of norm
 # 1/√r, so √r of them.
 _ROUNDINGS = 64.0
+
+
+def dct_columns(m: Float[Array, "*b m n"], rank: int) -> Float[Array, "*b m r"]:
+    """The `r` columns of the orthonormal DCT that see most of the matrix: largest ℓ1 norm of `dᵀM`.
+
+    One fixed basis a size, so that `r` integers say which; no factorization, only a fast transform.
+    (Modoranu et al., arXiv 2505.17967.)
+
+    Args:
+      m: the matrix.
+      rank: `r`, from 1 to the size of its first side.
+
+    Raises:
+      TypeError, ValueError: `rank` is not such an integer.
+    """
+    size = m.shape[-2]
+    if check_integer("rank", rank, at_least=1) > size:
+        raise ValueError(f"rank must be at most {size}, the size of the matrix, got {rank}.")
+    similarity = jnp.sum(jnp.abs(jax.scipy.fft.dct(m, axis=-2, norm="ortho")), axis=-1)
+    _, chosen = jax.lax.top_k(similarity, rank)
+    # The DCT-II: row i of column j is √(2/m) cos(π j (2i + 1) / 2m), and √(1/m) for j = 0. The angle is
+    # reduced as an integer: float32 would lose the phase of a large j (2i + 1).
+    quarters = (chosen[..., None, :] * (2 * jnp.arange(size)[:, None] + 1)) % (4 * size)
+    waves = jnp.cos(jnp.pi / (2 * size) * quarters.astype(jnp.float32))
+    return waves * jnp.where(chosen[..., None, :] == 0, 1, 2**0.5) / size**0.5
 
 
 class TrionState(NamedTuple):

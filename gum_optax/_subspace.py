@@ -22,9 +22,12 @@ SubspaceFinder = Callable[
 MeanOf = Callable[[Callable[[Any], Any]], Any]
 
 # Cholesky-QR squares the condition number, so float32 needs a shift on the first pass and two clean
-# passes after it: orthonormal to rounding up to condition 1e6 (Fukaya et al., shifted CholeskyQR3).
+# passes after it: orthonormal to rounding up to condition 1e6 (Fukaya et al., shifted CholeskyQR3). One clean
+# pass leaves 1e-2 at worst (the shifted pass leaves a condition of 1e2, and 1e2² √r eps is that): enough for
+# the start of another power step, whose result has two again.
 _SHIFT = 1e-6
 _CLEAN_PASSES = 2
+_CLEAN_PASSES_BETWEEN = 1
 # How much of the previous subspace a power step keeps: directions that G does not see (rank-deficient, zero)
 # have nothing else. Bounds Y's condition by 1e5.
 _FLOOR = 1e-5
@@ -64,7 +67,9 @@ def outside(
     return jnp.where(frobenius(g) > rounding * whole, g, 0)
 
 
-def orthonormalize(y: Float[Array, "*b m r"], shifted_passes: int = 1) -> Float[Array, "*b m r"]:
+def orthonormalize(
+    y: Float[Array, "*b m r"], shifted_passes: int = 1, clean_passes: int = _CLEAN_PASSES
+) -> Float[Array, "*b m r"]:
     """The `Q` of `Y = Q R`, `R` with positive diagonal, by shifted Cholesky-QR.
 
         Y ← Y L⁻ᵀ,   L Lᵀ = YᵀY (+ shift)
@@ -82,7 +87,7 @@ def orthonormalize(y: Float[Array, "*b m r"], shifted_passes: int = 1) -> Float[
         return exact_matmul(y, inverse.mT), None
 
     # A loop, not unrolled: every leaf has one, and XLA compiles each.
-    shifts = jnp.asarray([_SHIFT] * shifted_passes + [0.0] * _CLEAN_PASSES, y.dtype)
+    shifts = jnp.asarray([_SHIFT] * shifted_passes + [0.0] * clean_passes, y.dtype)
     return jax.lax.scan(one_pass, y, shifts)[0]
 
 
@@ -134,8 +139,13 @@ def subspace_iteration(
 def _iterated(mean_of: MeanOf, p: Any, iterations: int = 2) -> Any:
     """`subspace_iteration` of a leaf, or of all that share their means."""
     # Unrolled: a loop would hold a gradient that is stored the other way round as a copy.
-    for _ in range(iterations):
-        p = jax.tree.map(lambda y, p: orthonormalize(regularized(y, p)), _power_step(mean_of, p), p)
+    for left in reversed(range(iterations)):
+        passes = _CLEAN_PASSES_BETWEEN if left else _CLEAN_PASSES
+        p = jax.tree.map(
+            lambda y, p, passes=passes: orthonormalize(regularized(y, p), clean_passes=passes),
+            _power_step(mean_of, p),
+            p,
+        )
     return p
 
 
@@ -177,8 +187,7 @@ def randomized_svd(
     m, r = previous.shape[-2:]
     columns = min(m, r + oversampling)
     q = orthonormalize(jax.random.normal(key, (*previous.shape[:-1], columns), jnp.float32))
-    for _ in range(power_iterations):
-        q = orthonormalize(regularized(_power_step(lambda f: f(gradient), q), q))
+    q = _iterated(lambda f: f(gradient), q, power_iterations)
     b = _to_norm_one(project(q, gradient))
     _, v = jnp.linalg.eigh(exact_matmul(b, b.mT))  # ascending
     return exact_matmul(q, v[..., ::-1][..., :r])
@@ -221,31 +230,6 @@ def by_means(find: SubspaceFinder) -> Callable[[list[PRNGKeyArray], MeanOf, list
 def first_subspace(key: PRNGKeyArray, g: Float[Array, "*b m n"], rank: int) -> Float[Array, "*b m r"]:
     """A random one to start from, sharded as the rows of `g`."""
     return placed(random_subspace(key, g, jnp.zeros((*g.shape[:-1], rank))), g, -2, rank)
-
-
-def dct_columns(m: Float[Array, "*b m n"], rank: int) -> Float[Array, "*b m r"]:
-    """The `r` columns of the orthonormal DCT that see most of the matrix: largest ℓ1 norm of `dᵀM`.
-
-    One fixed basis a size, so that `r` integers say which; no factorization, only a fast transform.
-    (Modoranu et al., arXiv 2505.17967.)
-
-    Args:
-      m: the matrix.
-      rank: `r`, from 1 to the size of its first side.
-
-    Raises:
-      TypeError, ValueError: `rank` is not such an integer.
-    """
-    size = m.shape[-2]
-    if check_integer("rank", rank, at_least=1) > size:
-        raise ValueError(f"rank must be at most {size}, the size of the matrix, got {rank}.")
-    similarity = jnp.sum(jnp.abs(jax.scipy.fft.dct(m, axis=-2, norm="ortho")), axis=-1)
-    _, chosen = jax.lax.top_k(similarity, rank)
-    # The DCT-II: row i of column j is √(2/m) cos(π j (2i + 1) / 2m), and √(1/m) for j = 0. The angle is
-    # reduced as an integer: float32 would lose the phase of a large j (2i + 1).
-    quarters = (chosen[..., None, :] * (2 * jnp.arange(size)[:, None] + 1)) % (4 * size)
-    waves = jnp.cos(jnp.pi / (2 * size) * quarters.astype(jnp.float32))
-    return waves * jnp.where(chosen[..., None, :] == 0, 1, 2**0.5) / size**0.5
 
 
 class SwitchSubspace(NamedTuple):

@@ -97,6 +97,20 @@ def test_warm_iteration_captures_what_the_svd_captures():
         assert share > (0.97 if step else 0.93)  # the first starts from a random subspace
 
 
+@pytest.mark.parametrize("decades", [0, 1, 3])
+def test_iteration_is_numpys(rng, decades):
+    """The docstring's formula in float64: what orthonormalization leaves out between steps is not missed."""
+    u, v = (np.linalg.qr(rng.normal(size=(size, 24)))[0] for size in (24, 40))
+    g = u * 10.0 ** -np.linspace(0, decades, 24) @ v.T
+    p = start(24, 7)
+    found = go.subspace_iteration(KEY, jnp.float32(g), p, iterations=3)
+    exact = np.asarray(p, np.float64)
+    for _ in range(3):
+        y = g @ g.T @ exact
+        exact = np.linalg.qr(y / np.linalg.norm(y) + 1e-5 * exact)[0]
+    np.testing.assert_allclose(found @ found.mT, exact @ exact.T, atol=2e-6)  # measured: 2e-7
+
+
 def test_iteration_costs_a_small_fraction_of_the_svd():
     """In floating-point operations that XLA counts, against the least an SVD of this shape needs."""
     m, n, r = 128, 512, 16
