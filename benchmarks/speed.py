@@ -4,8 +4,8 @@
 
 The matrices of a LLaMA (Lialin et al.'s sizes, as in the GaLore paper) with random gradients, state donated.
 Rounds go round-robin over the optimizers, so that a busy machine slows all of them; medians are reported.
-A refresh is timed by itself and amortised over the period of 200; so is the very first step, after one that
-is not timed: whatever comes first waits for the machine's memory too. Results are merged into
+A refresh is timed by itself and amortised over the period of 200. The very first step is timed by itself
+too, after one that is not: whatever runs first also waits for the machine's memory. Results are merged into
 `docs/results/speed.json`; the table and the figure of all of them are written beside it.
 """
 
