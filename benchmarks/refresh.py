@@ -36,6 +36,7 @@ MATRICES = {"130m": (768, 2048), "350m": (1024, 2736)}
 
 FINDERS: dict[str, Any] = {
     "svd_subspace": go.svd_subspace,
+    "sketched_subspace, 1 step": functools.partial(go.sketched_subspace, iterations=1),
     "subspace_iteration, 1 step": functools.partial(go.subspace_iteration, iterations=1),
     "subspace_iteration, 2 steps": functools.partial(go.subspace_iteration, iterations=2),
     "subspace_iteration, 3 steps": functools.partial(go.subspace_iteration, iterations=3),

@@ -72,10 +72,11 @@ from ._sharding import check_processes_agree as check_processes_agree
 from ._sharding import state_shardings as state_shardings
 from ._subspace import random_subspace as random_subspace
 from ._subspace import randomized_svd as randomized_svd
+from ._subspace import sketched_subspace as sketched_subspace
 from ._subspace import subspace_iteration as subspace_iteration
 from ._subspace import svd_subspace as svd_subspace
-from ._subspace import switch_subspace as switch_subspace
-from ._subspace import track_subspace as track_subspace
+from ._switch import switch_subspace as switch_subspace
+from ._switch import track_subspace as track_subspace
 from ._unbiased import SampledState as SampledState
 from ._unbiased import Weights as Weights
 from ._unbiased import complement as complement

@@ -15,7 +15,8 @@ from ._normalize import normalize
 from ._residuals import Residual, scale_as_inside
 from ._routing import by_constant, matrices_and_others
 from ._scaling import limit_norm_growth
-from ._subspace import SubspaceFinder, random_subspace, switch_subspace, track_subspace
+from ._subspace import SubspaceFinder, random_subspace
+from ._switch import switch_subspace, track_subspace
 
 
 def golore(

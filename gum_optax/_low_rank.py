@@ -19,7 +19,8 @@ from ._projected import Sketches, places_of
 from ._residuals import Residual, Told, drop, stepping
 from ._sampling import check_key, key_data, stream, streams
 from ._sharding import zeros
-from ._subspace import SubspaceFinder, first_subspace, track_subspace
+from ._subspace import SubspaceFinder, first_subspace
+from ._switch import track_subspace
 from ._trees import map_with_place, merge, split
 
 

@@ -14,7 +14,8 @@ from ._orthogonalize import Orthogonalizer, polar
 from ._residuals import Residual, add_raw
 from ._routing import by_constant, by_shape, matrices_and_others
 from ._scaling import limit_norm_growth
-from ._subspace import SubspaceFinder, randomized_svd, track_subspace
+from ._subspace import SubspaceFinder, randomized_svd
+from ._switch import track_subspace
 from ._unbiased import Compensation, complement, unbiased_low_rank
 
 
@@ -47,8 +48,8 @@ def galore_muon(
       rank: `r`; matrices with `m <= rank` run plain Muon.
       period: `K`; 200 as in GaLore.
       key: an integer seed or a JAX key, for finders that draw.
-      find_subspace: `track_subspace` (the default: `subspace_iteration`, two steps at first and one at
-        each refresh), `svd_subspace` (the paper's).
+      find_subspace: `track_subspace` (the default: `sketched_subspace` at first, then a step of
+        `subspace_iteration` at each refresh), `svd_subspace` (the paper's).
       momentum, momentum_dtype, orthogonalizer, consistent_rms, weight_decay, weight_decay_mask,
         weight_dimension_numbers, others: as in `muon`.
 
@@ -105,7 +106,7 @@ def gum(
         (0 only for 0), and one with a single block runs plain Muon. The paper's is 2 of L layers.
       key: an integer seed or a JAX key: the draws of period `p` are a function of it and `p`.
       compensation: `complement` (the default, the paper's) or `low_variance`.
-      find_subspace: `subspace_iteration` (the default), `svd_subspace` (the paper's).
+      find_subspace: `track_subspace` (the default), `svd_subspace` (the paper's).
       momentum, momentum_dtype, orthogonalizer, consistent_rms, weight_decay, weight_decay_mask,
         weight_dimension_numbers, others: as in `muon`.
 

@@ -146,16 +146,19 @@ def projected_update(
 
         every step      R = mean(Pᵀ Gᵢ),   and the γ sampled blocks of mean(Gᵢ)
         every K steps   C = mean(Pᵀ Gᵢ),   Y = mean(Gᵢ Cᵀ),   P ← orthonormalize(Y)
+        before that, the first time     Y = mean(Gᵢ S),   P ← orthonormalize(Y)
 
-    `(r + 1) n + γ/L m n` numbers a block and a step (one row is for the energy outside), and `r (m + n)` more
-    a power step, in place of `m n`. Leaves that are not projected are averaged whole. The result is that of
+    `(r + 1) n + γ/L m n` numbers a block and a step (one row is for the energy outside), `r (m + n)` more a
+    power step and `r m` a sketch, in place of `m n`. Leaves that are not projected are averaged whole. The
+    result is that of
 
         tx.update(mean(grad(loss)(params, batch)), state, params)
 
-    up to the rounding of sums, where `find_subspace` is made of power steps (`track_subspace`, the default;
-    `subspace_iteration`) or of none (`random_subspace`). With several microbatches the gradients are computed
-    once more for each mean of a refresh. `metrics(state)["captured_energy"]` is then an estimate: the energy
-    outside is that of one random combination of rows, right in the mean.
+    up to the rounding of sums, where `find_subspace` is made of sketches and power steps (`track_subspace`,
+    the default; `sketched_subspace`; `subspace_iteration`) or of neither (`random_subspace`). With several
+    microbatches the gradients are computed once more for each mean of a refresh.
+    `metrics(state)["captured_energy"]` is then an estimate: the energy outside is that of one random
+    combination of rows, right in the mean.
 
     On several devices call it within `jax.shard_map` over the mesh axes of the data, parameters and state
     being whole (or sharded over other axes, Auto ones) on each:

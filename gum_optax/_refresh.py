@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from ._dimensions import View, plain_view
 from ._products import exact_matmul
 from ._slots import Member, read
-from ._subspace import MeanOf, SubspaceFinder, by_means, finders_of
+from ._subspace import MeanOf, SubspaceFinder, by_means
+from ._switch import finders_of
 from ._trees import after, companions, rolled_but_on_tpu, unstacked
 
 # A leaf's gradient as it is stored, how that is seen as blocks, and its projector.

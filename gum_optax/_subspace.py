@@ -2,13 +2,12 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._checks import check_function, check_integer
 from ._norms import frobenius, inverse
 from ._products import exact_matmul
 from ._sharding import placed
@@ -131,7 +130,8 @@ def subspace_iteration(
       key: unused.
       gradient: `(*, m, n)`.
       previous: `(*, m, r)`, orthonormal columns, the start.
-      iterations: power steps; one follows a slowly moving subspace, from nothing it takes two or three.
+      iterations: power steps; one follows a slowly moving subspace, from nothing it takes two or three
+        (see `sketched_subspace`).
     """
     del key
     return _iterated(lambda f: f(gradient), previous, iterations)
@@ -141,18 +141,23 @@ def _iterated(mean_of: MeanOf, p: Any, iterations: int = 2) -> Any:
     """`subspace_iteration` of a leaf, or of all that share their means."""
     # Unrolled: a loop would hold a gradient that is stored the other way round as a copy.
     for left in reversed(range(iterations)):
-        y = jax.tree.map(regularized, _power_step(mean_of, p), p)
-        passes = _CLEAN_PASSES_BETWEEN if left else _CLEAN_PASSES
-        p = jax.tree.map(functools.partial(orthonormalize, clean_passes=passes), y)
+        p = _replaced(p, _power_step(mean_of, p), left)
     return p
 
 
+def _replaced(p: Any, y: Any, left: int) -> Any:
+    """`orthonormalize(Y / |Y| + δ P)`, the start of as many power steps as are left."""
+    passes = _CLEAN_PASSES_BETWEEN if left else _CLEAN_PASSES
+    y = jax.tree.map(regularized, jax.tree.map(_to_norm_one, y), p)
+    return jax.tree.map(functools.partial(orthonormalize, clean_passes=passes), y)
+
+
 def _power_step(mean_of: MeanOf, p: Any) -> Any:
-    """`G GᵀP` to Frobenius norm one; zero where that is zero."""
+    """`G GᵀP` of some scale; zero where that is zero."""
     coordinates = mean_of(lambda g: jax.tree.map(project, p, g))
     # Scales are divided out on the small side: G itself is read twice and never copied.
     small = jax.tree.map(_to_largest_one, coordinates)
-    return jax.tree.map(_to_norm_one, mean_of(lambda g: jax.tree.map(lambda g, c: g @ c.mT, g, small)))
+    return mean_of(lambda g: jax.tree.map(lambda g, c: g @ c.mT, g, small))
 
 
 def _to_largest_one(x: Float[Array, "*b r n"]) -> Float[Array, "*b r n"]:
@@ -161,6 +166,48 @@ def _to_largest_one(x: Float[Array, "*b r n"]) -> Float[Array, "*b r n"]:
 
 def _to_norm_one(x: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:
     return x * inverse(frobenius(x))
+
+
+def sketched_subspace(
+    key: PRNGKeyArray,
+    gradient: Float[Array, "*b m n"],
+    previous: Float[Array, "*b m r"],
+    iterations: int = 1,
+) -> Float[Array, "*b m r"]:
+    """Power steps from a sketch of the gradient: nearly the top `r` left singular vectors, from nothing.
+
+        S: n × r, row j has one entry, a random sign, in column j mod r
+        P ← orthonormalize(G S / |G S| + δ P),   then `iterations` steps of `subspace_iteration`
+
+    A sketch is half a power step, and knows the gradient where a random subspace does not. A zero gradient
+    returns the previous subspace.
+
+    Args:
+      key: of the signs, the same for all blocks of a leaf.
+      gradient: `(*, m, n)`.
+      previous: `(*, m, r)`, orthonormal columns; only what the gradient does not fill is taken from it.
+      iterations: power steps after the sketch.
+
+    References:
+      Halko et al., arXiv 0909.4061, Algorithm 4.4; the sketch of Clarkson and Woodruff, arXiv 1207.6365.
+    """
+    return _from_sketch(lambda f: f(gradient), key, previous, iterations)
+
+
+def _from_sketch(mean_of: MeanOf, key: Any, p: Any, iterations: int = 1) -> Any:
+    """`sketched_subspace` of a leaf, or of all that share their means."""
+
+    def sketch(key, p, g):
+        return g @ count_sketch(key, g.shape[-1], p.shape[-1])
+
+    y = mean_of(lambda g: jax.tree.map(sketch, key, p, g))
+    return _iterated(mean_of, _replaced(p, y, iterations), iterations)
+
+
+def count_sketch(key: PRNGKeyArray, n: int, r: int) -> Float[Array, "n r"]:
+    """`S` with `E[S Sᵀ] = I`: adds up the columns `j mod r` of a matrix with random signs."""
+    signs = jax.random.rademacher(key, (n,), jnp.float32)
+    return jnp.where(jnp.arange(n)[:, None] % r == jnp.arange(r), signs[:, None], 0)
 
 
 def randomized_svd(
@@ -214,6 +261,8 @@ def by_means(find: SubspaceFinder) -> Callable[[list[PRNGKeyArray], MeanOf, list
     bound = functools.partial(find)  # which takes a partial apart
     if bound.func is subspace_iteration:
         return lambda keys, mean_of, previous: _iterated(mean_of, previous, **bound.keywords)
+    if bound.func is sketched_subspace:
+        return lambda keys, mean_of, previous: _from_sketch(mean_of, keys, previous, **bound.keywords)
     if bound.func is random_subspace:
         return lambda keys, mean_of, previous: [
             random_subspace(k, p, p) for k, p in zip(keys, previous, strict=True)
@@ -228,52 +277,3 @@ def by_means(find: SubspaceFinder) -> Callable[[list[PRNGKeyArray], MeanOf, list
 def first_subspace(key: PRNGKeyArray, g: Float[Array, "*b m n"], rank: int) -> Float[Array, "*b m r"]:
     """A random one to start from, sharded as the rows of `g`."""
     return placed(random_subspace(key, g, jnp.zeros((*g.shape[:-1], rank))), g, -2, rank)
-
-
-class SwitchSubspace(NamedTuple):
-    """Finders that follow each other: `finders[i]` before step `steps[i]`, the last one from there on."""
-
-    steps: tuple[int, ...]
-    finders: tuple[SubspaceFinder, ...]
-
-    def __call__(self, key: PRNGKeyArray, gradient: Array, previous: Array) -> Array:
-        """The first of them: who calls it without a step has just begun."""
-        return self.finders[0](key, gradient, previous)
-
-
-def switch_subspace(steps: int, first: SubspaceFinder, then: SubspaceFinder) -> SubspaceFinder:
-    """`first` at refreshes before step number `steps`, and `then` from there on (GoLore).
-
-    Either may itself be such a switch: what `first` has after `steps`, and `then` before, never comes.
-
-    Raises:
-      TypeError, ValueError: `steps` is not an integer of at least 0, or a finder is not a function.
-    """
-    steps = check_integer("steps", steps, at_least=0)
-    check_function("first", first, "gum_optax.svd_subspace")
-    check_function("then", then, "gum_optax.random_subspace")
-    phases = {start: finder for start, finder in _phases(first).items() if start < steps}
-    # Of those that would have begun earlier, the last.
-    phases |= {max(start, steps): finder for start, finder in _phases(then).items()}
-    return SwitchSubspace(tuple(phases)[1:], tuple(phases.values()))
-
-
-def _phases(find: SubspaceFinder) -> dict[int, SubspaceFinder]:
-    """Each finder by the step from which on it serves."""
-    if isinstance(find, SwitchSubspace):
-        return dict(zip((0, *find.steps), find.finders, strict=True))
-    return {0: find}
-
-
-def finders_of(
-    find: SubspaceFinder, step: Int[Array, ""]
-) -> tuple[tuple[SubspaceFinder, ...], Int[Array, ""]]:
-    """All finders of a run, and the number of the one that serves at a step."""
-    phases = _phases(find)
-    return tuple(phases.values()), jnp.sum(step >= jnp.asarray(list(phases))) - 1
-
-
-# Measured (docs/results, "The refresh"): from a random subspace two iterations find 0.987 of the exact one's
-# energy; from the last period's, one keeps 0.998 of it. (Of a gradient of rank at most r, one leaves about
-# 1e-5 outside, two leave the square of that, which is rounding.)
-track_subspace = switch_subspace(1, subspace_iteration, functools.partial(subspace_iteration, iterations=1))

@@ -18,7 +18,8 @@ from ._low_rank import Subspace, in_subspace
 from ._sampling import check_key, draw, key_data
 from ._sharding import zeros
 from ._slots import Group, groups_of, holders, put
-from ._subspace import SubspaceFinder, lift, outside, project, track_subspace
+from ._subspace import SubspaceFinder, lift, outside, project
+from ._switch import track_subspace
 from ._trees import is_hole, map_in_turn, map_with_place, split, unknown
 
 

@@ -8,11 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gum_optax as go
-from gum_optax._subspace import orthonormalize, outside
+from gum_optax._subspace import count_sketch, orthonormalize, outside
 
 from helpers import sequence
 
-FINDERS = {"svd": go.svd_subspace, "iteration": go.subspace_iteration, "random": go.random_subspace}
+FINDERS = {
+    "svd": go.svd_subspace,
+    "iteration": go.subspace_iteration,
+    "sketched": go.sketched_subspace,
+    "random": go.random_subspace,
+}
 KEY = jax.random.key(0)
 # A float32 Gram matrix of up to 64 rows; measured 5e-7.
 ORTHONORMAL = 5e-6
@@ -125,6 +130,46 @@ def test_iteration_is_numpys_where_the_gradient_sees_nothing(rng):
     exact = iterated_by_numpy(g, p, 2)
     # Measured: 9e-4, whatever is orthonormalized between; 3e-2 with no clean pass there.
     np.testing.assert_allclose(found @ found.mT, exact @ np.swapaxes(exact, -1, -2), atol=2e-3)
+
+
+def sketched_by_numpy(key, g, p, iterations):
+    """The docstring's formula in float64."""
+    n, r = g.shape[-1], p.shape[-1]
+    sketch = np.zeros((n, r))
+    sketch[np.arange(n), np.arange(n) % r] = jax.random.rademacher(key, (n,), jnp.float32)
+    y = g @ sketch
+    y = y / np.linalg.norm(y, axis=(-2, -1), keepdims=True) + 1e-5 * np.asarray(p, np.float64)
+    return iterated_by_numpy(g, np.linalg.qr(y)[0], iterations)
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 2])
+def test_sketched_subspace_is_numpys(rng, iterations):
+    """Of a stack; of more columns than are a multiple of the rank."""
+    g = rng.normal(size=(2, 24, 40)) * np.linspace(1, 3, 40)
+    p = start(24, 7, 2)
+    found = go.sketched_subspace(KEY, jnp.float32(g), p, iterations)
+    exact = sketched_by_numpy(KEY, g, p, iterations)
+    np.testing.assert_allclose(found @ found.mT, exact @ np.swapaxes(exact, -1, -2), atol=2e-6)
+
+
+def test_a_sketch_loses_nothing_in_the_mean(rng):
+    """`E|GS|² = |G|²`, whatever the gradient: here equal columns, which signs keep from piling up."""
+    g = np.ones((1, 40))
+    keys = jax.random.split(KEY, 2000)
+    squares = jax.vmap(lambda key: jnp.sum((g @ count_sketch(key, 40, 7)) ** 2))(keys)
+    z = (np.mean(squares) - 40) / (np.std(squares) / np.sqrt(len(keys)))
+    assert abs(z) < 4
+    assert np.std(squares) > 1  # the columns do meet
+
+
+def test_a_sketch_finds_at_once_what_takes_two_power_steps():
+    """The share of the exact energy, found from nothing; a sketch and a step cost two products less."""
+    shares = {"one step": [], "sketched": []}
+    for g in drifting():
+        exact = captured(go.svd_subspace(KEY, g, start(48, 12)), g)
+        shares["one step"].append(captured(go.subspace_iteration(KEY, g, start(48, 12), 1), g) / exact)
+        shares["sketched"].append(captured(go.sketched_subspace(KEY, g, start(48, 12)), g) / exact)
+    assert np.all(np.greater(shares["sketched"], shares["one step"]))
 
 
 def test_iteration_costs_a_small_fraction_of_the_svd():
