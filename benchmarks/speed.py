@@ -32,6 +32,7 @@ import gum_optax as go
 MODELS = {"tiny": (32, 48, 2), "60m": (512, 1376, 8), "130m": (768, 2048, 12), "350m": (1024, 2736, 24)}
 PERIOD = 200
 FRACTION = 1 / 16
+PEER = "optax.contrib.muon"  # which all ratios are to
 
 
 def batched_muon(learning_rate: float) -> optax.GradientTransformation:
@@ -54,9 +55,9 @@ def batched_muon(learning_rate: float) -> optax.GradientTransformation:
 
 
 def optimizers(rank: int) -> dict[str, Callable[[], optax.GradientTransformation]]:
-    """The peers first: the ratios are to `optax.contrib.muon`."""
+    """The peers first."""
     return {
-        "optax.contrib.muon": memory.optax_muon,
+        PEER: memory.optax_muon,
         "optax.contrib.galore": lambda: optax.contrib.galore(1e-3, rank, PERIOD),
         "optax.adamw": lambda: optax.adamw(1e-3),
         "batched Muon": lambda: batched_muon(1e-3),
@@ -151,8 +152,8 @@ def measure(makers: Makers, gradients: Any, rounds: int) -> dict[str, dict[str, 
 
 
 def table(rows: dict[str, dict[str, float]]) -> list[str]:
-    """Milliseconds and ratios to `optax.contrib.muon`."""
-    base = rows["optax.contrib.muon"]["amortised"]
+    """Milliseconds and ratios to the peer."""
+    base = rows[PEER]["amortised"]
     kinds = ("step", "first", "refresh", "amortised")
     heads = ["optimizer", *(f"{kind} ms" for kind in kinds), "of optax's Muon", "compile s"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
@@ -163,18 +164,18 @@ def table(rows: dict[str, dict[str, float]]) -> list[str]:
 
 
 def plot(settings: dict[str, Any], path: Path) -> None:
-    """Amortised time over that of `optax.contrib.muon`, a colour a setting."""
+    """Amortised time over the peer's, a colour a setting."""
     names = list(dict.fromkeys(name for found in settings.values() for name in found["rows"]))[::-1]
     figure, axes = plt.subplots(figsize=(8, 6), layout="constrained")
     thickness = 0.8 / len(settings)
     for i, (setting, found) in enumerate(settings.items()):
         rows = found["rows"]
-        base = rows["optax.contrib.muon"]["amortised"]
+        base = rows[PEER]["amortised"]
         places = [place + thickness * i for place, name in enumerate(names) if name in rows]
         ratios = [rows[name]["amortised"] / base for name in names if name in rows]
         axes.barh(places, ratios, height=thickness, label=setting)
     axes.set_yticks([place + 0.4 for place in range(len(names))], names)
-    axes.set(xscale="log", xlabel="time of an update, of optax.contrib.muon's")
+    axes.set(xscale="log", xlabel=f"time of an update, of {PEER}'s")
     axes.legend(fontsize=7)
     axes.grid(alpha=0.3, axis="x")
     figure.savefig(path, dpi=120)
@@ -204,12 +205,14 @@ def main(argv: list[str] | None = None) -> None:
     p = parser(__doc__, model="130m", rounds=5)
     p.add_argument("--optimizers", help="some of them, separated by commas; default: all")
     options = p.parse_args(argv)
+    names = options.optimizers.split(",") if options.optimizers else list(optimizers(options.rank))
+    if PEER not in names or not set(names) <= set(optimizers(options.rank)):
+        p.error(f"--optimizers takes {PEER} and some of {', '.join(optimizers(options.rank))}; got {names}.")
     results = Results(options.out / "speed.json", table)
     for kind, setting, gradients in settings(options):
-        names = options.optimizers.split(",") if options.optimizers else list(optimizers(options.rank))
-        if kind == "scanned":
-            names = [name for name in names if name != "optax.contrib.galore"]  # it raises on stacked leaves
         makers = {name: optimizers(options.rank)[name] for name in names}
+        if kind == "scanned":
+            makers.pop("optax.contrib.galore", None)  # it raises on stacked leaves
         results.add(setting, measure(makers, gradients, options.rounds))
         plot(results.data["settings"], options.out / "speed.png")
     print(results.text())

@@ -146,6 +146,14 @@ def test_the_speed_benchmark_times_steps_and_refreshes_and_ratios_are_to_optax_m
     assert (tmp_path / "speed.png").stat().st_size > 0
 
 
+@pytest.mark.parametrize("names", ["gum", "optax.contrib.muon,sgd"])
+def test_the_speed_benchmark_refuses_what_it_cannot_compare(names, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        speed.main(["--model", "tiny", "--optimizers", names, "--out", str(tmp_path)])
+    assert f"got {names.split(',')}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_plain_batched_muon_of_the_benchmark_is_muon():
     gradients = speed.gradients_of(4, 6, 2, scanned=False)
     plain, _ = run(speed.batched_muon(0.1), [gradients] * 2)
