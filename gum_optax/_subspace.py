@@ -28,8 +28,10 @@ _SHIFT = 1e-6
 _CLEAN_PASSES = 2
 _CLEAN_PASSES_BETWEEN = 1
 # How much of the previous subspace a power step keeps: directions that G does not see (rank-deficient, zero)
-# have nothing else. Bounds Y's condition by 1e5.
+# have nothing else. Bounds the condition of `Y = G GᵀP + δ P` by 1e5, for `PᵀY ≥ δ I`. That of a sketch it does
+# not bound: `G S` may cancel `δ P` (measured: up to 2e7), so that takes the passes for 1/eps.
 _FLOOR = 1e-5
+_SHIFTED_PASSES_OF_A_SKETCH = 3
 # The rounding of two float32 products, in units of float32's eps (measured: 1.3): see `outside`.
 _PRODUCT_ROUNDINGS = 8.0
 
@@ -145,11 +147,14 @@ def _iterated(mean_of: MeanOf, p: Any, iterations: int = 2) -> Any:
     return p
 
 
-def _replaced(p: Any, y: Any, left: int) -> Any:
-    """`orthonormalize(Y / |Y| + δ P)`, the start of as many power steps as are left."""
-    passes = _CLEAN_PASSES_BETWEEN if left else _CLEAN_PASSES
-    y = jax.tree.map(regularized, jax.tree.map(_to_norm_one, y), p)
-    return jax.tree.map(functools.partial(orthonormalize, clean_passes=passes), y)
+def _replaced(p: Any, y: Any, left: int, shifted_passes: int = 1) -> Any:
+    """`orthonormalize(Y / |Y| + δ P)`, to rounding where no power steps are left."""
+    clean_passes = _CLEAN_PASSES_BETWEEN if left else _CLEAN_PASSES
+
+    def replaced(p, y):
+        return orthonormalize(regularized(_to_norm_one(y), p), shifted_passes, clean_passes)
+
+    return jax.tree.map(replaced, p, y)
 
 
 def _power_step(mean_of: MeanOf, p: Any) -> Any:
@@ -176,14 +181,14 @@ def sketched_subspace(
 ) -> Float[Array, "*b m r"]:
     """Power steps from a sketch of the gradient: nearly the top `r` left singular vectors, from nothing.
 
-        S: n × r, row j has one entry, a random sign, in column j mod r
+        S: n × r, each row has one entry, a random sign, in a random column
         P ← orthonormalize(G S / |G S| + δ P),   then `iterations` steps of `subspace_iteration`
 
     A sketch is half a power step, and knows the gradient where a random subspace does not. A zero gradient
     returns the previous subspace.
 
     Args:
-      key: of the signs, the same for all blocks of a leaf.
+      key: of `S`, the same for all blocks of a leaf.
       gradient: `(*, m, n)`.
       previous: `(*, m, r)`, orthonormal columns; only what the gradient does not fill is taken from it.
       iterations: power steps after the sketch.
@@ -201,13 +206,14 @@ def _from_sketch(mean_of: MeanOf, key: Any, p: Any, iterations: int = 1) -> Any:
         return g @ count_sketch(key, g.shape[-1], p.shape[-1])
 
     y = mean_of(lambda g: jax.tree.map(sketch, key, p, g))
-    return _iterated(mean_of, _replaced(p, y, iterations), iterations)
+    return _iterated(mean_of, _replaced(p, y, iterations, _SHIFTED_PASSES_OF_A_SKETCH), iterations)
 
 
 def count_sketch(key: PRNGKeyArray, n: int, r: int) -> Float[Array, "n r"]:
-    """`S` with `E[S Sᵀ] = I`: adds up the columns `j mod r` of a matrix with random signs."""
-    signs = jax.random.rademacher(key, (n,), jnp.float32)
-    return jnp.where(jnp.arange(n)[:, None] % r == jnp.arange(r), signs[:, None], 0)
+    """`S` with `E[S Sᵀ] = I`: adds each column of a matrix to one of `r`, or takes it from that."""
+    drawn = jax.random.randint(key, (n, 1), 0, 2 * r)  # one draw: `r` places to add at, `r` to take from
+    places = jnp.arange(r)
+    return (drawn == places).astype(jnp.float32) - (drawn == r + places)
 
 
 def randomized_svd(
@@ -270,7 +276,7 @@ def by_means(find: SubspaceFinder) -> Callable[[list[PRNGKeyArray], MeanOf, list
     name = getattr(bound.func, "__name__", repr(bound.func))
     raise TypeError(
         f"{name} needs the whole gradient, which projected_update never forms;"
-        " pass find_subspace=gum_optax.track_subspace or gum_optax.subspace_iteration."
+        " pass find_subspace=gum_optax.track_subspace, or another of sketches and power steps."
     )
 
 
