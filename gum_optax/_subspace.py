@@ -28,8 +28,8 @@ _SHIFT = 1e-6
 _CLEAN_PASSES = 2
 _CLEAN_PASSES_BETWEEN = 1
 # How much of the previous subspace a power step keeps: directions that G does not see (rank-deficient, zero)
-# have nothing else. Bounds the condition of `Y = G GᵀP + δ P` by 1e5, for `PᵀY ≥ δ I`. That of a sketch it does
-# not bound: `G S` may cancel `δ P` (measured: up to 2e7), so that takes the passes for 1/eps.
+# have nothing else. Bounds the condition of `Y = G GᵀP + δ P` by 1e5, for `PᵀY ≥ δ I`. That of a sketch it
+# does not bound: `G S` may cancel `δ P` (measured: up to 2e7), so that takes the passes for 1/eps.
 _FLOOR = 1e-5
 _SHIFTED_PASSES_OF_A_SKETCH = 3
 # The rounding of two float32 products, in units of float32's eps (measured: 1.3): see `outside`.

@@ -121,7 +121,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_at_a_refresh_too():
 
 
 def test_no_accumulator_has_the_size_of_a_projected_gradient():
-    """Of a model of wide layers, four microbatches: scans carry means, and no float32[64,96] or its turn."""
+    """Of a model of wide layers, six microbatches: scans of six carry means, and no float32[64,96] or its turn."""
     shapes = {f"layer_{i}": {"kernel": jax.ShapeDtypeStruct((64, 96), jnp.float32)} for i in range(4)}
     tx = go.gum(1e-2, rank=4, period=3, full_rank_fraction=1 / 4)
 
@@ -131,8 +131,8 @@ def test_no_accumulator_has_the_size_of_a_projected_gradient():
     def update(batches, state, params):
         return go.projected_update(tx, loss, batches, state, params)
 
-    jaxpr = jax.make_jaxpr(update)(jnp.zeros((4, 2, 64)), jax.eval_shape(tx.init, shapes), shapes)
-    found = list(scans(jaxpr.jaxpr, 4))
+    jaxpr = jax.make_jaxpr(update)(jnp.zeros((6, 2, 64)), jax.eval_shape(tx.init, shapes), shapes)
+    found = list(scans(jaxpr.jaxpr, 6))
     sums = [v.aval for eqn in found for v in eqn.outvars]
     # One for the step, one for a sketch, and for each of two finders two for a power step.
     assert len(found) == 1 + 1 + 2 * 2
