@@ -6,6 +6,7 @@ The default text is the `chitchat-dataset` package (MIT): 7,168 conversations be
 import hashlib
 import importlib.util
 import json
+import lzma
 import os
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 END = "<|end|>"  # between documents
 VALIDATION_SHARE = 0.05
+ENCODED_AT_ONCE = 1000  # documents: an encoding takes a hundred times the memory of its ids
 
 
 class CorpusError(ValueError):
@@ -32,14 +34,19 @@ def conversations() -> list[str]:
 
 
 def documents_of(path: Path) -> list[str]:
-    """The user's own text, split at blank lines so that a part of it can be held out."""
+    r"""The user's own text, maybe compressed by xz, in parts, of which some can be held out.
+
+    Documents are separated by `\x1e`, ASCII's record separator, or else by blank lines.
+    """
+    opened = lzma.open if path.suffix == ".xz" else open
     try:
-        text = path.read_text("utf-8")
+        with opened(path, "rt", encoding="utf-8") as file:
+            text = file.read()
     except FileNotFoundError:
         raise CorpusError(f"There is no text file {path}.") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
         raise CorpusError(f"The text file {path} can't be read as UTF-8: {error}.") from None
-    paragraphs = [part.strip() for part in text.split("\n\n")]
+    paragraphs = [part.strip() for part in text.split("\x1e" if "\x1e" in text else "\n\n")]
     if (kept := [part for part in paragraphs if part]) and len(kept) < 20:
         lines = [line for line in text.splitlines() if line.strip()]
         kept = lines if len(lines) >= 20 else [text[i : i + 1000] for i in range(0, len(text), 1000)]
@@ -89,7 +96,11 @@ class Corpus:
     def _write(folder: Path, documents: list[str], vocabulary: int) -> None:
         tokenizer = train_tokenizer(documents, vocabulary)
         end = tokenizer.token_to_id(END)
-        encoded = [[*e.ids, end] for e in tokenizer.encode_batch(documents)]
+        encoded = [
+            np.array([*e.ids, end], np.uint16)
+            for start in range(0, len(documents), ENCODED_AT_ONCE)
+            for e in tokenizer.encode_batch(documents[start : start + ENCODED_AT_ONCE])
+        ]
         every = round(1 / VALIDATION_SHARE)
         parts = {
             "train": [ids for i, ids in enumerate(encoded) if i % every],
@@ -97,7 +108,7 @@ class Corpus:
         }
         replace_file(folder / "tokenizer.json", lambda part: tokenizer.save(str(part)))
         for name, ids in parts.items():  # validation.npy is last: with it the folder is complete
-            flat = np.array([i for document in ids for i in document], np.uint16)
+            flat = np.concatenate([np.empty(0, np.uint16), *ids])
             replace_file(folder / f"{name}.npy", lambda part, flat=flat: np.save(part, flat))
 
     def require(self, length: int, batch: int) -> None:

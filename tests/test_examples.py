@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import lzma
 import os
 import re
 import signal
@@ -209,6 +210,8 @@ MISTAKES = [
     (["--text", "short.txt"], "The text is too short: "),
     (["--text", "empty.txt"], "The text file empty.txt is empty."),
     (["--text", "binary.txt"], "The text file binary.txt can't be read as UTF-8"),
+    (["--text", "damaged.txt.xz"], "The text file damaged.txt.xz can't be read as UTF-8"),
+    (["--text", "cut.txt.xz"], "The text file cut.txt.xz can't be read as UTF-8"),
     (["--resume"], "--resume needs the directory of the run"),
     (["--resume", "--out", "new"], "There is no run in new to resume"),
     (["--out", "held"], "held holds other files; give a new directory as --out."),
@@ -244,6 +247,8 @@ def test_a_mistake_is_answered_with_one_clear_sentence(
     Path("short.txt").write_text("too short")
     Path("empty.txt").write_text(" \n\n ")
     Path("binary.txt").write_bytes(b"\xff\xfe\x00\xd8")
+    Path("damaged.txt.xz").write_text("not compressed")
+    Path("cut.txt.xz").write_bytes(lzma.compress(b"words " * 1000)[:-20])
     Path("held").mkdir()
     Path("damaged").mkdir()
     Path("damaged/settings.json").write_text('{"optim')
@@ -270,6 +275,18 @@ def test_a_text_is_encoded_once_and_decodes_to_itself(text):
     assert a.train.filename == b.train.filename  # the second reads what the first wrote
     paragraph = text.read_text().split("\n\n")[1]
     assert paragraph in a.tokenizer.decode(a.train[:200].tolist())
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_documents_are_parted_by_record_separators_or_by_blank_lines(newline, tmp_path):
+    parts = [f"The first line of {i}{newline}and the second" for i in range(20)]
+    plain, packed = tmp_path / "plain.txt", tmp_path / "packed.txt.xz"
+    plain.write_bytes(f"{newline}{newline}".join(parts).encode())
+    # A blank line within a document parts nothing.
+    packed.write_bytes(lzma.compress("\x1e".join(f"{part}{newline}{newline}end" for part in parts).encode()))
+    wanted = [part.replace(newline, "\n") for part in parts]
+    assert corpus.documents_of(plain) == wanted
+    assert corpus.documents_of(packed) == [f"{part}\n\nend" for part in wanted]
 
 
 def test_batches_are_an_epochs_windows_each_once_and_depend_on_seed_and_step_only(text):
