@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.experimental import topologies
-from results import RESULTS
+from results import RESULTS, versions
 
 import gum_optax as go
 
@@ -101,11 +101,11 @@ def main(argv: list[str] | None = None) -> None:
     makers = optimizers(rank)
     names = options.optimizers.split(",") if options.optimizers else list(makers)
     path = options.out / "memory.json"
-    data = json.loads(path.read_text()) if path.exists() else {"temporaries": {}}
-    data["versions"] = {"jax": jax.__version__, "optax": optax.__version__}
+    data = json.loads(path.read_text()) if path.exists() else {"temporaries": {}, "versions": {}}
     for kind in options.kinds.split(","):
         scanned = kind == "scanned"
         setting = f"{options.platform} {width} × {options.layers} {kind}"
+        data["versions"][setting] = versions(*(["libtpu"] if options.platform == "tpu" else []))
         for name in names:
             if scanned and name == "optax.contrib.galore":
                 continue  # it has no batch axes: stacked leaves raise

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from results import RESULTS
+from results import RESULTS, versions
 
 import gum_optax as go
 
@@ -75,9 +75,9 @@ def energies(trainer: Trainer, rank: int, period: int, refreshes: int) -> dict[s
     return {name: (np.asarray(rows) / exact).tolist() for name, rows in found.items()}
 
 
-def milliseconds(finder: Any, shape: tuple[int, int], rounds: int) -> float:
+def milliseconds(finder: Any, shape: tuple[int, int], rank: int, rounds: int) -> float:
     g = jax.random.normal(jax.random.key(0), shape)
-    p = go.random_subspace(jax.random.key(1), g, jnp.zeros((shape[0], RANK)))
+    p = go.random_subspace(jax.random.key(1), g, jnp.zeros((shape[0], rank)))
     finder = jax.jit(finder)
     key = jax.random.key(2)
     jax.block_until_ready(finder(key, g, p))
@@ -110,10 +110,10 @@ def main(argv: list[str] | None = None) -> None:
     options = p.parse_args(argv)
     corpus = Corpus(None, vocabulary=4096)
     trainer = Trainer(settings(corpus, "muon", 6e-3, 0), corpus)
-    data: dict[str, Any] = {"rank": options.rank, "period": options.period}
+    data: dict[str, Any] = {"versions": versions(), "rank": options.rank, "period": options.period}
     data["energies"] = energies(trainer, options.rank, options.period, options.refreshes)
     data["ms"] = {
-        size: {name: milliseconds(finder, shape, 9) for name, finder in FINDERS.items()}
+        size: {name: milliseconds(finder, shape, RANK, 9) for name, finder in FINDERS.items()}
         for size, shape in MATRICES.items()
     }
     options.out.mkdir(parents=True, exist_ok=True)

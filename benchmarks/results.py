@@ -1,5 +1,6 @@
 """Where benchmarks keep what they measured: a JSON each, a section a setting, and a table beside it."""
 
+import importlib.metadata
 import json
 import os
 import platform
@@ -8,9 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import optax
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+
+
+def versions(*more: str) -> dict[str, str]:
+    """Of what figures depend on."""
+    found = {name: importlib.metadata.version(name) for name in ("jax", "optax", *more)}
+    return found | {"python": platform.python_version()}
 
 
 class Results:
@@ -22,9 +28,8 @@ class Results:
 
     def add(self, setting: str, rows: Any) -> None:
         """Keep the rows of a setting, with what they were measured by and on."""
-        versions = {"jax": jax.__version__, "optax": optax.__version__, "python": platform.python_version()}
         machine = f"{jax.devices()[0].device_kind}, {len(os.sched_getaffinity(0))} cores"
-        self.data["settings"][setting] = {"rows": rows, "versions": versions, "machine": machine}
+        self.data["settings"][setting] = {"rows": rows, "versions": versions(), "machine": machine}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(self.data, indent=1) + "\n")
         self.path.with_suffix(".md").write_text(self.text())

@@ -20,7 +20,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import memory
 import speed
-from results import RESULTS
+from results import RESULTS, versions
 
 import gum_optax as go
 
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     found = measure(SMALL if options.small else SWEEPS, middle, options.rounds)
     device = jax.devices()[0].device_kind
     options.out.mkdir(parents=True, exist_ok=True)
-    data = {"jax": jax.__version__, "device": device, "middle": middle, "axes": found}
+    data = {"versions": versions(), "device": device, "middle": middle, "axes": found}
     (options.out / "scaling.json").write_text(json.dumps(data, indent=1) + "\n")
     plot(found, options.out / "scaling.png")
 

@@ -1,6 +1,8 @@
 """The benchmarks that need a better machine run here too, at toy size, so that they can't rot."""
 
+import dataclasses
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,10 +17,13 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 sys.path.insert(0, str(ROOT / "examples"))
 
 import accelerator  # noqa: E402
+import choices  # noqa: E402
+import compilation  # noqa: E402
 import guard  # noqa: E402
-import momentum_dtype  # noqa: E402
+import refresh  # noqa: E402
 import results  # noqa: E402
 import scaling  # noqa: E402
+import speed  # noqa: E402
 import training_step  # noqa: E402
 
 
@@ -26,31 +31,83 @@ def settings_of(path):
     return {name: found["rows"] for name, found in json.loads(path.read_text())["settings"].items()}
 
 
-def test_the_accelerator_script_checks_measures_and_trains(tmp_path, monkeypatch):
-    few = {name: accelerator.OPTIMIZERS[name] for name in ("adamw", "gum")}
-    monkeypatch.setattr(accelerator, "OPTIMIZERS", few)
-    monkeypatch.setattr(accelerator, "PEERS", ("optax.contrib.muon",))
+def few(monkeypatch):
+    """Of each part as little as shows that it works."""
+    some = {name: accelerator.OPTIMIZERS[name] for name in ("adamw", "gum")}
+    monkeypatch.setattr(accelerator, "OPTIMIZERS", some)
+    monkeypatch.setattr(accelerator, "PEERS", (speed.PEER,))
     monkeypatch.setattr(accelerator, "OURS", ("gum",))
     monkeypatch.setattr(accelerator, "TRAINED", ("adamw", "gum"))
+    monkeypatch.setattr(accelerator, "STEPPED", ("optax.sgd", "gum"))
+    monkeypatch.setattr(scaling, "NAMES", ("gum",))
+    kept = ("svd_subspace", "sketched_subspace, 1 step")
+    monkeypatch.setattr(refresh, "FINDERS", {name: refresh.FINDERS[name] for name in kept})
+
+
+def test_the_accelerator_script_checks_measures_and_trains(tmp_path, monkeypatch):
+    few(monkeypatch)
     text = tmp_path / "text.txt"
     text.write_text("".join(f"The {i}th sentence is about {i * i}. " for i in range(3000)))
     accelerator.main(["--small", "--text", str(text), "--out", str(tmp_path)])
-    check, lean, fast, trained = settings_of(tmp_path / "accelerator.json").values()
-    assert check.keys() == few.keys()
-    assert all(row["agrees"] for row in check.values())
-    assert lean["gum"]["state"] < lean["optax.contrib.muon"]["state"]
-    assert fast["gum"]["step"] > 0
+    found = settings_of(tmp_path / "accelerator.json")
+    trained, check, lean, fast, finders, lean_apart, fast_apart, steps, swept = found.values()
     assert list(trained) == ["adamw", "gum"]
     assert all(np.isfinite(row["val_loss"]) for row in trained.values())
+    assert list(check) == ["adamw", "gum"]
+    assert all(row["agrees"] for row in check.values())
+    for rows in (lean, lean_apart):
+        assert rows["gum"]["state"] < rows[speed.PEER]["state"]
+        assert rows["gum"]["peak"] is None  # a CPU keeps none
+    for rows in (fast, fast_apart):
+        assert rows["gum"]["step"] > 0
+    assert finders["svd_subspace"]["of the SVD's"] == 1
+    assert finders["sketched_subspace, 1 step"]["of the SVD's"] not in (0, 1)
+    assert steps["gum"]["over_sgd"] > 0
+    assert swept["gum, rank 2"]["temporaries"] > 0
     assert (tmp_path / "accelerator.png").stat().st_size > 0
-    assert (tmp_path / "accelerator.md").read_text().count("| `gum` |") == 4
+    text = (tmp_path / "accelerator.md").read_text()
+    assert text.count("| of optax's Muon |") == 2
+    assert text.count("| over SGD |") == 1
 
 
-def test_the_check_sees_an_optimizer_that_differs_on_the_device(monkeypatch):
-    made = iter([optax.sgd(0.1), optax.sgd(0.2)])
+def test_no_process_is_started_for_the_device_once_this_one_holds_it(tmp_path, monkeypatch):
+    """A TPU is one process's, and so is most of a GPU's memory."""
+    few(monkeypatch)
+    happened = []
+
+    def child(command, **_):
+        happened.append("child")
+        if "--compare" in command:
+            runs = Path(command[command.index("--out") + 1])
+            runs.mkdir()
+            (runs / "summary.json").write_text(json.dumps([{"optimizer": "gum", "val_loss": 1.0}]))
+            (runs / "loss.png").touch()
+        return subprocess.CompletedProcess(command, 1, "", "first line\nout of memory")
+
+    def held(what):
+        return lambda *_: happened.append("held") or what
+
+    monkeypatch.setattr(accelerator.subprocess, "run", child)
+    monkeypatch.setattr(accelerator.jax, "devices", held(jax.devices()))
+    accelerator.main(["--small", "--parts", "memory,pretrain", "--out", str(tmp_path)])
+    assert happened.count("child") == 2 * 2 + 1
+    assert "child" not in happened[happened.index("held") :]
+    rows = list(settings_of(tmp_path / "accelerator.json").values())
+    assert rows[1]["gum"]["peak"] == "failed: out of memory"
+
+
+@pytest.mark.parametrize("rate", [0.097, 0.103])
+def test_the_check_sees_an_optimizer_that_differs_on_the_device(rate, monkeypatch):
+    made = iter([optax.sgd(0.1), optax.sgd(rate)])
     monkeypatch.setattr(accelerator, "OPTIMIZERS", {"adamw": accelerator.OPTIMIZERS["adamw"]})
     monkeypatch.setattr(accelerator, "optimizer", lambda settings: next(made))
     assert not accelerator.check(steps=2)["adamw"]["agrees"]
+
+
+def test_a_part_that_there_is_not_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        accelerator.main(["--small", "--parts", "memory,sped", "--out", str(tmp_path / "new")])
+    assert "got memory,sped" in capsys.readouterr().err
 
 
 def test_a_training_step_is_timed_beside_sgd(tmp_path):
@@ -74,12 +131,28 @@ def test_what_grows_how_is_measured_and_drawn(tmp_path, monkeypatch):
     assert (tmp_path / "scaling.png").stat().st_size > 0
 
 
-def test_the_table_of_momentum_dtypes_has_a_mean_and_a_deviation_over_the_seeds():
-    runs = {"gum float32": {"0": 4.0, "1": 5.0}, "gum bfloat16": {"0": 4.25}, "muon float32": {"0": 3.0}}
-    assert momentum_dtype.table(runs)[2:] == [
-        "| `gum` | 4.5000 ± 0.7071 | 4.2500 |",
-        "| `muon` | 3.0000 |  |",
-    ]
+def test_a_choice_changes_one_thing_of_a_run_and_its_losses_have_a_deviation_over_the_seeds(monkeypatch):
+    monkeypatch.setattr(choices, "OPTIMIZERS", dict(choices.OPTIMIZERS))
+    plain = choices.Settings("gum", "tiny", 4, 1, 1, 0.01, 0.01, 8, 2, 0.25, 0.1, 0, "")
+    assert choices.changed(plain, choices.DEFAULT) == plain
+    halved = choices.changed(plain, "momentum in bfloat16")
+    assert dataclasses.replace(halved, momentum_dtype="float32") == plain != halved
+    other = choices.changed(plain, "`newton_schulz` in bfloat16")
+    assert dataclasses.replace(other, optimizer="gum") == plain != other
+    make, rate = choices.OPTIMIZERS[other.optimizer]
+    assert rate == choices.OPTIMIZERS["gum"][1]
+    assert make.keywords["orthogonalizer"](jnp.eye(2, 4, dtype=jnp.bfloat16)).dtype == jnp.bfloat16
+    runs = {"gum": {choices.DEFAULT: {"0": 4.0, "1": 5.0}, "`newton_schulz`": {"0": 4.25}}}
+    assert choices.table(runs)[2:] == ["| `gum` | 4.5000 ± 0.7071 |  | 4.2500 |  |"]
+
+
+def test_compilation_is_measured_in_processes_beside_the_peer(tmp_path, monkeypatch):
+    monkeypatch.setattr(compilation, "NAMES", (speed.PEER,))
+    compilation.main(["--layers", "1", "--rounds", "1", "--out", str(tmp_path)])
+    (rows,) = settings_of(tmp_path / "compilation.json").values()
+    assert rows[speed.PEER]["lines"] > 100
+    rows["gum"] = {"seconds": 2 * rows[speed.PEER]["seconds"], "lines": rows[speed.PEER]["lines"] // 2}
+    assert compilation.table(rows)[-1].split(" | ")[2::2] == ["2.00", "0.50 |"]
 
 
 def test_a_setting_measured_again_replaces_itself_and_no_other(tmp_path):

@@ -1,0 +1,76 @@
+"""Seconds until an update of separate layers is compiled, and lines of the optimized HLO.
+
+    python benchmarks/compilation.py
+
+Decoder layers of width 512. Each compilation, tracing included, has a process of its own, for in one process
+a second one is faster; rounds go round-robin over the optimizers, and medians are reported. Results are
+merged into `docs/results/compilation.json`, and the table of all of them is written beside it.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import memory
+import speed
+from results import RESULTS, Results
+
+COLUMNS = (("seconds", 1), ("lines", 0))  # with their digits
+NAMES = (speed.PEER, "galore_muon", "gum", "sumo")
+
+
+def compiled(name: str, layers: int) -> tuple[float, int]:
+    """Seconds and lines, in this process."""
+    width, ff, rank = memory.SIZES["512"]
+    shapes = memory.layers(width, ff, layers, scanned=False)
+    tx = speed.optimizers(rank)[name]()
+    start = time.perf_counter()
+    state = jax.eval_shape(tx.init, shapes)
+    text = jax.jit(tx.update, donate_argnums=1).lower(shapes, state, shapes).compile().as_text()
+    assert text is not None
+    return time.perf_counter() - start, text.count("\n")
+
+
+def table(rows: dict[str, dict[str, float]]) -> list[str]:
+    """A row an optimizer, with its share of the peer's."""
+    lines = ["| optimizer | s | of optax's Muon | lines of HLO | of optax's Muon |", "|---" * 5 + "|"]
+    for name, row in rows.items():
+        cells = (f"{row[key]:.{digits}f} | {row[key] / rows[speed.PEER][key]:.2f}" for key, digits in COLUMNS)
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return lines
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--layers", default="12,32", help="how many, separated by commas (default: 12,32)")
+    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    p.add_argument("--out", type=Path, default=RESULTS)
+    options = p.parse_args(argv)
+    if options.one:
+        print(json.dumps(compiled(options.one[0], int(options.one[1]))))
+        return
+    results = Results(options.out / "compilation.json", table)
+    for layers in options.layers.split(","):
+        found: dict[str, list[tuple[float, int]]] = {name: [] for name in NAMES}
+        for _ in range(options.rounds):
+            for name in NAMES:
+                command = [sys.executable, __file__, "--one", name, layers]
+                out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+                found[name].append(json.loads(out.splitlines()[-1]))
+                print(layers, name, found[name][-1], flush=True)
+        rows = {
+            name: {"seconds": statistics.median(seconds for seconds, _ in runs), "lines": runs[0][1]}
+            for name, runs in found.items()
+        }
+        results.add(f"{jax.default_backend()}, {layers} separate layers", rows)
+    print(results.text())
+
+
+if __name__ == "__main__":
+    main()
