@@ -3,6 +3,7 @@
 nox -s oldest            the oldest jax, optax and flax that pyproject.toml allows, on the oldest Python
 nox -s newest            the newest that pip finds, on newer Pythons
 nox -s long              the tests that the README's command leaves out
+nox -s tpu               what a TPU's compiler makes of it; needs no TPU
 nox -s trainers          runs in Tunix, Kauldron, MaxText and Levanter
 """
 
@@ -36,6 +37,14 @@ def long(session: nox.Session) -> None:
     """optax's suites over every optimizer, a hundred kills, more fuzzing."""
     session.install("-e", ".[test]")
     session.run("python", "-m", "pytest", "-n", "2", "-m", "long", *session.posargs)
+
+
+@nox.session(python="3.11")
+def tpu(session: nox.Session) -> None:
+    """The tests that compile for a TPU ahead of time."""
+    session.install("-e", ".[test]", "libtpu==0.0.42")
+    session.env["TPU_SKIP_MDS_QUERY"] = "1"  # there is no TPU to ask
+    session.run("python", "-m", "pytest", "-k", "tpu", *session.posargs)
 
 
 # Each with what it was tested with; they do not share an environment.

@@ -121,7 +121,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_at_a_refresh_too():
 
 
 def test_no_accumulator_has_the_size_of_a_projected_gradient():
-    """Of a model of wide layers, six microbatches: scans of six carry means, and no float32[64,96] or its turn."""
+    """Of wide layers, six microbatches: scans of six carry means, and no float32[64,96] or its turn."""
     shapes = {f"layer_{i}": {"kernel": jax.ShapeDtypeStruct((64, 96), jnp.float32)} for i in range(4)}
     tx = go.gum(1e-2, rank=4, period=3, full_rank_fraction=1 / 4)
 
