@@ -96,7 +96,7 @@ def test_no_process_is_started_for_the_device_once_this_one_holds_it(tmp_path, m
     assert rows[1]["gum"]["peak"] == "failed: out of memory"
 
 
-@pytest.mark.parametrize("rate", [0.097, 0.103])
+@pytest.mark.parametrize("rate", [0.097, 0.103, float("nan")])
 def test_the_check_sees_an_optimizer_that_differs_on_the_device(rate, monkeypatch):
     made = iter([optax.sgd(0.1), optax.sgd(rate)])
     monkeypatch.setattr(accelerator, "OPTIMIZERS", {"adamw": accelerator.OPTIMIZERS["adamw"]})
