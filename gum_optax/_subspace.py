@@ -28,10 +28,13 @@ _SHIFT = 1e-6
 _CLEAN_PASSES = 2
 _CLEAN_PASSES_BETWEEN = 1
 # How much of the previous subspace a power step keeps: directions that G does not see (rank-deficient, zero)
-# have nothing else. Bounds the condition of `Y = G GᵀP + δ P` by 1e5, for `PᵀY ≥ δ I`. That of a sketch it
-# does not bound: `G S` may cancel `δ P` (measured: up to 2e7), so that takes the passes for 1/eps.
+# have nothing else. Bounds the condition of `Y = G GᵀP + δ P` by 1e5, for `PᵀY ≥ δ I`.
 _FLOOR = 1e-5
-_SHIFTED_PASSES_OF_A_SKETCH = 3
+# The same of a sketch, which bounds nothing for sure: `G S` may cancel `δ P`. Of gradients of half the rank, at
+# `r = m - 1`, one in a thousand gives a condition of 100/δ (measured), still in reach of the passes; where they
+# fail, columns are no unit vectors, and the previous subspace is the start.
+_FLOOR_OF_A_SKETCH = 1e-2
+_DEFECT_OF_A_START = 0.1
 # The rounding of two float32 products, in units of float32's eps (measured: 1.3): see `outside`.
 _PRODUCT_ROUNDINGS = 8.0
 
@@ -147,12 +150,12 @@ def _iterated(mean_of: MeanOf, p: Any, iterations: int = 2) -> Any:
     return p
 
 
-def _replaced(p: Any, y: Any, left: int, shifted_passes: int = 1) -> Any:
+def _replaced(p: Any, y: Any, left: int, floor: float = _FLOOR) -> Any:
     """`orthonormalize(Y / |Y| + δ P)`, to rounding where no power steps are left."""
     clean_passes = _CLEAN_PASSES_BETWEEN if left else _CLEAN_PASSES
 
     def replaced(p, y):
-        return orthonormalize(regularized(_to_norm_one(y), p), shifted_passes, clean_passes)
+        return orthonormalize(regularized(_to_norm_one(y), p, floor), clean_passes=clean_passes)
 
     return jax.tree.map(replaced, p, y)
 
@@ -182,7 +185,7 @@ def sketched_subspace(
     """Power steps from a sketch of the gradient: nearly the top `r` left singular vectors, from nothing.
 
         S: n × r, each row has one entry, a random sign, in a random column
-        P ← orthonormalize(G S / |G S| + δ P),   then `iterations` steps of `subspace_iteration`
+        P ← orthonormalize(G S / |G S| + δ P),  δ = 1e-2,   then `iterations` steps of `subspace_iteration`
 
     A sketch is half a power step, and knows the gradient where a random subspace does not. A zero gradient
     returns the previous subspace.
@@ -206,7 +209,14 @@ def _from_sketch(mean_of: MeanOf, key: Any, p: Any, iterations: int = 1) -> Any:
         return g @ count_sketch(key, g.shape[-1], p.shape[-1])
 
     y = mean_of(lambda g: jax.tree.map(sketch, key, p, g))
-    return _iterated(mean_of, _replaced(p, y, iterations, _SHIFTED_PASSES_OF_A_SKETCH), iterations)
+    start = _replaced(p, y, iterations, _FLOOR_OF_A_SKETCH)
+    return _iterated(mean_of, jax.tree.map(_orthonormal_or, start, p), iterations)
+
+
+def _orthonormal_or(q: Float[Array, "*b m r"], p: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:
+    """`Q` where its columns are unit vectors, else `P`; NaN are none."""
+    defects = jnp.abs(jnp.sum(q * q, axis=-2, keepdims=True) - 1)
+    return jnp.where(jnp.max(defects, axis=-1, keepdims=True) < _DEFECT_OF_A_START, q, p)
 
 
 def count_sketch(key: PRNGKeyArray, n: int, r: int) -> Float[Array, "n r"]:
