@@ -30,9 +30,9 @@ _CLEAN_PASSES_BETWEEN = 1
 # How much of the previous subspace a power step keeps: directions that G does not see (rank-deficient, zero)
 # have nothing else. Bounds the condition of `Y = G GᵀP + δ P` by 1e5, for `PᵀY ≥ δ I`.
 _FLOOR = 1e-5
-# The same of a sketch, which bounds nothing for sure: `G S` may cancel `δ P`. Of gradients of half the rank, at
-# `r = m - 1`, one in a thousand gives a condition of 100/δ (measured), still in reach of the passes; where they
-# fail, columns are no unit vectors, and the previous subspace is the start.
+# The same of a sketch, which bounds nothing for sure: `G S` may cancel `δ P`. Of gradients of half the rank,
+# at `r = m - 1`, one in a thousand gives a condition of 100/δ (measured), still in reach of the passes; where
+# they fail, columns are no unit vectors, and the previous subspace is the start.
 _FLOOR_OF_A_SKETCH = 1e-2
 _DEFECT_OF_A_START = 0.1
 # The rounding of two float32 products, in units of float32's eps (measured: 1.3): see `outside`.
