@@ -404,7 +404,8 @@ def test_lookahead_and_schedule_free_take_gum():
     for g in GRADIENTS[:2]:
         updates, state = jax.jit(tx.update)(g, state, params)
         params = optax.apply_updates(params, updates)
-    chex.assert_trees_all_close(params.fast, params.slow)  # synchronized after two steps, half the way
+    # Synchronized after two steps, half the way: by `fast + (slow - fast)`, rounded beside numbers to four.
+    chex.assert_trees_all_close(params.fast, params.slow, atol=4 * float(jnp.finfo(jnp.float32).eps))
     steps = steps_of("gum")
     half = jax.tree.map(lambda p, a, b: p + (a + b) / 2, tree(), *steps[:2])
     chex.assert_trees_all_close(params.slow, half, atol=AMPLIFIED)
