@@ -180,7 +180,7 @@ def lean(shape: Shape, peaks: dict[str, int | str | None]) -> dict[str, dict[str
 def finders(shape: Shape) -> dict[str, dict[str, Any]]:
     """Milliseconds of each finder on the largest matrix, and over the exact SVD's."""
     sides = min(shape.width, shape.ff), max(shape.width, shape.ff)
-    ms = {name: refresh.milliseconds(find, sides, shape.rank, 3) for name, find in refresh.FINDERS.items()}
+    ms = refresh.times(sides, shape.rank, 3)
     return {name: {"ms": x, "of the SVD's": x / ms["svd_subspace"]} for name, x in ms.items()}
 
 
@@ -236,14 +236,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    options = parser().parse_args(argv)
+    p = parser()
+    options = p.parse_args(argv)
     if options.peak:
         name, *shape = json.loads(options.peak)
         print(json.dumps(allocator_peak(name, Shape(*shape))))
         return
     plan, parts = SMALL if options.small else FULL, options.parts.split(",")
     if not set(parts) <= set(PARTS):
-        parser().error(f"--parts takes some of {','.join(PARTS)}; got {options.parts}.")
+        p.error(f"--parts takes some of {','.join(PARTS)}; got {options.parts}.")
     options.out.mkdir(parents=True, exist_ok=True)
     # Processes that need the device, before this one takes it: a TPU for good, most of a GPU's memory.
     peaks = {name: allocator_peaks(shape) for name, shape in plan.shapes.items() if "memory" in parts}

@@ -89,6 +89,11 @@ def milliseconds(finder: Any, shape: tuple[int, int], rank: int, rounds: int) ->
     return 1e3 * statistics.median(times)
 
 
+def times(shape: tuple[int, int], rank: int, rounds: int) -> dict[str, float]:
+    """Milliseconds of every finder on one matrix."""
+    return {name: milliseconds(finder, shape, rank, rounds) for name, finder in FINDERS.items()}
+
+
 def table(data: dict[str, Any]) -> str:
     titles = "| finder | energy, first refresh: median | later: median | later: worst |"
     titles += "".join(f" {size}: ms | of the SVD's |" for size in data["ms"])
@@ -112,10 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer = Trainer(settings(corpus, "muon", 6e-3, 0), corpus)
     data: dict[str, Any] = {"versions": versions(), "rank": options.rank, "period": options.period}
     data["energies"] = energies(trainer, options.rank, options.period, options.refreshes)
-    data["ms"] = {
-        size: {name: milliseconds(finder, shape, RANK, 9) for name, finder in FINDERS.items()}
-        for size, shape in MATRICES.items()
-    }
+    data["ms"] = {size: times(shape, RANK, 9) for size, shape in MATRICES.items()}
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "refresh.json").write_text(json.dumps(data) + "\n")
     (options.out / "refresh.md").write_text(table(data))
