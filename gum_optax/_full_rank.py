@@ -11,7 +11,7 @@ import optax
 
 from ._checks import check_adam, check_function, check_integer
 from ._dimensions import WeightDimensionNumbers
-from ._momentum import heavy_ball
+from ._momentum import adam, heavy_ball
 from ._normalize import multi_norm, normalize, outputs_first, sinkhorn, standardize_rows, whiten
 from ._norms import LARGEST
 from ._orthogonalize import POLAR_EXPRESS, Orthogonalizer, fastest_newton_schulz, newton_schulz, orthogonalize
@@ -38,10 +38,10 @@ def muon_rule(
     return optax.chain(heavy_ball(momentum, nesterov, dtype), orthogonalize(method, together=together))
 
 
-def adam_rule(b1: Any, b2: Any, eps: Any) -> optax.GradientTransformation:
+def adam_rule(b1: Any, b2: Any, eps: Any) -> optax.GradientTransformationExtraArgs:
     """Adam's rule, of gradients up to 1e15: an infinite square would stop it for good."""
     check_adam(b1, b2, eps)
-    return optax.chain(optax.clip(LARGEST), optax.scale_by_adam(b1, b2, eps))
+    return optax.chain(optax.clip(LARGEST), adam(b1, b2, eps))
 
 
 def muon(

@@ -84,6 +84,31 @@ def heavy_ball(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def adam(b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_adam` under a guard, with its state and defaults.
+
+        M ← b1 M + (1 - b1) G,   V ← b2 V + (1 - b2) G²,   step = M/(1 - b1ᵗ) / (√(V/(1 - b2ᵗ)) + eps)
+
+    The step is made of the moments that are stored. Otherwise XLA's CPU backend computes it out of the old
+    ones, and copies those for it.
+    """
+    plain = optax.scale_by_adam(b1, b2, eps)
+
+    def update(updates, state, params=None, *, guard: Guard | None = None, **extra_args):
+        del extra_args
+        if guard is None:
+            return plain.update(updates, state, params)
+        count = optax.safe_increment(state.count)
+        mu = guard.keep(optax.tree.update_moment(updates, state.mu, b1, 1), state.mu)
+        nu = guard.keep(optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2), state.nu)
+        means = optax.tree.bias_correction(mu, b1, count)
+        squares = optax.tree.bias_correction(nu, b2, count)
+        steps = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), means, squares)
+        return steps, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformationExtraArgs(plain.init, update)
+
+
 def check_momentum_dtype(dtype: Any) -> Any:
     """float32, or bfloat16 where it is asked for.
 

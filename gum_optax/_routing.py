@@ -14,6 +14,7 @@ from ._dimensions import WeightDimensionNumbers, dimension_numbers, views_of
 from ._guard import Guard
 from ._hidden import hidden_matrices
 from ._matrices import as_matrices
+from ._momentum import adam
 from ._projected import Sketches
 from ._scaling import scale_by_fans, scale_by_shape
 from ._trees import concrete, merge, split
@@ -130,7 +131,7 @@ def _decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransformati
     return optax.add_decayed_weights(weight_decay, mask) if _decays(weight_decay) else optax.identity()
 
 
-def at_least_float32(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+def at_least_float32(rule: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Run `rule` on float32 gradients where theirs are narrower: its state is float32, and stays so."""
 
     def widened(tree):
@@ -141,10 +142,12 @@ def at_least_float32(rule: optax.GradientTransformation) -> optax.GradientTransf
 
         return jax.tree.map(wide, tree)
 
-    def update(updates, state, params=None):
-        return rule.update(widened(updates), state, params)
+    taking = optax.with_extra_args_support(rule)
 
-    return optax.GradientTransformation(lambda params: rule.init(widened(params)), update)
+    def update(updates, state, params=None, **extra_args):
+        return taking.update(widened(updates), state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(lambda params: rule.init(widened(params)), update)
 
 
 def matrices_and_others(
@@ -198,9 +201,7 @@ def matrices_and_others(
             _decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(learning_rate)
         )
         matrices = optax.chain(as_matrices(rule, dims, wide=wide), scaling(dims), descent)
-        rest = optax.chain(
-            at_least_float32(optax.scale_by_adam() if others_rule is None else others_rule), descent
-        )
+        rest = optax.chain(at_least_float32(adam() if others_rule is None else others_rule), descent)
         rules = {"matrices": matrices, "others": rest if others is None else others}
         return partitioned(rules, lambda _: ["others" if entry is None else "matrices" for entry in entries])
 

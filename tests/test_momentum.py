@@ -1,12 +1,15 @@
-"""Momentum kept in bfloat16."""
+"""Momentum kept in bfloat16, and Adam under a guard."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import gum_optax as go
-from gum_optax._momentum import heavy_ball, round_stochastically
+from gum_optax._guard import Guard
+from gum_optax._momentum import adam, heavy_ball, round_stochastically
 
 from helpers import run, sequence
 
@@ -88,3 +91,19 @@ def test_half_the_momentum():
 def test_other_dtypes_are_refused():
     with pytest.raises(ValueError, match="momentum_dtype must be float32 or bfloat16, got 'float16'"):
         go.muon(0.1, momentum_dtype="float16")
+
+
+def test_adam_under_a_guard_is_optax_adam_and_a_skipped_step_leaves_its_moments():
+    gradients = [{"w": g, "v": g[0]} for g in sequence(np.random.default_rng(0), (3, 5), 6)]
+    guarded, plain = adam(0.8, 0.99, 1e-6), optax.scale_by_adam(0.8, 0.99, 1e-6)
+    state = expected_state = plain.init(gradients[0])
+    for number, g in enumerate(gradients):
+        taken = number % 3 != 1
+        step, new = guarded.update(g, state, guard=Guard(jnp.asarray(taken)))
+        state = new._replace(count=state.count + taken)  # as the guard keeps what the rule does not
+        if taken:
+            expected, expected_state = plain.update(g, expected_state)
+            chex.assert_trees_all_close(step, expected, rtol=4 * float(jnp.finfo(jnp.float32).eps))
+        chex.assert_trees_all_equal(state, expected_state)
+    alone = guarded.update(gradients[0], state)
+    chex.assert_trees_all_equal(alone, plain.update(gradients[0], state))
