@@ -4,7 +4,7 @@
 
 The rules are what `muon`, `galore_muon` and `gum` are made of, on the matrices of a LLaMA. `skip_non_finite`
 is the guard that these optimizers have built in, `optax.apply_if_finite` what one would put around them.
-Times as in `speed.py`; temporaries of a donated update and apply over gradients' bytes, as in `memory.py`.
+Times as in `speed.py`; temporaries over gradients' bytes as in `memory.py`, gradients kept.
 """
 
 import functools
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         }
         rows = speed.measure(makers, gradients, options.rounds)
         for name, row in rows.items():
-            row["temporaries"] = memory.measure(makers[name](), gradients, True)
+            row["temporaries"] = memory.measure(makers[name](), gradients, True, keep_gradients=True)
         results.add(setting, rows)
     print(results.text())
 

@@ -1,9 +1,11 @@
-"""Temporaries of a compiled update and apply, gradients not donated, over the bytes of the gradients.
+"""Temporaries of a compiled update and apply, over the bytes of the gradients.
 
     python benchmarks/memory.py                     # CPU
     python benchmarks/memory.py --platform tpu      # TPU v5e, ahead of time: needs libtpu, but no TPU
 
 Exact figures of XLA's buffer assignment, of twelve decoder layers, as separate leaves and as scanned ones.
+Parameters and state are donated. Gradients come from within the compiled step, as in training; with
+`--keep-gradients` they are arguments, which XLA may not write over.
 Results are merged into `docs/results/memory.json`, and the table of all of them is written beside it.
 """
 
@@ -69,9 +71,9 @@ def device_of(platform: str) -> Any:
     return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices[0]
 
 
-def measure(tx: Any, shapes: Any, device: Any) -> float:
+def measure(tx: Any, shapes: Any, device: Any, *, keep_gradients: bool = False) -> float:
     """Temporaries over gradients."""
-    report = go.memory_report(tx, shapes, compiled=device)
+    report = go.memory_report(tx, shapes, compiled=device, keep_gradients=keep_gradients)
     assert report.temporaries is not None
     return report.temporaries / report.gradients
 
@@ -93,6 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--layers", type=int, default=12)
     p.add_argument("--optimizers", help="some of them, separated by commas; default: all")
     p.add_argument("--kinds", default="separate,scanned", help="default: both")
+    p.add_argument("--keep-gradients", action="store_true", help="as arguments of the compiled function")
     p.add_argument("--out", type=Path, default=RESULTS)
     options = p.parse_args(argv)
     # A TPU is only compiled for; everything else is on the CPU.
@@ -104,7 +107,8 @@ def main(argv: list[str] | None = None) -> None:
     data = json.loads(path.read_text()) if path.exists() else {"temporaries": {}, "versions": {}}
     for kind in options.kinds.split(","):
         scanned = kind == "scanned"
-        setting = f"{options.platform} {width} × {options.layers} {kind}"
+        kept = ", gradients kept" * options.keep_gradients
+        setting = f"{options.platform} {width} × {options.layers} {kind}{kept}"
         data["versions"][setting] = versions(*(["libtpu"] if options.platform == "tpu" else []))
         for name in names:
             if scanned and name == "optax.contrib.galore":
@@ -113,6 +117,7 @@ def main(argv: list[str] | None = None) -> None:
                 makers[name](),
                 layers(width, ff, options.layers, scanned=scanned),
                 device_of(options.platform),
+                keep_gradients=options.keep_gradients,
             )
             data["temporaries"].setdefault(name, {})[setting] = round(share, 4)
             print(f"{setting}  {name}  {share:.3f}", flush=True)

@@ -1,5 +1,6 @@
 """What an optimizer holds in memory, from shapes alone."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -29,7 +30,9 @@ class MemoryReport(NamedTuple):
     """Bytes of each leaf, and in total; `str()` is a table."""
 
     leaves: tuple[LeafMemory, ...]
-    temporaries: int | None  # of a compiled, donated update and apply; None where it was not compiled
+    temporaries: (
+        int | None
+    )  # of a compiled, donated update and apply, beside the gradients; None: not compiled
 
     @property
     def parameters(self) -> int:
@@ -86,6 +89,7 @@ def memory_report(
     *,
     gradient_dtype: Any = None,
     compiled: Any = False,
+    keep_gradients: bool = False,
 ) -> MemoryReport:
     """What a model and its optimizer hold: parameters, gradients, and the state by kind, leaf by leaf.
 
@@ -97,9 +101,11 @@ def memory_report(
       tx: any optax optimizer.
       params: a tree of arrays or of `jax.ShapeDtypeStruct`s.
       gradient_dtype: of the gradients; default each parameter's own.
-      compiled: True: also compile a donated update and apply, and report its temporaries: for the default
-        backend, or for the device given, which may be one of a topology that is not here
+      compiled: True: also compile a donated update and apply, and report what it holds besides: for the
+        default backend, or for the device given, which may be one of a topology that is not here
         (`jax.experimental.topologies`).
+      keep_gradients: of the compiled step: whether gradients are its arguments, which it may not write over.
+        By default it makes them itself, as a training step does.
 
     Returns:
       A `MemoryReport`; print it.
@@ -132,7 +138,9 @@ def memory_report(
         kinds[kind] = kinds.get(kind, 0) + _bytes(leaf)
     rest = tuple(LeafMemory(kind, (), 0, 0, {kind: size}) for kind, size in shared.items())
     device = None if isinstance(compiled, bool) else compiled
-    temporaries = _temporaries(tx, device, shapes, state, gradients) if compiled else None
+    temporaries = None
+    if compiled:
+        temporaries = _temporaries(tx, device, shapes, state, gradients, keep_gradients=keep_gradients)
     return MemoryReport((*owned.values(), *rest), temporaries)
 
 
@@ -146,15 +154,47 @@ def _last_field(path: Any) -> str:
     return fields[-1] if fields else "state"
 
 
-def _temporaries(tx: Any, device: Any, *arguments: Any) -> int | None:
+# Rows of the products that stand for a backward pass: more than one, of which XLA would make a sum.
+_TOKENS = 8
+
+
+def _made_within(gradients: Any) -> Any:
+    """Other gradients, as if the step had computed them: XLA has to hold them, and may write over them."""
+
+    def products(tree):
+        def product(g):
+            rows = g.reshape(-1, *g.shape[-1:])[:_TOKENS]
+            return g[..., : len(rows)] @ rows[: g.shape[-1]]
+
+        return jax.lax.optimization_barrier(jax.tree.map(lambda g: product(g) if g.ndim else g + 1, tree))
+
+    def either(tree):
+        # A CPU has no products in bfloat16, and would hold wider ones; on a TPU a branch copies.
+        which = jnp.asarray(sum(map(jnp.sum, jax.tree.leaves(tree)))) > 0
+        ways = (functools.partial(jax.tree.map, lambda g, x=x: g + x) for x in (1, 2))
+        return jax.lax.cond(which, *ways, tree)
+
+    return jax.lax.platform_dependent(gradients, cpu=either, default=products)
+
+
+def _temporaries(
+    tx: Any, device: Any, params: Any, state: Any, gradients: Any, *, keep_gradients: bool
+) -> int | None:
     # In the order of the results: JAX gives a result the first donated argument of its shape, and would give
     # new parameters the room of a momentum, to be copied away first.
     def step(params, state, gradients):
+        if not keep_gradients:
+            gradients = _made_within(gradients)
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
+    arguments = params, state, gradients
     if device is not None:
         place = jax.sharding.SingleDeviceSharding(device)
         arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments)
     analysis = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile().memory_analysis()
-    return None if analysis is None else analysis.temp_size_in_bytes
+    if analysis is None:
+        return None
+    made = 0 if keep_gradients else sum(map(_bytes, jax.tree.leaves(gradients)))
+    # A step need not hold all gradients at once.
+    return max(analysis.temp_size_in_bytes - made, 0)

@@ -206,7 +206,9 @@ def _from_sketch(mean_of: MeanOf, key: Any, p: Any, iterations: int = 1) -> Any:
     """`sketched_subspace` of a leaf, or of all that share their means."""
 
     def sketch(key, p, g):
-        return g @ count_sketch(key, g.shape[-1], p.shape[-1])
+        s = count_sketch(key, g.shape[-1], p.shape[-1])
+        # One a block: for one that all share, a CPU copies a leaf that is stored the other way round.
+        return g @ jnp.broadcast_to(s, (*g.shape[:-2], *s.shape))
 
     y = mean_of(lambda g: jax.tree.map(sketch, key, p, g))
     start = _replaced(p, y, iterations, _FLOOR_OF_A_SKETCH)

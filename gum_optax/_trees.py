@@ -57,22 +57,23 @@ def after(x: Array, result: Array) -> Array:
 
 
 def map_in_turn(f: Callable[..., Array], tree: Any, *others: Any) -> Any:
-    """`jax.tree.map` in which each leaf waits for the result of the one before.
+    """`jax.tree.map` in which each leaf waits for the result of the one before, small ones first.
 
-    Full-size results are then made, used and forgotten one at a time. Left alone, XLA's CPU scheduler makes
+    Full-size results are then made, used and forgotten one at a time, the largest in the room of the smaller
+    gradients, which a training step no longer needs by then. Left alone, XLA's CPU scheduler makes
     all of them first, for concurrency, which needs temporaries of all gradients' size; and it drops
     `optimization_barrier` before it schedules: the order has to be in the data. The last operand, which
     should be the smallest, carries it. On a TPU, whose scheduler saves memory by itself, the order would
     only keep the result from being fused into what reads it.
     """
     leaves, treedef = jax.tree.flatten(tree)
-    results: list[Array] = []
-    for row in zip(leaves, *(treedef.flatten_up_to(other) for other in others), strict=True):
-        *operands, last = row
-        if results:
-            last = after(last, results[-1])
-        results.append(f(*operands, last))
-    return treedef.unflatten(results)
+    rows = list(zip(leaves, *(treedef.flatten_up_to(other) for other in others), strict=True))
+    results: dict[int, Array] = {}
+    before = None
+    for place, (*operands, last) in sorted(enumerate(rows), key=lambda row: row[1][-1].size):
+        waiting = last if before is None else after(last, before)
+        results[place] = before = f(*operands, waiting)
+    return treedef.unflatten([results[place] for place in range(len(rows))])
 
 
 def rolled_but_on_tpu(rolled: Callable[..., Any], unrolled: Callable[..., Any], *operands: Any) -> Any:

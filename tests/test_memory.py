@@ -9,7 +9,7 @@ from flax import nnx
 import gum_optax as go
 from gum_optax import report
 
-from helpers import OPTIMIZERS
+from helpers import OPTIMIZERS, in_turn
 
 
 def params():
@@ -67,6 +67,33 @@ def test_the_temporaries_are_those_of_the_compiled_step():
     assert sgd.temporaries < 64 * 96 * 4 <= muon.temporaries  # Newton-Schulz holds a matrix at least
     assert muon.total == muon.parameters + muon.gradients + sum(muon.state.values()) + muon.temporaries
     assert go.memory_report(go.muon(0.1), shapes).temporaries is None
+
+
+def test_the_temporaries_are_those_of_a_step_that_computes_its_gradients():
+    params = {name: jax.ShapeDtypeStruct((64, 96), jnp.float32) for name in "abc"}
+    tx = go.as_matrices(go.low_rank(optax.trace(0.9), 8, 2))
+
+    def loss(params, x):
+        return sum(jnp.sum(jnp.square(x @ p)) for p in params.values())
+
+    def step(params, state, x):
+        updates, state = tx.update(jax.grad(loss)(params, x), state, params)
+        return optax.apply_updates(params, updates), state
+
+    arguments = params, jax.eval_shape(tx.init, params), jax.ShapeDtypeStruct((4, 64), jnp.float32)
+    whole = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile().memory_analysis()
+    found = go.memory_report(tx, params, compiled=True)
+    assert found.temporaries == pytest.approx(whole.temp_size_in_bytes - found.gradients, rel=0.02)
+
+
+@in_turn
+def test_gradients_that_are_kept_leave_the_step_no_room():
+    shapes = {name: jax.ShapeDtypeStruct((8, 64, 96), jnp.float32) for name in "ab"}
+    within, kept = (
+        go.memory_report(go.muon(0.1), shapes, compiled=True, keep_gradients=keep).temporaries
+        for keep in (False, True)
+    )
+    assert within + 8 * 64 * 96 * 4 <= kept
 
 
 def test_what_is_donated_costs_no_temporaries():
