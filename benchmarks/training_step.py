@@ -1,4 +1,4 @@
-"""Time of whole training steps: what an optimizer adds to plain SGD, forward and backward pass included.
+"""Time and temporaries of whole training steps, forward and backward pass included, beside plain SGD's.
 
     python benchmarks/training_step.py --model 60m
 
@@ -50,7 +50,13 @@ class Step:
             return optax.apply_updates(params, updates), state
 
         self.state = params, jax.jit(tx.init)(params)
-        self.step = jax.jit(step, donate_argnums=(0, 1))
+        self.step = jax.jit(step, donate_argnums=(0, 1)).lower(*self.state, self.tokens).compile()
+
+    def temporaries(self) -> int:
+        """Bytes that the compiled step holds besides parameters and state: gradients and activations too."""
+        analysis = self.step.memory_analysis()
+        assert analysis is not None
+        return analysis.temp_size_in_bytes
 
     def seconds(self) -> float:
         start = time.perf_counter()
@@ -61,7 +67,7 @@ class Step:
 def measure(
     model: str, names: list[str], rank: int, batch: int, length: int, rounds: int
 ) -> dict[str, dict[str, float]]:
-    """Seconds a step, tokens a second, and time over that of SGD."""
+    """Seconds a step, tokens a second, time over that of SGD, and MiB of temporaries."""
     makers = optimizers(rank)
     steps = {name: Step(model, makers[name](), batch, length) for name in names}
     for name, step in steps.items():
@@ -73,17 +79,22 @@ def measure(
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     base = medians[names[0]]
     return {
-        name: {"step": s, "tokens_per_second": batch * length / s, "over_sgd": s / base}
+        name: {
+            "step": s,
+            "tokens_per_second": batch * length / s,
+            "over_sgd": s / base,
+            "temporaries_mib": steps[name].temporaries() / 2**20,
+        }
         for name, s in medians.items()
     }
 
 
 def table(rows: dict[str, dict[str, float]]) -> list[str]:
-    lines = ["| optimizer | step ms | tokens/s | over SGD |", "|---" * 4 + "|"]
+    lines = ["| optimizer | step ms | tokens/s | over SGD | temporaries MiB |", "|---" * 5 + "|"]
     for name, row in rows.items():
-        lines.append(
-            f"| `{name}` | {1e3 * row['step']:.0f} | {row['tokens_per_second']:.0f} | {row['over_sgd']:.3f} |"
-        )
+        cells = (1e3 * row["step"], row["tokens_per_second"], row["over_sgd"], row["temporaries_mib"])
+        step, rate, over, held = (f"{x:.{digits}f}" for x, digits in zip(cells, (0, 0, 3, 0), strict=True))
+        lines.append(f"| `{name}` | {step} | {rate} | {over} | {held} |")
     return lines
 
 

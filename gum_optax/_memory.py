@@ -30,9 +30,7 @@ class MemoryReport(NamedTuple):
     """Bytes of each leaf, and in total; `str()` is a table."""
 
     leaves: tuple[LeafMemory, ...]
-    temporaries: (
-        int | None
-    )  # of a compiled, donated update and apply, beside the gradients; None: not compiled
+    temporaries: int | None  # beside the gradients, of a donated update and apply; None: not compiled
 
     @property
     def parameters(self) -> int:

@@ -116,6 +116,7 @@ def test_a_training_step_is_timed_beside_sgd(tmp_path):
     (rows,) = settings_of(tmp_path / "training_step.json").values()
     assert rows["optax.sgd"]["over_sgd"] == 1
     assert rows["galore_muon"]["tokens_per_second"] > 0
+    assert min(row["temporaries_mib"] for row in rows.values()) > 0
     assert "| `optax.sgd` |" in (tmp_path / "training_step.md").read_text()
 
 

@@ -43,6 +43,8 @@ BUDGETS = {
     ("sinkgd", True): (0.01, 0.01),
     ("muon", True): (0.01, 0.46),
 }
+if jax.__version_info__ >= (0, 11):  # whose compiler has another order
+    BUDGETS |= {("galore_muon", False): (0.13, 0.26), ("sumo", True): (0.25, 0.37)}
 
 
 @in_turn
@@ -70,8 +72,8 @@ def test_no_moments_of_embeddings_are_copied(keep_gradients):
 
 
 TPU_BUDGETS = {
-    ("scanned", "1024"): {"galore_muon": 0.03, "gum": 0.2, "sumo": 0.04, "sinkgd": 0.01},
-    ("separate", "2048"): {"galore_muon": 0.09, "gum": 0.25, "sumo": 0.2},
+    ("scanned", "1024"): {"galore_muon": 0.05, "gum": 0.11, "sumo": 0.04, "sinkgd": 0.01},
+    ("separate", "2048"): {"galore_muon": 0.09, "gum": 0.18, "sumo": 0.2},
 }
 
 
