@@ -62,7 +62,7 @@ def test_temporaries_on_a_cpu(name, scanned, keep_gradients):
 @in_turn
 @pytest.mark.parametrize("keep_gradients", [False, True], ids=["in training", "gradients kept"])
 def test_no_moments_of_embeddings_are_copied(keep_gradients):
-    """`skip_non_finite(optax.adamw(1e-3))`, which knows of no guard, has 1.5 of the gradients here."""
+    """With `optax.scale_by_adam`, which knows of no guard, 1.0 and 1.5 of the gradients."""
     shapes = {
         name: {"embedding": jax.ShapeDtypeStruct(shape, jnp.float32)}
         for name, shape in {"token_embed": (512, 64), "position_embed": (64, 512)}.items()
