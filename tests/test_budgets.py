@@ -72,7 +72,7 @@ def test_no_moments_of_embeddings_are_copied(keep_gradients):
 
 
 TPU_BUDGETS = {
-    ("scanned", "1024"): {"galore_muon": 0.05, "gum": 0.11, "sumo": 0.04, "sinkgd": 0.01},
+    ("scanned", "1024"): {"galore_muon": 0.05, "gum": 0.06, "sumo": 0.04, "sinkgd": 0.01, "muon": 0.01},
     ("separate", "2048"): {"galore_muon": 0.09, "gum": 0.18, "sumo": 0.2},
 }
 
