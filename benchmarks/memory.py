@@ -51,13 +51,21 @@ def optax_muon() -> Any:
 
 
 def optimizers(rank: int) -> dict[str, Callable[[], Any]]:
-    """The library's three with a budget, and the peers."""
+    """The library's, and the peers."""
     return {
         "galore_muon": lambda: go.galore_muon(1e-3, rank),
         "gum": lambda: go.gum(1e-3, rank, full_rank_fraction=1 / 12),
         "sumo": lambda: go.sumo(1e-3, rank, orthogonalizer=go.polar_by_products),
         "sinkgd": lambda: go.sinkgd(1e-3),
         "muon": lambda: go.muon(1e-3),
+        "swan": lambda: go.swan(1e-3),
+        "scion": lambda: go.scion(1e-3),
+        "galore": lambda: go.galore(1e-3, rank),
+        "fira": lambda: go.fira(1e-3, rank),
+        "frugal": lambda: go.frugal(1e-3, rank),
+        "trion": lambda: go.trion(1e-3, rank),
+        "dion": lambda: go.dion(1e-3, rank),
+        "cosmos": lambda: go.cosmos(1e-3, rank),
         "optax.contrib.muon": optax_muon,
         "optax.contrib.galore": lambda: optax.contrib.galore(1e-3, rank),
         "optax.adamw": lambda: optax.adamw(1e-3),

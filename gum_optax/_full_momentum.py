@@ -14,6 +14,7 @@ from ._feedback import dion_rule, trion_rule
 from ._full_rank import chosen
 from ._hidden import is_edge, is_table
 from ._matrices import as_matrices
+from ._momentum import average
 from ._normalize import Normalizer, normalize, outputs_first, sign_lmo, spectral_lmo, unit_rows
 from ._orthogonalize import Orthogonalizer, newton_schulz
 from ._routing import at_least_float32, by_constant, by_fan_ratio, by_shape, matrices_and_others, partitioned
@@ -192,15 +193,15 @@ def scion(
         "vectors": optax.chain(normalize(_unit_vector), optax.scale(radius)),
     }
     # In float32 and without bias correction, which no norm ball would see.
-    average = optax.ema(momentum, debias=False, accumulator_dtype=jnp.float32)
-    rule = at_least_float32(optax.chain(average, normalize(outputs_first(hidden))))
+    averaged = average(momentum)
+    rule = at_least_float32(optax.chain(averaged, normalize(outputs_first(hidden))))
     shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
     return matrices_and_others(
         rule,
         learning_rate,
         by_constant(radius),
         *shared,
-        others_rule=optax.chain(average, partitioned(steepest, _kinds)),
+        others_rule=optax.chain(averaged, partitioned(steepest, _kinds)),
         wide=False,
     )
 

@@ -109,6 +109,21 @@ def adam(b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8) -> optax.GradientTrans
     return optax.GradientTransformationExtraArgs(plain.init, update)
 
 
+def average(decay: Any) -> optax.GradientTransformationExtraArgs:
+    """`M ← β M + (1 - β) G,  step = M`, in float32: `optax.ema` without bias correction, under a guard."""
+    plain = optax.ema(decay, debias=False, accumulator_dtype=jnp.float32)
+
+    def update(updates, state, params=None, *, guard: Guard | None = None, **extra_args):
+        del extra_args
+        if guard is None:
+            return plain.update(updates, state, params)
+        moment = optax.tree.update_moment(updates, state.ema, decay, 1)
+        ema = guard.keep(optax.tree.cast(moment, jnp.float32), state.ema)
+        return ema, optax.EmaState(optax.safe_increment(state.count), ema)
+
+    return optax.GradientTransformationExtraArgs(plain.init, update)
+
+
 def check_momentum_dtype(dtype: Any) -> Any:
     """float32, or bfloat16 where it is asked for.
 

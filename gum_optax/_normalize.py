@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from ._checks import check_function, check_integer
 from ._norms import frobenius, inverse, norm
 from ._orthogonalize import Orthogonalizer, newton_schulz, polar
+from ._trees import map_in_turn
 
 Normalizer = Callable[[Float[Array, "*b m n"]], Float[Array, "*b m n"]]
 
@@ -173,5 +174,5 @@ def normalize(method: Normalizer) -> optax.GradientTransformation:
     """
     check_function("method", method, "gum_optax.sinkhorn")
     return optax.stateless(
-        lambda updates, params: jax.tree.map(lambda g: method(g.astype(jnp.float32)), updates)
+        lambda updates, params: map_in_turn(lambda g: method(g.astype(jnp.float32)), updates)
     )

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from ._checks import check_matrix_leaf
+from ._guard import Guard
 from ._sampling import check_key, key_data, stream
+from ._trees import map_in_turn
 
 
 def per_matrix(
@@ -16,8 +18,8 @@ def per_matrix(
     init: Callable[..., tuple[Any, ...]],
     update: Callable[..., tuple[Any, ...]],
     key: Any = 0,
-) -> optax.GradientTransformation:
-    """A transformation that treats every leaf by itself.
+) -> optax.GradientTransformationExtraArgs:
+    """A transformation that treats every leaf by itself, one after the other.
 
     Args:
       kind: a NamedTuple: `count`, the steps taken, then one field for each array of a leaf's state.
@@ -41,14 +43,19 @@ def per_matrix(
         rows = [init(stream(data, jnp.int32(0), place), x) for place, x in enumerate(leaves)]
         return as_state(jnp.zeros((), jnp.int32), rows, treedef)
 
-    def update_all(updates, state, params=None):
-        del params
+    def update_all(updates, state, params=None, *, guard: Guard | None = None, **extra_args):
+        del params, extra_args
         count, *arrays = state
         count = jnp.asarray(optax.safe_increment(count))
-        gradients, treedef = jax.tree.flatten(updates)
-        rows = zip(gradients, *map(jax.tree.leaves, arrays), strict=True)
-        results = [update(count, g.astype(jnp.float32), *row) for g, *row in rows]
-        steps = treedef.unflatten([step for step, *_ in results])
-        return steps, as_state(count, [row for _, *row in results], treedef)
 
-    return optax.GradientTransformation(init_all, update_all)
+        def one(*arrays_and_gradient):
+            *old, g = arrays_and_gradient
+            step, *new = update(count, g.astype(jnp.float32), *old)
+            return step, new if guard is None else guard.keep(new, old)
+
+        treedef = jax.tree.structure(updates)
+        results = treedef.flatten_up_to(map_in_turn(one, *arrays, updates))
+        steps = treedef.unflatten([step for step, _ in results])
+        return steps, as_state(count, [row for _, row in results], treedef)
+
+    return optax.GradientTransformationExtraArgs(init_all, update_all)  # pyright: ignore[reportArgumentType]

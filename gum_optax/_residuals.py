@@ -103,7 +103,7 @@ def stepping(residual: Any) -> optax.GradientTransformationExtraArgs:
     def add(updates, state, params=None, *, told, **extra_args):
         check_held(told)
         extra_args |= {"coordinates": told.coordinates, "steps": told.steps}
-        rest = jax.tree.map(outside, told.projectors, updates)
+        rest = map_in_turn(lambda g, p: outside(p, g), updates, told.projectors)
         rest, state = rule.update(rest, state, params, **extra_args)
         return map_in_turn(lambda p, x, s: lift(p, s) + x, told.projectors, rest, told.steps), state
 

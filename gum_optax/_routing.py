@@ -60,7 +60,9 @@ def skip_non_finite(inner: optax.GradientTransformation) -> optax.GradientTransf
     """Skip a step whose gradient holds a NaN or an infinity: zero updates, inner's state as it was.
 
     Unlike `optax.apply_if_finite` it never gives up and applies one, and it selects instead of
-    branching, so that the state is still updated in place. Updates come back in the parameters' dtype.
+    branching, so that state is still updated in place: that of rules that take the argument `guard`, as this
+    library's momentum, Adam and subspaces do; of others, such as `optax.adamw`, a CPU makes a copy. Updates
+    come back in the parameters' dtype.
 
     The clock of the periods stops with the rest of the state, so that a skipped refresh comes a step
     later. Under `vmap` over runs with their own gradients the clocks may therefore differ, and every

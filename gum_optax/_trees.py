@@ -56,8 +56,10 @@ def after(x: Array, result: Array) -> Array:
     return jax.lax.platform_dependent(x, result, cpu=waiting, default=lambda x, _: x)
 
 
-def map_in_turn(f: Callable[..., Array], tree: Any, *others: Any) -> Any:
+def map_in_turn(f: Callable[..., Any], tree: Any, *others: Any) -> Any:
     """`jax.tree.map` in which each leaf waits for the result of the one before, small ones first.
+
+    Of a result with several arrays, it waits for the first.
 
     Full-size results are then made, used and forgotten one at a time, the largest in the room of the smaller
     gradients, which a training step no longer needs by then. Left alone, XLA's CPU scheduler makes
@@ -68,11 +70,12 @@ def map_in_turn(f: Callable[..., Array], tree: Any, *others: Any) -> Any:
     """
     leaves, treedef = jax.tree.flatten(tree)
     rows = list(zip(leaves, *(treedef.flatten_up_to(other) for other in others), strict=True))
-    results: dict[int, Array] = {}
+    results: dict[int, Any] = {}
     before = None
     for place, (*operands, last) in sorted(enumerate(rows), key=lambda row: row[1][-1].size):
-        waiting = last if before is None else after(last, before)
-        results[place] = before = f(*operands, waiting)
+        results[place] = f(*operands, last if before is None else after(last, before))
+        first = jax.tree.leaves(results[place])[0]
+        before = first if first.size else before
     return treedef.unflatten([results[place] for place in range(len(rows))])
 
 

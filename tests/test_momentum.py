@@ -9,7 +9,7 @@ import pytest
 
 import gum_optax as go
 from gum_optax._guard import Guard
-from gum_optax._momentum import adam, heavy_ball, round_stochastically
+from gum_optax._momentum import adam, average, heavy_ball, round_stochastically
 
 from helpers import run, sequence
 
@@ -93,9 +93,16 @@ def test_other_dtypes_are_refused():
         go.muon(0.1, momentum_dtype="float16")
 
 
-def test_adam_under_a_guard_is_optax_adam_and_a_skipped_step_leaves_its_moments():
+@pytest.mark.parametrize(
+    ("guarded", "plain"),
+    [
+        (adam(0.8, 0.99, 1e-6), optax.scale_by_adam(0.8, 0.99, 1e-6)),
+        (average(0.8), optax.ema(0.8, debias=False, accumulator_dtype=jnp.float32)),
+    ],
+    ids=["adam", "average"],
+)
+def test_under_a_guard_a_rule_is_optax_own_and_a_skipped_step_leaves_its_moments(guarded, plain):
     gradients = [{"w": g, "v": g[0]} for g in sequence(np.random.default_rng(0), (3, 5), 6)]
-    guarded, plain = adam(0.8, 0.99, 1e-6), optax.scale_by_adam(0.8, 0.99, 1e-6)
     state = expected_state = plain.init(gradients[0])
     for number, g in enumerate(gradients):
         taken = number % 3 != 1
