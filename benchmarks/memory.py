@@ -24,7 +24,7 @@ from results import RESULTS, versions
 import gum_optax as go
 
 # (width, feed-forward, rank): the small one of the tests, LLaMA-350M's, LLaMA-1B's, the rank an eighth of the
-# width. A TPU v5e's figures include up to 128 MiB of memory on the chip: at width 512 most of them are that.
+# width. A TPU's XLA gives every scalar 16 KiB: at width 512 most of a TPU's figures are that.
 SIZES = {"512": (512, 1376, 64), "1024": (1024, 2736, 128), "2048": (2048, 5461, 256)}
 
 
