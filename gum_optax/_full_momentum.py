@@ -15,7 +15,15 @@ from ._full_rank import chosen
 from ._hidden import is_edge, is_table
 from ._matrices import as_matrices
 from ._momentum import average
-from ._normalize import Normalizer, normalize, outputs_first, sign_lmo, spectral_lmo, unit_rows
+from ._normalize import (
+    Normalizer,
+    normalize,
+    normalize_in_turn,
+    outputs_first,
+    sign_lmo,
+    spectral_lmo,
+    unit_rows,
+)
 from ._orthogonalize import Orthogonalizer, newton_schulz
 from ._routing import at_least_float32, by_constant, by_fan_ratio, by_shape, matrices_and_others, partitioned
 
@@ -194,7 +202,7 @@ def scion(
     }
     # In float32 and without bias correction, which no norm ball would see.
     averaged = average(momentum)
-    rule = at_least_float32(optax.chain(averaged, normalize(outputs_first(hidden))))
+    rule = at_least_float32(optax.chain(averaged, normalize_in_turn(outputs_first(hidden))))
     shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
     return matrices_and_others(
         rule,

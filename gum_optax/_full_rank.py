@@ -12,7 +12,15 @@ import optax
 from ._checks import check_adam, check_function, check_integer
 from ._dimensions import WeightDimensionNumbers
 from ._momentum import adam, heavy_ball
-from ._normalize import multi_norm, normalize, outputs_first, sinkhorn, standardize_rows, whiten
+from ._normalize import (
+    multi_norm,
+    normalize,
+    normalize_in_turn,
+    outputs_first,
+    sinkhorn,
+    standardize_rows,
+    whiten,
+)
 from ._norms import LARGEST
 from ._orthogonalize import POLAR_EXPRESS, Orthogonalizer, fastest_newton_schulz, newton_schulz, orthogonalize
 from ._routing import by_constant, by_shape, matrices_and_others
@@ -119,7 +127,8 @@ def swan(
     """
     express = functools.partial(newton_schulz, coefficients=POLAR_EXPRESS)
     method = check_function("orthogonalizer", chosen(orthogonalizer, express), "gum_optax.polar")
-    rule = normalize(outputs_first(multi_norm((standardize_rows, functools.partial(whiten, method=method)))))
+    normalizer = multi_norm((standardize_rows, functools.partial(whiten, method=method)))
+    rule = normalize_in_turn(outputs_first(normalizer))
     shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
     return matrices_and_others(rule, learning_rate, by_constant(scale), *shared, wide=False)
 

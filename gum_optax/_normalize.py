@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -173,6 +174,16 @@ def normalize(method: Normalizer) -> optax.GradientTransformation:
       TypeError: `method` is not a function.
     """
     check_function("method", method, "gum_optax.sinkhorn")
-    return optax.stateless(
-        lambda updates, params: map_in_turn(lambda g: method(g.astype(jnp.float32)), updates)
-    )
+    return _of_each(jax.tree.map, method)
+
+
+def normalize_in_turn(method: Normalizer) -> optax.GradientTransformation:
+    """`normalize`, one leaf after the other: for a method that makes matrices on the way, to hold one leaf's.
+
+    `sinkhorn` makes none, and would only have the leaf that waits copied.
+    """
+    return _of_each(map_in_turn, method)
+
+
+def _of_each(mapped: Callable[..., Any], method: Normalizer) -> optax.GradientTransformation:
+    return optax.stateless(lambda updates, params: mapped(lambda g: method(g.astype(jnp.float32)), updates))

@@ -59,24 +59,23 @@ def test_temporaries_on_a_cpu(name, scanned, keep_gradients):
     assert share <= BUDGETS[name, scanned][keep_gradients]
 
 
-# Of four layers in a training step, separate and scanned.
+# Of two layers in a training step, separate and scanned.
 OTHER_BUDGETS = {
-    "galore": (0.13, 0.14),
-    "fira": (0.4, 0.88),
-    "frugal": (0.23, 0.57),
-    "swan": (0.05, 0.17),
+    "fira": (0.53, 0.88),
+    "frugal": (0.31, 0.57),
+    "swan": (0.12, 0.23),
     "scion": (0.01, 0.01),
-    "trion": (0.11, 0.57),
-    "dion": (0.04, 0.12),
-    "cosmos": (0.22, 0.57),
+    "trion": (0.2, 0.57),
+    "dion": (0.06, 0.12),
+    "cosmos": (0.29, 0.57),
 }
 
 
 @in_turn
 @pytest.mark.parametrize("name", OTHER_BUDGETS)
 def test_temporaries_of_the_other_optimizers(name):
-    """A leaf at a time. With all leaves at once twelve layers took 1.1 (scion) to 2.6 (trion)."""
-    shapes = [memory.layers(WIDTH, FF, 4, scanned=scanned) for scanned in (False, True)]
+    """A leaf at a time. With all leaves at once twelve scanned layers took 1.1 (scion) to 2.6 (trion)."""
+    shapes = [memory.layers(WIDTH, FF, 2, scanned=scanned) for scanned in (False, True)]
     shares = [memory.measure(memory.optimizers(RANK)[name](), tree, device=True) for tree in shapes]
     assert np.all(np.array(shares) <= OTHER_BUDGETS[name]), shares
 
