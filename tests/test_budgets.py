@@ -69,6 +69,8 @@ OTHER_BUDGETS = {
     "dion": (0.06, 0.12),
     "cosmos": (0.29, 0.57),
 }
+if jax.__version_info__ >= (0, 11):
+    OTHER_BUDGETS |= {"frugal": (0.4, 0.66)}
 
 
 @in_turn
