@@ -49,6 +49,7 @@ def per_matrix(
         count = jnp.asarray(optax.safe_increment(count))
 
         def one(*arrays_and_gradient):
+            # Last, for it waits: each rule first adds it to its momentum, and the wait goes with that.
             *old, g = arrays_and_gradient
             step, *new = update(count, g.astype(jnp.float32), *old)
             return step, new if guard is None else guard.keep(new, old)

@@ -75,7 +75,7 @@ def map_in_turn(f: Callable[..., Any], tree: Any, *others: Any) -> Any:
     for place, (*operands, last) in sorted(enumerate(rows), key=lambda row: row[1][-1].size):
         results[place] = f(*operands, last if before is None else after(last, before))
         first = jax.tree.leaves(results[place])[0]
-        before = first if first.size else before
+        before = first if first.size else before  # an empty one has no number to wait for
     return treedef.unflatten([results[place] for place in range(len(rows))])
 
 
