@@ -7,7 +7,16 @@ from ._carries import rotate as rotate
 from ._carries import rotate_first_moment as rotate_first_moment
 from ._cosmos import CosmosState as CosmosState
 from ._cosmos import cosmos_rule as cosmos_rule
+from ._describe import Description as Description
+from ._describe import LeafDescription as LeafDescription
+from ._describe import describe as describe
+from ._dimensions import CONV_HWIO as CONV_HWIO
+from ._dimensions import CONV_OIHW as CONV_OIHW
 from ._dimensions import LAST_TWO as LAST_TWO
+from ._dimensions import OUT_IN as OUT_IN
+from ._dimensions import SPLIT_HEADS_INPUT as SPLIT_HEADS_INPUT
+from ._dimensions import SPLIT_HEADS_OUTPUT as SPLIT_HEADS_OUTPUT
+from ._dimensions import Parts as Parts
 from ._feedback import DionState as DionState
 from ._feedback import TrionState as TrionState
 from ._feedback import dct_columns as dct_columns
@@ -23,6 +32,7 @@ from ._full_momentum import trion as trion
 from ._full_rank import muon as muon
 from ._full_rank import sinkgd as sinkgd
 from ._full_rank import swan as swan
+from ._hidden import RoutingWarning as RoutingWarning
 from ._hidden import hidden_matrices as hidden_matrices
 from ._layouts import with_shardings as with_shardings
 from ._low_rank import LowRankState as LowRankState

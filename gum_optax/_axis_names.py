@@ -83,8 +83,21 @@ def _kind(x: Any) -> _Kind | None:
     return None
 
 
-def _is_box(x: Any) -> bool:
+def is_box(x: Any) -> bool:
+    """Whether it is a variable of NNX, a box of Linen or a named array of Haliax."""
     return _kind(x) is not None
+
+
+def unbox(x: Any) -> tuple[Any, tuple[str | None, ...]]:
+    """A box's content, and the names of its axes; no names where there are none."""
+    kind = _kind(x)
+    if kind is None:
+        return x, ()
+    content, names = kind.content(x), kind.names(x)
+    if not isinstance(names, tuple | list | PartitionSpec):
+        return content, ()
+    missing = len(getattr(content, "shape", ())) - len(names)
+    return content, tuple(name if isinstance(name, str) else None for name in (*names, *[None] * missing))
 
 
 def _axes(x: Any) -> list[Axis | None]:
@@ -122,7 +135,7 @@ def _names_beside(tx: optax.GradientTransformation, params: Any) -> list[list[An
     name.
     """
     beside: list[list[Axis | None]] = []
-    for box in jax.tree.leaves(params, is_leaf=_is_box):
+    for box in jax.tree.leaves(params, is_leaf=is_box):
         beside += [_axes(box)] * len(jax.tree.leaves(box))
     found: list[list[Any]] = []
     for group in _at_once(list(dict.fromkeys(axis for axes in beside for axis in axes if axis is not None))):
@@ -138,6 +151,17 @@ def _names_beside(tx: optax.GradientTransformation, params: Any) -> list[list[An
         found = found or [[None] * len(row) for row in rows]
         found = [[a or b for a, b in zip(*pair, strict=True)] for pair in zip(found, rows, strict=True)]
     return found
+
+
+def _boxes_of_parts(x: Any) -> Any:
+    """Of a box that holds the parts of a kernel, a box for each: libraries want an array in every one."""
+    kind = _kind(x)
+    if kind is None or type(kind.content(x)) is not tuple:  # a hole is one as well
+        return x
+    return tuple(
+        jax.tree.unflatten(jax.tree.structure(x, is_leaf=lambda y: y is not x), [part])
+        for part in kind.content(x)
+    )
 
 
 def with_axis_names(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -164,26 +188,31 @@ def with_axis_names(tx: optax.GradientTransformation) -> optax.GradientTransform
     def init(params):
         state, rows = tx.init(params), _names_beside(tx, params)
         if not rows:
-            return state
+            return jax.tree.map(_boxes_of_parts, state, is_leaf=is_box)
         found = iter(rows)
-        boxes = ((x, _kind(x)) for x in jax.tree.leaves(params, is_leaf=_is_box))
+        boxes = ((x, _kind(x)) for x in jax.tree.leaves(params, is_leaf=is_box))
         first, its_kind = next((box, kind) for box, kind in boxes if kind is not None)
 
         def named(x):
             names = [tuple(next(found)) for _ in jax.tree.leaves(x)]
             kind = _kind(x)
-            if len(names) != 1:
+            if kind is None:
+                return its_kind.like(first, x, names[0]) if names and any(names[0]) else x
+            if not names:
                 # A hole, without its box: whoever looks for what the names say would look for an array.
-                return x if kind is None or names else kind.content(x)
-            if kind is not None:
-                return kind.like(x, kind.content(x), names[0]) if kind.names(x) else x
-            return its_kind.like(first, x, names[0]) if any(names[0]) else x
+                return kind.content(x)
+            parts = _boxes_of_parts(x)
+            if not kind.names(x):
+                return parts
+            if parts is not x:
+                return tuple(kind.like(x, kind.content(y), own) for y, own in zip(parts, names, strict=True))
+            return kind.like(x, kind.content(x), names[0])
 
-        return jax.tree.map(named, state, is_leaf=_is_box)
+        return jax.tree.map(named, state, is_leaf=is_box)
 
     def update(updates, state, params=None, **extra_args):
         outside, like = jax.tree.structure(state), updates if params is None else params
-        if any(map(_is_box, jax.tree.leaves(like, is_leaf=_is_box))):
+        if any(map(is_box, jax.tree.leaves(like, is_leaf=is_box))):
             # With the boxes that `tx` would have made: a box of other names, or none, is another tree.
             inside = jax.eval_shape(tx.init, like)
             state = jax.tree.structure(inside).unflatten(jax.tree.leaves(state))

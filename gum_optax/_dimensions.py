@@ -1,9 +1,10 @@
 """Dimension numbers: which axes of a leaf are its fan-in, its fan-out, and a batch of blocks."""
 
 import dataclasses
+import fnmatch
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,12 +13,21 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 from optax.contrib import MuonDimensionNumbers
 
+from ._axis_names import is_box
 from ._checks import check_matrix_leaf, is_function
 from ._sharding import explicit_sharding
 from ._trees import is_hole
 
-# The last two axes, fan-in before fan-out: a Flax kernel, alone or in a stack.
+# Roles of a leaf, alone or in a stack. The last two axes, fan-in before fan-out: a Flax kernel.
 LAST_TWO = MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+# A linear layer of PyTorch and Equinox, `(out, in)`.
+OUT_IN = MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
+# Attention with heads on an axis of their own: `(embed, heads, head_dim)` and `(heads, head_dim, embed)`.
+SPLIT_HEADS_INPUT = MuonDimensionNumbers(reduction_axis=-3, output_axis=(-2, -1))
+SPLIT_HEADS_OUTPUT = MuonDimensionNumbers(reduction_axis=(-3, -2), output_axis=-1)
+# Convolutions of two dimensions: Flax's `(height, width, in, out)`, and `(out, in, height, width)`.
+CONV_HWIO = MuonDimensionNumbers(reduction_axis=(-4, -3, -2), output_axis=-1)
+CONV_OIHW = MuonDimensionNumbers(reduction_axis=(-3, -2, -1), output_axis=-4)
 
 WeightDimensionNumbers = MuonDimensionNumbers | Any | Callable[[Any], Any] | None
 
@@ -30,7 +40,34 @@ class ShardedDimensionNumbers(NamedTuple):
     sharding: NamedSharding  # of the leaf
 
 
-Entry = MuonDimensionNumbers | ShardedDimensionNumbers | None
+class Parts(NamedTuple):
+    """Several matrices in one kernel, side by side along an axis: each is orthogonalized and projected by
+    itself.
+
+    | kernel | value |
+    |---|---|
+    | queries, keys and values `(d, 3 h)` | `Parts((h, h, h))` |
+    | grouped queries `(d, q + 2 kv)` | `Parts((q, kv, kv))` |
+    | gate and up `(d, 2 f)` of PyTorch, `(2 f, d)` | `Parts((f, f), axis=-2, numbers=OUT_IN)` |
+    | each head of `(d, heads · head_dim)` for itself | `Parts(head_dim=head_dim)` |
+    | each head of grouped queries | `Parts((q, kv, kv), head_dim=head_dim)` |
+    | latent attention `(rank, heads, k + v)` | `Parts((k, v), numbers=SPLIT_HEADS_INPUT)` |
+
+    An axis of its own needs no parts: of `(d, 3, heads, head_dim)` each is a block by
+    `MuonDimensionNumbers(-4, (-2, -1))`, and each head of each by `MuonDimensionNumbers(-4, -1)`.
+
+    State is a tuple at the kernel's place, an entry a part; a single array where `sizes` is `None`.
+    """
+
+    sizes: tuple[int, ...] | None = None  # of the parts along the axis; None: it is one part
+    axis: int = -1
+    head_dim: int | None = None  # cuts each part once more, into matrices of this width
+    numbers: MuonDimensionNumbers | ShardedDimensionNumbers = (
+        LAST_TWO  # of a part, which has the axes of the kernel
+    )
+
+
+Entry = MuonDimensionNumbers | ShardedDimensionNumbers | Parts | None
 
 
 def _is_entry(x: Any) -> bool:
@@ -51,47 +88,78 @@ def names_of(path: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in unboxed(path))
 
 
-def dimension_numbers(spec: WeightDimensionNumbers, tree: Any) -> list[Entry]:
+def is_patterns(spec: Any, tree: Any) -> bool:
+    """Whether it maps patterns of paths to roles, and is no tree of dimension numbers like `tree`."""
+    if not isinstance(spec, dict) or not all(isinstance(x, str) for x in spec):
+        return False
+    flat = set(leaf_names(tree))
+    return all(map(_is_entry, spec.values())) and not all((name,) in flat for name in spec)
+
+
+def matching(patterns: dict[str, Entry], name: str) -> str | None:
+    """The first pattern that a path matches; `*` stands for anything, slashes included."""
+    return next((pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)), None)
+
+
+def _last_two_of_all(tree: Any) -> list[Entry]:
+    return [LAST_TWO] * len(jax.tree.leaves(tree))
+
+
+def leaf_names(tree: Any) -> list[tuple[str, ...]]:
+    """The names along the path of each leaf, without those of the box that it is in."""
+    boxes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_box)
+    return [names_of(path) for path, box in boxes for _ in jax.tree.leaves(box)]
+
+
+def dimension_numbers(
+    spec: WeightDimensionNumbers, tree: Any, default: Callable[[Any], list[Entry]] = _last_two_of_all
+) -> list[Entry]:
     """The dimension numbers of each leaf of `tree`, in the order of its leaves.
 
     Args:
-      spec: one `MuonDimensionNumbers` for every leaf; a tree of them, `None` where a leaf is not a
-        matrix; a function from the tree to such a tree; or `None`: the last two axes of every leaf.
+      spec: one `MuonDimensionNumbers` or `Parts` for every leaf; a tree of them, `None` where a leaf is not a
+        matrix; a function from the tree to such a tree; a mapping from patterns of paths to them, of which
+        the first that matches decides; or `None`.
+      tree: of arrays.
+      default: from the tree to the dimension numbers of leaves that `spec` leaves open.
 
     Raises:
       ValueError: a leaf has no entry in the tree.
       TypeError: an entry is neither dimension numbers nor `None`.
     """
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    if not paths:
-        return []
-    if spec is None:
-        spec = LAST_TWO
-    elif is_function(spec):
+    if not paths or spec is None:
+        return default(tree) if paths else []
+    if is_function(spec):
         spec = spec(tree)  # pyright: ignore[reportCallIssue]
-    if isinstance(spec, MuonDimensionNumbers):
+    if isinstance(spec, MuonDimensionNumbers | Parts):
         return [spec] * len(paths)
+    if isinstance(spec, dict) and is_patterns(spec, tree):
+        found = [matching(spec, "/".join(names)) for names in leaf_names(tree)]
+        others = default(tree) if None in found else [None] * len(found)
+        return [other if at is None else spec[at] for at, other in zip(found, others, strict=True)]
     entries = jax.tree_util.tree_leaves_with_path(spec, is_leaf=_is_entry)
     table = {names_of(path): entry for path, entry in entries}
-    found = []
-    for path in paths:
-        where = jax.tree_util.keystr(path)
-        if names_of(path) not in table:
-            raise ValueError(
-                f"weight_dimension_numbers has no entry for leaf {where};"
-                " give it MuonDimensionNumbers, or None if it is not a matrix."
-            )
-        entry = table[names_of(path)]
-        if not _is_entry(entry):
-            raise TypeError(
-                f"weight_dimension_numbers of leaf {where} must be optax.contrib.MuonDimensionNumbers"
-                f" or None, got {entry!r}."
-            )
-        found.append(entry)
-    return found
+    return [_entry_at(path, table) for path in paths]
 
 
-def _axes(axes: Any, where: str, ndim: int) -> tuple[int, ...]:
+def _entry_at(path: Any, table: dict[tuple[str, ...], Any]) -> Entry:
+    where = jax.tree_util.keystr(path)
+    if names_of(path) not in table:
+        raise ValueError(
+            f"weight_dimension_numbers has no entry for leaf {where};"
+            " give it MuonDimensionNumbers, or None if it is not a matrix."
+        )
+    entry = table[names_of(path)]
+    if not _is_entry(entry):
+        raise TypeError(
+            f"weight_dimension_numbers of leaf {where} must be optax.contrib.MuonDimensionNumbers or None,"
+            f" or gum_optax.Parts of a fused kernel, got {entry!r}."
+        )
+    return entry
+
+
+def axes_of(axes: Any, where: str, ndim: int) -> tuple[int, ...]:
     """Non-negative axes from one axis or several."""
     given = axes if isinstance(axes, tuple | list) else (axes,)
     if not all(isinstance(axis, numbers.Integral) and not isinstance(axis, bool) for axis in given):
@@ -170,13 +238,14 @@ def view_of(path: Any, leaf: Any, entry: Entry, *, wide: bool) -> View:
     """
     check_matrix_leaf(path, leaf)
     where = jax.tree_util.keystr(path)
+    assert not isinstance(entry, Parts), "kernels are taken apart before they are seen"
     if entry is None:
         raise ValueError(
             f"leaf {where} has None as its dimension numbers: it is not a matrix."
             " Give it to another rule with optax.partition, or use an optimizer's `others`."
         )
-    reduction = _axes(entry.reduction_axis, where, leaf.ndim)
-    output = _axes(entry.output_axis, where, leaf.ndim)
+    reduction = axes_of(entry.reduction_axis, where, leaf.ndim)
+    output = axes_of(entry.output_axis, where, leaf.ndim)
     if len(set(reduction + output)) != len(reduction + output):
         raise ValueError(
             f"dimension numbers of leaf {where} overlap: reduction axes {reduction}, output axes {output}"
@@ -208,9 +277,8 @@ def view_of(path: Any, leaf: Any, entry: Entry, *, wide: bool) -> View:
     return View(order, len(batch), permuted, (*blocks, *sides), fan_in, fan_out, known)
 
 
-def views_of(spec: WeightDimensionNumbers, tree: Any, *, wide: bool) -> Any:
+def views_of(entries: Sequence[Entry], tree: Any, *, wide: bool) -> Any:
     """A tree of `View`s over the leaves of `tree`."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    entries = dimension_numbers(spec, tree)
     views = [view_of(*leaf, entry, wide=wide) for leaf, entry in zip(leaves, entries, strict=True)]
     return treedef.unflatten(views)

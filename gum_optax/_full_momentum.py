@@ -12,7 +12,7 @@ from ._cosmos import cosmos_rule
 from ._dimensions import WeightDimensionNumbers, names_of
 from ._feedback import dion_rule, trion_rule
 from ._full_rank import chosen
-from ._hidden import is_edge, is_table
+from ._hidden import policy
 from ._matrices import as_matrices
 from ._momentum import average
 from ._normalize import (
@@ -217,18 +217,19 @@ def scion(
 def _kinds(params: Any) -> list[str]:
     """The name of each leaf's ball, of the leaves that are not hidden matrices."""
 
-    def kind(path, x):
+    def kind(path, x, reading):
         if jnp.iscomplexobj(x):
             raise TypeError(
                 f"leaf {jax.tree_util.keystr(path)} is complex, and scion's norm balls are of real numbers;"
                 " pass others=optax.adamw(learning_rate), for instance."
             )
-        names = names_of(path)
-        if jnp.ndim(x) < 2 or not is_edge(names):
+        if jnp.ndim(x) < 2 or (reading.entry is None and reading.kind not in ("embedding", "head")):
             return "vectors"
-        return "tables" if is_table(names) else "heads"
+        is_table = reading.kind == "embedding" and names_of(path)[-1] != "kernel"
+        return "tables" if is_table else "heads"
 
-    return [kind(path, x) for path, x in jax.tree_util.tree_leaves_with_path(params)]
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return [kind(*leaf, reading) for leaf, reading in zip(leaves, policy(params), strict=True)]
 
 
 def _of_matrices(method: Normalizer) -> optax.GradientTransformation:

@@ -1,13 +1,14 @@
 """Shardings that rules are told: which side to project, and over what to spread an orthogonalization."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import NamedSharding
 
-from ._dimensions import ShardedDimensionNumbers, WeightDimensionNumbers, dimension_numbers, names_of
-from ._hidden import hidden_matrices
+from ._dimensions import Entry, Parts, ShardedDimensionNumbers, WeightDimensionNumbers, names_of
+from ._hidden import decided
+from ._model.leaves import Reading
 
 
 def with_shardings(
@@ -27,23 +28,37 @@ def with_shardings(
     Raises:
       TypeError: once there are parameters, one that is a matrix has no `NamedSharding`.
     """
-    spec = hidden_matrices if weight_dimension_numbers is None else weight_dimension_numbers
     leaves = jax.tree_util.tree_leaves_with_path(param_shardings)
-    shardings = {names_of(path): sharding for path, sharding in leaves}
+    return _WithShardings({names_of(path): x for path, x in leaves}, weight_dimension_numbers)
 
-    def told(params: Any) -> Any:
-        paths, treedef = jax.tree_util.tree_flatten_with_path(params)
 
-        def beside(path, entry):
-            sharding = shardings.get(names_of(path))
-            if not isinstance(sharding, NamedSharding):
-                raise TypeError(
-                    "param_shardings must hold a jax.sharding.NamedSharding for leaf"
-                    f" {jax.tree_util.keystr(path)}, got {sharding!r}."
-                )
-            return ShardedDimensionNumbers(entry.reduction_axis, entry.output_axis, sharding)
+class _WithShardings(NamedTuple):
+    """What `with_shardings` gives: a function of the parameters."""
 
-        entries = zip(paths, dimension_numbers(spec, params), strict=True)
-        return treedef.unflatten([e if e is None else beside(path, e) for (path, _), e in entries])
+    shardings: dict[tuple[str, ...], Any]  # by the names along a leaf's path
+    weight_dimension_numbers: WeightDimensionNumbers
 
-    return told
+    def __call__(self, params: Any) -> Any:
+        return jax.tree.structure(params).unflatten([x.entry for x in self.readings(params)])
+
+    def readings(self, params: Any) -> list[Reading]:
+        """What each leaf is taken for, with its sharding."""
+        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        found = zip(paths, decided(self.weight_dimension_numbers, params), strict=True)
+        return [x._replace(entry=self._told(path, x.entry)) for path, x in found]
+
+    def _told(self, path: Any, entry: Entry) -> Entry:
+        if entry is None:
+            return None
+        sharding = self.shardings.get(names_of(path))
+        if not isinstance(sharding, NamedSharding):
+            raise TypeError(
+                "param_shardings must hold a jax.sharding.NamedSharding for leaf"
+                f" {jax.tree_util.keystr(path)}, got {sharding!r}."
+            )
+        if isinstance(entry, Parts):
+            numbers = entry.numbers
+            return entry._replace(
+                numbers=ShardedDimensionNumbers(numbers.reduction_axis, numbers.output_axis, sharding)
+            )
+        return ShardedDimensionNumbers(entry.reduction_axis, entry.output_axis, sharding)

@@ -14,6 +14,7 @@ from ._checks import check_function, check_integer, check_matrix_leaf, check_rul
 from ._dimensions import View, views_beside
 from ._gradient import Energy, Held, Sketched
 from ._guard import Guard
+from ._listening import listener
 from ._norms import inverse
 from ._projected import Sketches, places_of
 from ._residuals import Residual, Told, drop, stepping
@@ -185,6 +186,8 @@ def _initial(
 ) -> LowRankState:
     """The state before the first step, which finds a subspace in place of the random one here."""
     data = key_data(subspace.key)
+    if (heard := listener()) is not None:
+        heard.ranks.append(subspace.rank)
 
     def start(place, g):
         return first_subspace(stream(data, jnp.int32(0), place), g, subspace.rank)

@@ -8,6 +8,7 @@ import optax
 
 from ._checks import check_rule
 from ._dimensions import WeightDimensionNumbers, views_of
+from ._parts import Apart, PartMeans
 from ._projected import Sketches
 from ._sharding import on_auto_axes
 from ._trees import concrete
@@ -46,20 +47,26 @@ def as_matrices(
 
     def init(params):
         params = concrete(params)
-        return inner.init(seen(views_of(weight_dimension_numbers, params, wide=wide), params))
+        kernels = Apart(weight_dimension_numbers, params)
+        parts = kernels.apart(params)
+        return inner.init(seen(views_of(kernels.entries, parts, wide=wide), parts))
 
     def update(updates, state, params=None, *, sketches: Sketches | None = None, **extra_args):
+        kernels = Apart(weight_dimension_numbers, updates)
         if sketches is not None:
             sketches.check_untouched(updates)
-            extra_args |= {"sketches": sketches}
+            extra_args |= {"sketches": kernels.measured(sketches, updates)}
         # Before types lose their shardings.
-        views = views_of(weight_dimension_numbers, updates, wide=wide)
+        views = views_of(kernels.entries, kernels.apart(updates), wide=wide)
 
         def inside(updates, state, params=None, **extra_args):
-            params = None if params is None else seen(views, params)
+            params = None if params is None else seen(views, kernels.apart(params))
+            parts = seen(views, kernels.apart(updates))
             # How leaves are stored, for rules that take them through a conditional: see `low_rank`.
-            steps, state = inner.update(seen(views, updates), state, params, views=views, **extra_args)
-            return jax.tree.map(lambda x, view: view.back(x), steps, views), state
+            steps, state = inner.update(parts, state, params, views=views, **extra_args)
+            if isinstance(asked := extra_args.get("sketches"), PartMeans):
+                asked.need_the_rest()
+            return kernels.together(jax.tree.map(lambda x, view: view.back(x), steps, views)), state
 
         return on_auto_axes(inside)(updates, state, params, **extra_args)
 

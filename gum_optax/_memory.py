@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from ._checks import check_rule
-from ._dimensions import names_of, unboxed
+from ._dimensions import leaf_names
 
 # State that belongs to no leaf of the model: GUM's slots, and counts, keys and the like.
 _SLOTS, _BOOKKEEPING = "slots", "bookkeeping"
@@ -61,22 +61,24 @@ class MemoryReport(NamedTuple):
         for leaf in self.leaves:
             sizes = [leaf.parameters, leaf.gradients, *(leaf.state.get(kind, 0) for kind in kinds)]
             shape = "×".join(map(str, leaf.shape)) or "-"
-            lines.append([leaf.name, shape, *map(_mib, sizes)])
+            lines.append([leaf.name, shape, *map(mib, sizes)])
         totals = [self.parameters, self.gradients, *self.state.values()]
-        lines.append(["total (MiB)", "", *map(_mib, totals)])
-        return f"{_aligned(lines)}\n{self._summary()}"
+        lines.append(["total (MiB)", "", *map(mib, totals)])
+        return f"{aligned(lines)}\n{self._summary()}"
 
     def _summary(self) -> str:
         state, temporaries = sum(self.state.values()), self.temporaries
-        shown = "not compiled" if temporaries is None else f"{_mib(temporaries)} MiB"
-        return f"state {_mib(state)} MiB, temporaries {shown}, in all {_mib(self.total)} MiB"
+        shown = "not compiled" if temporaries is None else f"{mib(temporaries)} MiB"
+        return f"state {mib(state)} MiB, temporaries {shown}, in all {mib(self.total)} MiB"
 
 
-def _mib(size: int) -> str:
+def mib(size: int) -> str:
+    """Bytes in MiB."""
     return "-" if not size else f"{size / 2**20:.1f}" if size >= 2**16 else f"{size / 2**20:.4f}"
 
 
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Cells in columns."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(x.rjust(w) for x, w in zip(line, widths, strict=True)) for line in lines)
 
@@ -118,21 +120,20 @@ def memory_report(
     )
     state = jax.eval_shape(tx.init, shapes)
     owned: dict[tuple[str, ...], LeafMemory] = {}
-    for (path, leaf), g in zip(
-        jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(gradients), strict=True
+    for names, leaf, g in zip(
+        leaf_names(shapes), jax.tree.leaves(shapes), jax.tree.leaves(gradients), strict=True
     ):
-        names = names_of(path)
         owned[names] = LeafMemory(
             "/".join(names) or "(the only leaf)", leaf.shape, _bytes(leaf), _bytes(g), {}
         )
     shared: dict[str, int] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        names = names_of(path)
-        owner = next((owned[names[i:]] for i in range(len(names) + 1) if names[i:] in owned), None)
+    paths = jax.tree_util.tree_leaves_with_path(state)
+    for names, (path, leaf) in zip(leaf_names(state), paths, strict=True):
+        owner, start = _owner(names, owned)
         if owner is None or _SLOTS in names:
             kinds, kind = shared, _SLOTS if _SLOTS in names else _BOOKKEEPING
         else:
-            kinds, kind = owner.state, _last_field(path)
+            kinds, kind = owner.state, _last_field(path[:start])
         kinds[kind] = kinds.get(kind, 0) + _bytes(leaf)
     rest = tuple(LeafMemory(kind, (), 0, 0, {kind: size}) for kind, size in shared.items())
     device = None if isinstance(compiled, bool) else compiled
@@ -142,13 +143,23 @@ def memory_report(
     return MemoryReport((*owned.values(), *rest), temporaries)
 
 
+def _owner(names: tuple[str, ...], owned: dict[tuple[str, ...], LeafMemory]) -> tuple[LeafMemory | None, int]:
+    """The parameter whose path a path of the state ends with, and where that begins.
+
+    Of a part of a kernel, a number comes after it.
+    """
+    ends = [names, names[:-1]] if names and names[-1].isdigit() else [names]
+    found = ((owned[end[i:]], i) for end in ends for i in range(len(end) + 1) if end[i:] in owned)
+    return next(found, (None, 0))
+
+
 def _bytes(leaf: Any) -> int:
     return math.prod(leaf.shape) * leaf.dtype.itemsize
 
 
 def _last_field(path: Any) -> str:
     """The last field on the way to a leaf of the state: optax's own name for it."""
-    fields = [key.name for key in unboxed(path) if isinstance(key, jax.tree_util.GetAttrKey)]
+    fields = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
     return fields[-1] if fields else "state"
 
 

@@ -41,11 +41,16 @@ class Asking:
         self._trace = get_opaque_trace_state(convention="flax")
         self.questions: list[Question] = []
         self.made: list[Any] = []
+        self._needed: set[int] = set()
 
     @property
     def places(self) -> set[int]:
         """The leaves whose gradients nobody needs as they are."""
-        return {place for question in self.questions for place in question.places}
+        return {place for question in self.questions for place in question.places} - self._needed
+
+    def need(self, places: Sequence[int]) -> None:
+        """The gradients of these are needed as they are, whatever else is asked of them."""
+        self._needed.update(places)
 
     def mean(self, places: Sequence[int], f: Callable[[Sequence[Any]], Any]) -> Any:
         """The mean of `f`, linear in the leaves at `places`; for now zeros."""
@@ -94,6 +99,9 @@ class Answering:
     def once(self, places: Sequence[int], make: Callable[[MeanOf], Any]) -> Any:
         del places, make
         return next(self._made)
+
+    def need(self, places: Sequence[int]) -> None:
+        """They are there."""
 
     def check_untouched(self, updates: Any) -> None:
         """Refuse to project a leaf that something has changed.

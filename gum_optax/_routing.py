@@ -10,11 +10,12 @@ from jaxtyping import Array, Int
 
 from ._axis_names import with_axis_names
 from ._checks import check_number, check_rule, is_function
-from ._dimensions import WeightDimensionNumbers, dimension_numbers, views_of
+from ._decisions import Decisions
+from ._dimensions import WeightDimensionNumbers, views_of
 from ._guard import Guard
-from ._hidden import hidden_matrices
 from ._matrices import as_matrices
 from ._momentum import adam
+from ._parts import Apart
 from ._projected import Sketches
 from ._scaling import scale_by_fans, scale_by_shape
 from ._trees import concrete, merge, split
@@ -191,12 +192,12 @@ def matrices_and_others(
     if not callable(learning_rate):
         check_number("learning_rate", learning_rate, at_least=0)
     check_rule("others", optax.identity() if others is None else others)
-    spec = hidden_matrices if weight_dimension_numbers is None else weight_dimension_numbers
+    decisions = Decisions(weight_dimension_numbers)
 
     def routed(tree):
         """The transformation for one tree; functions of the parameters see it whole, without holes."""
         treedef = jax.tree.structure(tree)
-        entries = dimension_numbers(spec, tree)
+        entries = decisions.of(tree)
         dims = treedef.unflatten(entries)
         mask = weight_decay_mask(tree) if is_function(weight_decay_mask) else weight_decay_mask
         descent = optax.chain(
@@ -209,12 +210,14 @@ def matrices_and_others(
 
     def init(params):
         # Before optax masks anything away: an error then names the leaf's own path.
-        entries = dimension_numbers(spec, params)
+        entries = decisions.made_at_init(params)
         chosen, _ = split(params, [entry is not None for entry in entries])
-        views_of(jax.tree.structure(params).unflatten(entries), chosen, wide=True)
+        kernels = Apart(jax.tree.structure(params).unflatten(entries), chosen)
+        views_of(kernels.entries, kernels.apart(chosen), wide=True)
         return routed(params).init(params)
 
     def update(updates, state, params=None, **extra_args):
         return routed(updates).update(updates, state, params, **extra_args)
 
-    return with_axis_names(skip_non_finite(optax.GradientTransformationExtraArgs(init, update)))
+    named = with_axis_names(skip_non_finite(optax.GradientTransformationExtraArgs(init, update)))
+    return optax.GradientTransformationExtraArgs(decisions.told_at_init(named.init), named.update)  # pyright: ignore

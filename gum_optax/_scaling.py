@@ -10,6 +10,7 @@ import optax
 from ._checks import check_number
 from ._dimensions import WeightDimensionNumbers, views_of
 from ._norms import frobenius, inverse
+from ._parts import Apart
 
 
 def scale_by_shape(
@@ -49,10 +50,13 @@ def scale_by_fans(
 
     def scale(updates, params):
         del params
-        views = views_of(weight_dimension_numbers, updates, wide=False)
-        return jax.tree.map(
-            lambda u, view: jnp.asarray(factor(view.fan_in, view.fan_out), u.dtype) * u, updates, views
+        kernels = Apart(weight_dimension_numbers, updates)
+        parts = kernels.apart(updates)
+        views = views_of(kernels.entries, parts, wide=False)
+        scaled = jax.tree.map(
+            lambda u, view: jnp.asarray(factor(view.fan_in, view.fan_out), u.dtype) * u, parts, views
         )
+        return kernels.together(scaled)
 
     return optax.stateless(scale)
 

@@ -1,0 +1,190 @@
+"""Kernels of attention with heads on an axis of their own, told from stacks of plain matrices.
+
+    queries, keys, values   (embed, heads, head_dim)        the matrix (embed, heads · head_dim)
+    the output              (heads, head_dim, embed)        the matrix (heads · head_dim, embed)
+
+A stack `(layers, fan_in, fan_out)` has as many axes. What tells them apart is, in this order: the bias of the
+same module, which has the axes of the output; the other side of the attention, which agrees on heads,
+head_dim and embed; a common first axis of all kernels nearby, which is a stack's; and for want of these the
+name and the sizes.
+"""
+
+import re
+from collections.abc import Sequence
+
+from optax.contrib import MuonDimensionNumbers
+
+from .leaves import Leaf, Model, Reading, Shape, matrix, words
+
+# The `Einsum` of Gemma and of Tunix's models tells its axes by name: (heads, embed, head_dim), also in a
+# stack of queries, keys and values, and (heads, head_dim, embed).
+_GEMMA_INPUTS = frozenset({"q_einsum", "k_einsum", "v_einsum", "kv_einsum", "qkv_einsum"})
+_GEMMA_INPUT = MuonDimensionNumbers(reduction_axis=-2, output_axis=(-3, -1))
+_GEMMA_OUTPUT = "attn_vec_einsum"
+
+_INPUTS = frozenset({"q", "k", "v", "query", "key", "value", "queries", "keys", "values", "qkv", "kv"})
+_JOINED_INPUTS = re.compile(r"w(q|k|v|kv|qkv|qk)(_[ab])?$|w_(q|k|v|kv|qkv)$")
+_OUTPUTS = frozenset({"o", "out", "output", "wo"})
+_ATTENTION = frozenset({"attention", "attn", "mha", "mla", "attend", "crossattention", "selfattention"})
+
+
+def _kernel_name(leaf: Leaf) -> str:
+    """The name that says what a kernel is for: its module's, where its own is `kernel` or the like."""
+    generic = leaf.name.lower() in ("kernel", "w", "weight", "weights", "base_kernel")
+    return (leaf.path[-2] if generic and len(leaf.path) > 1 else leaf.name).lower()
+
+
+def _is_input_by_name(leaf: Leaf) -> bool:
+    name = _kernel_name(leaf)
+    return not _INPUTS.isdisjoint(words(name)) or _JOINED_INPUTS.match(name) is not None
+
+
+def _is_output_by_name(leaf: Leaf) -> bool:
+    return not _OUTPUTS.isdisjoint(words(_kernel_name(leaf)))
+
+
+def in_attention(leaf: Leaf) -> bool:
+    """Whether its path speaks of attention."""
+    return any(not _ATTENTION.isdisjoint(words(name)) for name in leaf.path) or _is_input_by_name(leaf)
+
+
+def einsums(leaf: Leaf, model: Model) -> Reading | None:
+    """Gemma's, by name."""
+    del model
+    name = _kernel_name(leaf)
+    if len(leaf.block) < 3 or name not in (*_GEMMA_INPUTS, _GEMMA_OUTPUT):
+        return None
+    if name == _GEMMA_OUTPUT:
+        return _output_of(leaf, "Gemma's name")
+    return Reading(_GEMMA_INPUT, "matrix", "Gemma's name")
+
+
+def _last(leaf: Leaf, count: int) -> Shape:
+    return leaf.block[-count:] if len(leaf.block) >= count else ()
+
+
+def _is_pair(kernel: Leaf, output: Leaf) -> bool:
+    """Whether two kernels agree on heads, head_dim and embed: `(e, h, d)` or `(e, h, p·d)`, and `(h, d,
+    e)`.
+    """
+    into, out = _last(kernel, 3), _last(output, 3)
+    if not into or not out or kernel.block[:-3] != output.block[:-3]:
+        return False
+    (embed, heads, size), (out_heads, out_size, out_embed) = into, out
+    return embed == out_embed and heads == out_heads and size % out_size == 0 and size // out_size <= 3
+
+
+def _is_fused_pair(kernel: Leaf, output: Leaf) -> bool:
+    """The same of `(e, 3, h, d)`, queries, keys and values in one kernel."""
+    into, out = _last(kernel, 4), _last(output, 3)
+    if not into or not out or kernel.block[:-4] != output.block[:-3]:
+        return False
+    return (into[0], *into[2:]) == (out[2], *out[:2]) and into[1] in (2, 3)
+
+
+def _inputs_of(leaf: Leaf, count: int, reason: str) -> Reading:
+    """The last `count` axes but the first of them are fan-out."""
+    free = leaf.free[-count:]
+    return matrix(leaf, free[:1], free[1:], reason)
+
+
+def _output_of(leaf: Leaf, reason: str) -> Reading:
+    free = leaf.free[-3:]
+    return matrix(leaf, free[:2], free[2:], reason)
+
+
+def _last_two(leaf: Leaf, reason: str) -> Reading:
+    free = leaf.free[-2:]
+    return matrix(leaf, free[:1], free[1:], reason)
+
+
+def beside_its_bias(leaf: Leaf, model: Model) -> Reading | None:
+    """A bias has the axes of the stack and those of the output: what it lacks is the fan-in."""
+    bias = model.sibling(leaf, "bias") or (model.sibling(leaf, "b") if leaf.name == "w" else None)
+    if bias is None or len(leaf.block) < 3:
+        return None
+    kernel, told = leaf.block, bias.block
+    missing = len(kernel) - len(told)
+    ways = [s for s in range(len(told)) if (*kernel[:s], *kernel[s + missing :]) == told]
+    if missing < 1 or len(ways) != 1:
+        return None
+    stack, free = ways[0], leaf.free
+    reduction, output = free[stack : stack + missing], free[stack + missing :]
+    if missing > 1 and kernel[stack + missing - 1] == 1:
+        return Reading(None, "depthwise convolution", "one input channel a group")
+    return matrix(leaf, reduction, output, "the axes of its bias")
+
+
+def beside_its_other_side(leaf: Leaf, model: Model) -> Reading | None:
+    """By the leaves around it: the other side of an attention, or a stack that all have in common."""
+    if len(leaf.block) < 3:
+        return None
+    for around in model.around(leaf):
+        kernels = [x for x in around if len(x.block) >= 3 and x is not leaf and not x.axes]
+        found = _paired(leaf, kernels) or _by_heads(leaf, kernels) or _in_a_stack(leaf, kernels)
+        if found is not None:
+            return found
+    return None
+
+
+def _paired(leaf: Leaf, kernels: Sequence[Leaf]) -> Reading | None:
+    if any(_is_fused_pair(leaf, x) for x in kernels):
+        return _inputs_of(leaf, 4, "attention pair")
+    is_input = any(_is_pair(leaf, x) for x in kernels)
+    is_output = any(_is_pair(x, leaf) or _is_fused_pair(x, leaf) for x in kernels)
+    if not is_input and not is_output:
+        # Grouped keys and values have fewer heads than their queries.
+        same = [x for x in kernels if x.block[-3:-2] + x.block[-1:] == leaf.block[-3:-2] + leaf.block[-1:]]
+        is_input = any(_is_pair(x, y) for x in same for y in kernels if y is not x)
+    if not is_input and not is_output:
+        return None
+    split = _inputs_of(leaf, 3, "attention pair") if is_input else _output_of(leaf, "attention pair")
+    if not _share_an_axis(leaf, kernels):
+        return split
+    # As many layers as the model is wide: sizes cannot tell.
+    plain = _last_two(leaf, "a stack of matrices")
+    named = _is_input_by_name(leaf) or _is_output_by_name(leaf)
+    chosen, other = (split, plain) if named and in_attention(leaf) else (plain, split)
+    return chosen._replace(doubt=f"{other.entry}, as sizes agree on that too")
+
+
+def _share_an_axis(leaf: Leaf, kernels: Sequence[Leaf]) -> bool:
+    """Whether all kernels nearby have the first axis in common, as layers of a stack do."""
+    return bool(kernels) and all(x.block[-3] == leaf.block[-3] for x in kernels)
+
+
+def _by_heads(leaf: Leaf, kernels: Sequence[Leaf]) -> Reading | None:
+    """Latent attention: sides have widths of their own, and only heads in common."""
+    if not in_attention(leaf) or _share_an_axis(leaf, kernels):
+        return None
+    _, middle, _ = leaf.block[-3:]
+    if any(in_attention(x) and x.block[-3] == middle and x.block[-3] != leaf.block[-3] for x in kernels):
+        return _inputs_of(leaf, 3, "as many heads as the output")
+    if any(
+        in_attention(x) and x.block[-2] == leaf.block[-3] and x.block[-3] != leaf.block[-3] for x in kernels
+    ):
+        return _output_of(leaf, "as many heads as the queries")
+    return None
+
+
+def _in_a_stack(leaf: Leaf, kernels: Sequence[Leaf]) -> Reading | None:
+    is_stack = _share_an_axis(leaf, [x for x in kernels if len(x.block) == len(leaf.block)])
+    return _last_two(leaf, "a stack, as the kernels beside it") if is_stack else None
+
+
+def by_name_and_size(leaf: Leaf, model: Model) -> Reading | None:
+    """A kernel of attention by its name, and wider than it has heads."""
+    if len(leaf.block) < 3 or not in_attention(leaf):
+        return None
+    *_, first, middle, last = leaf.block
+    plain = _last_two(leaf, "the last two axes")
+    if _is_input_by_name(leaf):
+        if len(leaf.block) >= 4 and leaf.block[-3] in (2, 3) and leaf.block[-4] > middle:
+            return _inputs_of(leaf, 4, "fused queries, keys and values by name")
+        return _inputs_of(leaf, 3, "queries, keys or values by name") if first > middle else plain
+    if 2 * middle > last:
+        return plain
+    split = _output_of(leaf, "the output of attention by name")
+    if _is_output_by_name(leaf):
+        return split
+    return split._replace(doubt=f"{plain.entry}, a stack of {first} matrices {middle} × {last}")

@@ -1,0 +1,59 @@
+"""What names of axes say. They beat shapes and paths: they are the model's own word for each axis."""
+
+from .leaves import Leaf, Model, Reading, matrix, words
+
+# Words that name an axis of layers, experts or groups, in MaxText, Levanter, Haliax and Flax's examples.
+_EXPERTS = frozenset({"expert", "experts", "exp"})
+_STACK = frozenset(
+    {"layer", "layers", "block", "blocks", "stage", "stages", "repeat", "repeats", "stack", "scan", "depth"}
+    | {"group", "groups"}
+    | _EXPERTS
+)
+_HEADS = frozenset({"head", "heads"})
+# MaxText calls the size of a head `kv`, and queries, keys and values together `qkv`.
+_OF_HEADS = frozenset({"kv", "qkv"})
+_VOCABULARY = frozenset({"vocab", "vocabulary"})
+
+
+def _is_stack(name: str | None) -> bool:
+    return name is not None and not _STACK.isdisjoint(words(name)) and not _is_heads(name)
+
+
+def _is_heads(name: str | None) -> bool:
+    return name is not None and (name.lower() in _OF_HEADS or not _HEADS.isdisjoint(words(name)))
+
+
+def stack_by_names(axes: tuple[str | None, ...]) -> tuple[int, ...]:
+    """The axes that count layers or experts, as they are named; of a router's, experts are the output."""
+    found = [i for i, name in enumerate(axes) if _is_stack(name)]
+    if len(axes) - len(found) == 1:
+        found = [i for i in found if _EXPERTS.isdisjoint(words(axes[i] or ""))]
+    return tuple(found)
+
+
+def vocabulary_or_norm(leaf: Leaf, model: Model) -> Reading | None:
+    """A table or a head has an axis of the vocabulary; a norm has its own word in MaxText."""
+    del model
+    named = {word for name in leaf.axes if name is not None for word in words(name)}
+    if not _VOCABULARY.isdisjoint(named):
+        first = next(
+            i for i, name in enumerate(leaf.axes) if name and not _VOCABULARY.isdisjoint(words(name))
+        )
+        return Reading(None, "embedding" if first == leaf.free[0] else "head", "an axis of the vocabulary")
+    return Reading(None, "vector", "axis names: a norm") if "norm" in named else None
+
+
+def by_axis_names(leaf: Leaf, model: Model) -> Reading | None:
+    """Heads and the size of a head are one side, whatever stands beside them is the other."""
+    del model
+    if not any(_is_stack(name) or _is_heads(name) for name in leaf.axes):
+        return None  # names of mesh axes, or of features only
+    free = leaf.free
+    if len(free) == 2:
+        return matrix(leaf, free[:1], free[1:], "axis names")
+    heads = [axis for axis in free if _is_heads(leaf.axes[axis])]
+    rest = [axis for axis in free if axis not in heads]
+    if not heads or not rest or heads not in (list(free[: len(heads)]), list(free[-len(heads) :])):
+        return None
+    sides = (heads, rest) if heads[0] == free[0] else (rest, heads)
+    return matrix(leaf, *sides, "axis names")

@@ -1,0 +1,54 @@
+"""Convolutions: all of a window, over all input channels, is the fan-in of an output channel.
+
+Flax, Haiku          (*window, in, out)      the matrix (window · in, out)
+Equinox, PyTorch     (out, in, *window)      the matrix (out, in · window)
+"""
+
+from .leaves import Leaf, Model, Reading, matrix, words
+
+_LARGEST_WINDOW = 32  # patches of vision transformers; longer ones are features
+_CONVOLUTION = frozenset({"conv", "convs", "convolution", "stem", "downsample", "upsample", "patchify"})
+# Kernels of three axes and more that are not.
+_STACKS = frozenset({"expert", "experts", "moe", "layers", "blocks"})
+
+
+def _is_by_name(leaf: Leaf) -> bool:
+    named = {word for name in leaf.path for word in words(name)}
+    return any(word in _CONVOLUTION or word.startswith("conv") for word in named)
+
+
+def convolutions(leaf: Leaf, model: Model) -> Reading | None:
+    """By name; the window stands where the small axes are."""
+    del model
+    window = len(leaf.block) - 2
+    if not 1 <= window <= 3 or not _is_by_name(leaf):
+        return None
+    is_front, is_back = (max(sizes) <= _LARGEST_WINDOW for sizes in (leaf.block[:window], leaf.block[2:]))
+    if not is_front and not is_back:
+        return None
+    # Where both ends are small, the name tells: PyTorch's kernels are `weight`.
+    out_first = is_back and (not is_front or leaf.name == "weight")
+    return _read(leaf, "a convolution by name", out_first=out_first)
+
+
+def square_windows(leaf: Leaf, model: Model) -> Reading | None:
+    """By a square window of two axes or three, where no name speaks of a stack."""
+    del model
+    window = len(leaf.block) - 2
+    if not 2 <= window <= 3 or any(not _STACKS.isdisjoint(words(name)) for name in leaf.path):
+        return None
+    front, back = set(leaf.block[:window]), set(leaf.block[2:])
+    if len(front) == 1 and max(front) <= _LARGEST_WINDOW:
+        return _read(leaf, "a square window in front", out_first=False)
+    if len(back) == 1 and max(back) <= min(_LARGEST_WINDOW, *leaf.block[:2]):
+        return _read(leaf, "a square window at the end", out_first=True)
+    return None
+
+
+def _read(leaf: Leaf, reason: str, *, out_first: bool) -> Reading:
+    *window, inputs, output = (*leaf.free[2:], *leaf.free[1::-1]) if out_first else leaf.free
+    if leaf.shape[inputs] == 1:
+        return Reading(None, "depthwise convolution", "one input channel a group")
+    window = [] if all(leaf.shape[axis] == 1 for axis in window) else window
+    reduction = (inputs, *window) if out_first else (*window, inputs)
+    return matrix(leaf, reduction, (output,), reason)

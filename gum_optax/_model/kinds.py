@@ -1,0 +1,186 @@
+"""Leaves that are no matrices, by what they are called and by what they are."""
+
+import re
+from collections.abc import Sequence
+
+from .leaves import Leaf, Model, Path, Reading, words
+
+# Leaves with one number a feature, head or layer, and Mamba's and RWKV's tables of rates.
+_VECTORS = frozenset(
+    {
+        "b",
+        "scale",
+        "gamma",
+        "beta",
+        "sink",
+        "sinks",
+        "temperature",
+        "dt",
+        "a_log",
+        "layerscale",
+        "layer_scale",
+    }
+    | {"ls1", "ls2", "gamma_1", "gamma_2", "time_decay", "time_first", "time_faaaa"}
+)
+_VECTOR_WORDS = frozenset({"bias", "biases", "scale", "scales", "sinks", "beta", "gamma"})
+_NORM_WORDS = frozenset({"ln", "norm", "norms", "rmsnorm", "layernorm"})
+# What is learned for a place or a role in the sequence, and not for an input.
+_TOKEN_WORDS = frozenset(
+    {"token", "tokens", "latent", "latents", "register", "registers", "probe", "pos", "position", "positions"}
+    | {"posemb", "prompt", "prompts"}
+)
+_MIXTURES = frozenset({"moe", "expert", "experts", "sparse", "mixture", "routed"})
+# Words that name a layer between tokens and features; "embed" and what begins with "emb" do so as well.
+_TABLES = frozenset({"wte", "wpe"})
+_POSITIONS = frozenset({"pos", "position", "positions", "positional", "wpe", "type", "segment", "relative"})
+_HEADS = frozenset({"cls", "logits", "classifier", "readout", "lmhead", "predictions"})
+# A network called a head: its last layer has one of these names.
+_LAST = frozenset({"out", "output", "final", "decoder", "predictor", "last"})
+# `q_head`, `multi_head`: heads of attention.
+_NO_HEADS = frozenset({"q", "k", "v", "multi", "attention", "attn", "num", "per"})
+_KERNELS = frozenset({"kernel", "weight", "w", "embedding", "weights", "embeddings"})
+
+
+def is_norm(leaf: Leaf) -> bool:
+    """Whether it is a norm's, by its own name or its module's; `PreNormBlock` may hold matrices."""
+    return any(
+        word.endswith("norm") or word in _NORM_WORDS for name in leaf.path[-2:] for word in words(name)
+    )
+
+
+def is_vector(leaf: Leaf) -> bool:
+    """Whether its name is that of a leaf with one axis: a norm's scale, a bias, the `D` of a state space."""
+    own = leaf.name.lower()
+    is_by_name = own in _VECTORS or leaf.name == "D" or not _VECTOR_WORDS.isdisjoint(words(own))
+    return is_by_name or is_norm(leaf)
+
+
+def vectors(leaf: Leaf, model: Model) -> Reading | None:
+    """Norms, biases, sinks, rates: updated number by number, in stacks as well."""
+    del model
+    return Reading(None, "vector", "a norm, bias or scale by name") if is_vector(leaf) else None
+
+
+def tokens(leaf: Leaf, model: Model) -> Reading | None:
+    """Positions, register and class tokens, latents: rows that no input chooses."""
+    del model
+    own = words(leaf.name)
+    is_token = not _TOKEN_WORDS.isdisjoint(own) and leaf.name.lower() not in _KERNELS
+    return Reading(None, "token", "tokens or positions by name") if is_token else None
+
+
+def is_router(leaf: Leaf) -> bool:
+    """Whether it chooses the experts: `router`, or the `gate` of a mixture."""
+    named = {word for name in leaf.path for word in words(name)}
+    own = {word for name in leaf.path[-2:] for word in words(name)}
+    is_gate = any(name.lower() in ("gate", "gating") for name in leaf.path[-2:])
+    return "router" in own or (is_gate and not _MIXTURES.isdisjoint(named))
+
+
+def of_a_stack(leaf: Leaf, model: Model) -> Reading | None:
+    """A leaf whose blocks have one axis or none: a vector a layer."""
+    del model
+    return Reading(None, "vector", "a vector in each layer") if len(leaf.free) < 2 else None
+
+
+def _is_embedding(name: str) -> bool:
+    return any("embed" in word or word.startswith("emb") or word in _TABLES for word in words(name))
+
+
+def _is_head(name: str) -> bool:
+    """`lm_head`, `ClassificationHead_0`, `logitdense`, not `MultiHeadAttention`."""
+    own = words(name)
+    if own[-1:] == ("head",):
+        return _NO_HEADS.isdisjoint(own)
+    return not _HEADS.isdisjoint(own) or any("logit" in word for word in own)
+
+
+def _kernels(model: Model, module: Path) -> list[Leaf]:
+    """The leaves of a module that may be matrices."""
+    return [x for x in model.inside(module) if len(x.shape) > 1 and not is_vector(x)]
+
+
+def tables(leaf: Leaf, model: Model) -> Reading | None:
+    """Embeddings: the leaf, the module that holds it, or a module around with no other kernel in it.
+
+    A network that is called `embedder` has embeddings under their own name, and matrices besides.
+    """
+    near = any(map(_is_embedding, leaf.path[-2:]))
+    is_alone = any(
+        _is_embedding(name) and len(_kernels(model, leaf.path[: depth + 1])) == 1
+        for depth, name in enumerate(leaf.path[:-2])
+    )
+    if not near and not is_alone:
+        return None
+    return Reading(None, "embedding", "an embedding by name")
+
+
+def heads(leaf: Leaf, model: Model) -> Reading | None:
+    """Output layers: the leaf, the module that holds it, or the last layer of a module with such a name."""
+    by_name = Reading(None, "head", "a head by name")
+    if any(map(_is_head, leaf.path[-2:])) or leaf.path[:1] in (("output",), ("unembed",)):
+        return by_name
+    for depth, name in enumerate(leaf.path[:-2]):
+        if _is_head(name) and _is_last(leaf, _kernels(model, leaf.path[: depth + 1])):
+            return by_name
+    return None
+
+
+def _is_last(leaf: Leaf, kernels: Sequence[Leaf]) -> bool:
+    """Whether it is the output layer of a network, told from numbers and names."""
+    if len(kernels) == 1:
+        return True
+    if not _LAST.isdisjoint(words(leaf.path[-2])):
+        return True
+    beside = [x for x in kernels if x.path[:-2] == leaf.path[:-2] and _stem(x) == _stem(leaf)]
+    return len(beside) == len(kernels) and _number(leaf) == max(map(_number, beside))
+
+
+def _stem(leaf: Leaf) -> str:
+    return re.sub(r"_?\d+$", "", leaf.path[-2])
+
+
+def _number(leaf: Leaf) -> int:
+    found = re.search(r"\d+$", leaf.path[-2])
+    return int(found.group()) if found else -1
+
+
+def sized_as_the_vocabulary(leaf: Leaf, model: Model) -> Reading | None:
+    """The one matrix beside an embedding, outside of the layers, that has its shape, one way or the other."""
+    found = _twins(model)
+    is_one = len(found) == 1 and found[0].path == leaf.path
+    return Reading(None, "head", "a side as long as the vocabulary") if is_one else None
+
+
+def _twins(model: Model) -> list[Leaf]:
+    of_tokens = [
+        x
+        for x in model.leaves
+        if len(x.block) == 2
+        and any(map(_is_embedding, x.path[-2:]))
+        and _POSITIONS.isdisjoint(word for name in x.path[-2:] for word in words(name))
+    ]
+    sizes = {x.block for x in of_tokens if x.block[0] > x.block[1]}
+    others = [x for x in model.leaves if len(x.shape) == 2 and x not in of_tokens and not is_vector(x)]
+    if any(map(_is_head, (name for x in others for name in x.path[-2:]))):
+        return []
+    return [x for x in others if x.block in sizes or x.block[::-1] in sizes]
+
+
+def last_of_a_compact_model(leaf: Leaf, model: Model) -> Reading | None:
+    """The last `Dense_n` at the root of a Linen model written with `@nn.compact`."""
+    root = leaf.path[:-2]
+    if len(leaf.path) < 2 or root not in ((), ("params",)) or _stem(leaf) != "Dense" or leaf.name != "kernel":
+        return None
+    if len(leaf.shape) != 2:
+        return None  # in a stack of layers
+    dense = [
+        x for x in model.inside(root) if x.path[:-2] == root and _stem(x) == "Dense" and x.name == "kernel"
+    ]
+    others = [x for x in model.inside(root) if x not in dense and len(x.shape) > 1 and not is_vector(x)]
+    if len(dense) + len(others) < 2 or any(_is_head(name) for x in others for name in x.path[-2:]):
+        return None
+    if len(dense) == 1 and any(leaf.shape[-1] in x.shape for x in others):
+        return None  # it may as well be the first layer
+    is_last = _number(leaf) == max(map(_number, dense))
+    return Reading(None, "head", "the last Dense of a compact model") if is_last else None

@@ -1,0 +1,87 @@
+"""The policy: which leaf of a model is which matrix, as a list of rules. The first that has a say decides."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from .attention import beside_its_bias, beside_its_other_side, by_name_and_size, einsums
+from .axes import by_axis_names, vocabulary_or_norm
+from .convolutions import convolutions, square_windows
+from .kinds import (
+    heads,
+    is_router,
+    last_of_a_compact_model,
+    of_a_stack,
+    sized_as_the_vocabulary,
+    tables,
+    tokens,
+    vectors,
+)
+from .leaves import Leaf, Model, Reading, Rule, holes_of, leaves_of, matrix
+from .lora import factors
+from .modules import layers
+from .stacks import with_stacks
+
+
+def _nothing(leaf: Leaf, model: Model) -> Reading | None:
+    """Numbers and vectors."""
+    del model
+    if len(leaf.shape) < 2 or 0 in leaf.shape:
+        return Reading(None, "vector", "fewer than two axes" if 0 not in leaf.shape else "empty")
+    return None
+
+
+def _last_two(leaf: Leaf, model: Model) -> Reading:
+    del model
+    free = leaf.free[-2:]
+    return matrix(leaf, free[:1], free[1:], "the last two axes")
+
+
+RULES: Sequence[Rule] = (
+    _nothing,
+    factors,
+    vectors,
+    tokens,
+    vocabulary_or_norm,
+    tables,
+    heads,
+    layers,
+    of_a_stack,
+    sized_as_the_vocabulary,
+    last_of_a_compact_model,
+    by_axis_names,
+    einsums,
+    convolutions,
+    beside_its_bias,
+    square_windows,
+    beside_its_other_side,
+    by_name_and_size,
+    _last_two,
+)
+
+
+def readings(params: Any) -> list[Reading]:
+    """What each leaf of a tree is taken for, in the order of its leaves."""
+    return read(Model(leaves_of(params), holes_of(params)))
+
+
+def read(model: Model) -> list[Reading]:
+    """The same of a model's leaves."""
+    model = with_stacks(model)
+    return [
+        _with_two_sides(leaf, next(filter(None, (rule(leaf, model) for rule in RULES))))
+        for leaf in model.leaves
+    ]
+
+
+def _with_two_sides(leaf: Leaf, reading: Reading) -> Reading:
+    """A block with a side of 1 is a vector, whatever the axes are called."""
+    if reading.entry is None:
+        return reading
+    if is_router(leaf):
+        reading = reading._replace(kind="router", reason=f"a router; {reading.reason}")
+    for axes in (reading.entry.reduction_axis, reading.entry.output_axis):
+        several = axes if isinstance(axes, tuple) else (axes,)
+        if math.prod(leaf.shape[axis] for axis in several) == 1:
+            return Reading(None, "vector", "a side of 1")
+    return reading
