@@ -89,15 +89,15 @@ def is_box(x: Any) -> bool:
 
 
 def unbox(x: Any) -> tuple[Any, tuple[str | None, ...]]:
-    """A box's content, and the names of its axes; no names where there are none."""
+    """A box's content, and the names of its axes; none where it has not as many as axes."""
     kind = _kind(x)
     if kind is None:
         return x, ()
     content, names = kind.content(x), kind.names(x)
-    if not isinstance(names, tuple | list | PartitionSpec):
+    is_told = isinstance(names, tuple | list | PartitionSpec)
+    if not is_told or len(names) != len(getattr(content, "shape", ())):
         return content, ()
-    missing = len(getattr(content, "shape", ())) - len(names)
-    return content, tuple(name if isinstance(name, str) else None for name in (*names, *[None] * missing))
+    return content, tuple(name if isinstance(name, str) else None for name in names)
 
 
 def _axes(x: Any) -> list[Axis | None]:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from optax.contrib import MuonDimensionNumbers
 
 from .leaves import Leaf, Model, Reading, Shape, matrix, words
+from .lora import is_factor
 
 # The `Einsum` of Gemma and of Tunix's models tells its axes by name: (heads, embed, head_dim), also in a
 # stack of queries, keys and values, and (heads, head_dim, embed).
@@ -120,7 +121,8 @@ def beside_its_other_side(leaf: Leaf, model: Model) -> Reading | None:
     if len(leaf.block) < 3:
         return None
     for around in model.around(leaf):
-        kernels = [x for x in around if len(x.block) >= 3 and x is not leaf and not x.axes]
+        others = [x for x in around if len(x.block) >= 3 and x is not leaf]
+        kernels = [x for x in others if not is_factor(x)]
         found = _paired(leaf, kernels) or _by_heads(leaf, kernels) or _in_a_stack(leaf, kernels)
         if found is not None:
             return found

@@ -10,8 +10,8 @@ _STACK = frozenset(
     | _EXPERTS
 )
 _HEADS = frozenset({"head", "heads"})
-# MaxText calls the size of a head `kv`, and queries, keys and values together `qkv`.
-_OF_HEADS = frozenset({"kv", "qkv"})
+# MaxText calls the size of a head `kv`, and queries, keys and values together `qkv`; Penzai, `projection`.
+_OF_HEADS = frozenset({"kv", "qkv", "projection"})
 _VOCABULARY = frozenset({"vocab", "vocabulary"})
 
 

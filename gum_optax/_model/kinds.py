@@ -3,8 +3,12 @@
 import re
 from collections.abc import Sequence
 
+from .attention import in_attention
 from .leaves import Leaf, Model, Path, Reading, words
+from .lora import is_factor
 
+# Names of projections, whatever they project.
+_PROJECTIONS = frozenset({"proj", "projection"})
 # Leaves with one number a feature, head or layer, and Mamba's and RWKV's tables of rates.
 _VECTORS = frozenset(
     {
@@ -23,6 +27,7 @@ _VECTORS = frozenset(
     | {"ls1", "ls2", "gamma_1", "gamma_2", "time_decay", "time_first", "time_faaaa"}
 )
 _VECTOR_WORDS = frozenset({"bias", "biases", "scale", "scales", "sinks", "beta", "gamma"})
+_GATES = frozenset({"up", "down", "proj"})
 _NORM_WORDS = frozenset({"ln", "norm", "norms", "rmsnorm", "layernorm"})
 # What is learned for a place or a role in the sequence, and not for an input.
 _TOKEN_WORDS = frozenset(
@@ -42,14 +47,16 @@ _KERNELS = frozenset({"kernel", "weight", "w", "embedding", "weights", "embeddin
 
 
 def is_norm(leaf: Leaf) -> bool:
-    """Whether it is a norm's, by its own name or its module's; `PreNormBlock` may hold matrices."""
-    return any(
-        word.endswith("norm") or word in _NORM_WORDS for name in leaf.path[-2:] for word in words(name)
-    )
+    """Whether it is a norm's, by its own name or its module's; a gated norm holds matrices besides."""
+    near = leaf.path[-1:] if not _GATES.isdisjoint(words(leaf.name)) else leaf.path[-2:]
+    named = (word for name in near for word in words(name))
+    return any(word.endswith("norm") or word in _NORM_WORDS for word in named)
 
 
 def is_vector(leaf: Leaf) -> bool:
     """Whether its name is that of a leaf with one axis: a norm's scale, a bias, the `D` of a state space."""
+    if is_factor(leaf):
+        return False  # whose `b` is no bias
     own = leaf.name.lower()
     is_by_name = own in _VECTORS or leaf.name == "D" or not _VECTOR_WORDS.isdisjoint(words(own))
     return is_by_name or is_norm(leaf)
@@ -84,12 +91,16 @@ def of_a_stack(leaf: Leaf, model: Model) -> Reading | None:
 
 
 def _is_embedding(name: str) -> bool:
-    return any("embed" in word or word.startswith("emb") or word in _TABLES for word in words(name))
+    own = words(name)
+    is_named = any("embed" in word or word.startswith("emb") or word in _TABLES for word in own)
+    return is_named and own[-1] not in _PROJECTIONS
 
 
 def _is_head(name: str) -> bool:
     """`lm_head`, `ClassificationHead_0`, `logitdense`, not `MultiHeadAttention`."""
     own = words(name)
+    if "pre" in own or "router" in own:
+        return False  # the layer before the head, and a head of another kind
     if own[-1:] == ("head",):
         return _NO_HEADS.isdisjoint(own)
     return not _HEADS.isdisjoint(own) or any("logit" in word for word in own)
@@ -130,7 +141,7 @@ def _is_last(leaf: Leaf, kernels: Sequence[Leaf]) -> bool:
     """Whether it is the output layer of a network, told from numbers and names."""
     if len(kernels) == 1:
         return True
-    if not _LAST.isdisjoint(words(leaf.path[-2])):
+    if not _LAST.isdisjoint(words(leaf.path[-2])) and not in_attention(leaf):
         return True
     beside = [x for x in kernels if x.path[:-2] == leaf.path[:-2] and _stem(x) == _stem(leaf)]
     return len(beside) == len(kernels) and _number(leaf) == max(map(_number, beside))
@@ -147,7 +158,7 @@ def _number(leaf: Leaf) -> int:
 
 def sized_as_the_vocabulary(leaf: Leaf, model: Model) -> Reading | None:
     """The one matrix beside an embedding, outside of the layers, that has its shape, one way or the other."""
-    found = _twins(model)
+    found = model.once(_twins)
     is_one = len(found) == 1 and found[0].path == leaf.path
     return Reading(None, "head", "a side as long as the vocabulary") if is_one else None
 

@@ -76,9 +76,16 @@ class Model:
         self.leaves = tuple(leaves)
         self.hidden = tuple(hidden)  # where a mask or partition has put a hole
         self._inside: dict[Path, list[Leaf]] = {}
+        self._known: dict[Any, Any] = {}
         for leaf in self.leaves:
             for depth in range(len(leaf.path) + 1):
                 self._inside.setdefault(leaf.path[:depth], []).append(leaf)
+
+    def once(self, f: Callable[["Model"], Any]) -> Any:
+        """`f` of the model, which many leaves ask for."""
+        if f not in self._known:
+            self._known[f] = f(self)
+        return self._known[f]
 
     def inside(self, module: Path) -> list[Leaf]:
         """The leaves of a module, deep ones too."""

@@ -18,7 +18,7 @@ from .kinds import (
     vectors,
 )
 from .leaves import Leaf, Model, Reading, Rule, holes_of, leaves_of, matrix
-from .lora import factors
+from .lora import alike, factors
 from .modules import layers
 from .stacks import with_stacks
 
@@ -39,13 +39,13 @@ def _last_two(leaf: Leaf, model: Model) -> Reading:
 
 RULES: Sequence[Rule] = (
     _nothing,
-    factors,
     vectors,
     tokens,
     vocabulary_or_norm,
     tables,
     heads,
     layers,
+    factors,
     of_a_stack,
     sized_as_the_vocabulary,
     last_of_a_compact_model,
@@ -68,20 +68,18 @@ def readings(params: Any) -> list[Reading]:
 def read(model: Model) -> list[Reading]:
     """The same of a model's leaves."""
     model = with_stacks(model)
-    return [
-        _with_two_sides(leaf, next(filter(None, (rule(leaf, model) for rule in RULES))))
-        for leaf in model.leaves
-    ]
+    found = (next(filter(None, (rule(leaf, model) for rule in RULES))) for leaf in model.leaves)
+    return alike([_with_two_sides(*pair) for pair in zip(model.leaves, found, strict=True)], model)
 
 
 def _with_two_sides(leaf: Leaf, reading: Reading) -> Reading:
     """A block with a side of 1 is a vector, whatever the axes are called."""
     if reading.entry is None:
         return reading
-    if is_router(leaf):
-        reading = reading._replace(kind="router", reason=f"a router; {reading.reason}")
     for axes in (reading.entry.reduction_axis, reading.entry.output_axis):
         several = axes if isinstance(axes, tuple) else (axes,)
         if math.prod(leaf.shape[axis] for axis in several) == 1:
             return Reading(None, "vector", "a side of 1")
+    if is_router(leaf):
+        return reading._replace(kind="router", reason=f"a router: {reading.reason}")
     return reading

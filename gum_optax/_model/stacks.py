@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from .axes import stack_by_names
 from .kinds import is_norm, is_vector
 from .leaves import Leaf, Model, Path, words
+from .lora import is_factor
 
 # A module of such a name holds scanned layers, unless its children are numbered.
 _STACKS = frozenset({"layers", "blocks", "stack", "stacked", "scan", "experts", "h"})
@@ -19,7 +20,7 @@ def with_stacks(model: Model) -> Model:
     """The model, each leaf with the axes of its stack as far as they are known."""
     stacks = {leaf.index: leaf.stack or stack_by_names(leaf.axes) for leaf in model.leaves}
     for module in model.modules():
-        inside = [leaf for leaf in model.inside(module) if not leaf.axes]
+        inside = [leaf for leaf in model.inside(module) if not leaf.axes and not is_factor(leaf)]
         while (found := _common(module, inside, stacks)) is not None:
             for leaf in inside:
                 free = _free(leaf, stacks[leaf.index])
