@@ -118,7 +118,8 @@ def test_sharded_over_four_devices_and_resumed_it_is_the_same_run(trainer, whole
 
 def levanter():
     """The glue, and a function that makes the abstract parameters of a small model of Levanter's."""
-    glue = pytest.importorskip("gum_optax.trainers.levanter")
+    pytest.importorskip("levanter")
+    glue = importlib.import_module("gum_optax.trainers.levanter")
     import equinox as eqx
     import haliax as hax
     from levanter.models.mixtral import MixtralConfig
@@ -189,7 +190,8 @@ def test_levanter_decays_what_its_own_optimizers_decay():
 @pytest.fixture
 def installed(monkeypatch):
     """MaxText's module of optimizers, after `install` of a function that gives back its arguments."""
-    maxtext = pytest.importorskip("gum_optax.trainers.maxtext")
+    from gum_optax.trainers import maxtext
+
     optimizers = pytest.importorskip("maxtext.optimizers.optimizers")
     monkeypatch.setattr(optimizers, "get_optimizer", optimizers.get_optimizer)
     maxtext.install(lambda rate, **arguments: (rate, arguments), rank=4)
