@@ -2,15 +2,24 @@
 
 import ast
 import importlib.util
+import inspect
 import json
 import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+
+import gum_optax as go
+
+from helpers import OPTIMIZERS
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "examples" / "trainers"
 STEPS = 6
@@ -105,3 +114,100 @@ def test_sharded_over_four_devices_and_resumed_it_is_the_same_run(trainer, whole
     assert here == there
     for kind in ("projectors", "slots"):
         assert any(is_sharded for path, (_, is_sharded) in arrays(printed).items() if kind in path), kind
+
+
+def levanter():
+    """The glue, and a function that makes the abstract parameters of a small model of Levanter's."""
+    pytest.importorskip("levanter")
+    glue = importlib.import_module("gum_optax.trainers.levanter")
+    import equinox as eqx
+    import haliax as hax
+    from levanter.models.mixtral import MixtralConfig
+
+    sizes = {"hidden_dim": 16, "intermediate_dim": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
+    config = MixtralConfig(max_seq_len=8, n_routed_experts=3, num_experts_per_tok=2, **sizes)
+    model = eqx.filter_eval_shape(lambda: config.build(hax.Axis("vocab", 64), key=jax.random.PRNGKey(0)))
+    return glue, eqx.filter(model, lambda x: hasattr(x, "shape"))
+
+
+def test_levanter_builds_every_optimizer_of_the_library_as_a_call_of_it_would():
+    glue, params = levanter()
+    from levanter.optim.config import OptimizerConfig
+
+    classes = OptimizerConfig.get_known_choices()
+    for name in OPTIMIZERS:
+        config = classes.get(f"gum_optax_{name}", classes.get(name))
+        assert config.__module__ == glue.__name__
+        rank = {"rank": 4} if "rank" in inspect.signature(getattr(go, name)).parameters else {}
+        built = config(max_grad_norm=None, **rank).build(10)
+        called = getattr(go, name)(lambda _: 0.0, **rank, weight_dimension_numbers=glue.linear_layers)
+        ours, theirs = (jax.eval_shape(tx.init, params) for tx in (built, called))
+        assert jax.tree.structure(ours) == jax.tree.structure(theirs), name
+        assert [x.shape for x in jax.tree.leaves(ours)] == [x.shape for x in jax.tree.leaves(theirs)], name
+
+
+def test_levanter_reads_a_configuration_by_name_with_the_numbers_of_the_signature():
+    glue, _ = levanter()
+    draccus = pytest.importorskip("draccus")
+    from levanter.optim.config import OptimizerConfig
+
+    asked = {"type": "gum", "rank": 8, "full_rank_fraction": 0.25, "momentum_dtype": "bfloat16"}
+    config = draccus.decode(OptimizerConfig, asked)
+    assert config == glue.GumConfig(rank=8, full_rank_fraction=0.25, momentum_dtype="bfloat16")
+
+
+def test_levanter_experts_attention_and_routers_are_matrices_by_their_own_in_and_out():
+    glue, params = levanter()
+    found = jax.tree_util.tree_leaves_with_path(
+        glue.linear_layers(params), is_leaf=lambda x: isinstance(x, optax.contrib.MuonDimensionNumbers)
+    )
+    sides = {tuple(k.name for k in path)[-3:-1]: tuple(dims) for path, dims in found if dims is not None}
+    assert sides == {
+        ("self_attn", "q_proj"): ((4,), (1, 2, 3)),  # (layers, kv_head, q_heads_per_group, head_size, embed)
+        ("self_attn", "k_proj"): ((3,), (1, 2)),
+        ("self_attn", "v_proj"): ((3,), (1, 2)),
+        ("self_attn", "o_proj"): ((2, 3), (1,)),
+        ("block_sparse_moe", "gate"): ((2,), (1,)),
+        ("experts", "w1"): ((2,), (3,)),  # (layers, experts, embed, mlp)
+        ("experts", "w2"): ((2,), (3,)),
+        ("experts", "w3"): ((2,), (3,)),
+    }
+
+
+def test_levanter_decays_what_its_own_optimizers_decay():
+    glue, shapes = levanter()
+    params = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
+    tx = glue.GumConfig(rank=4, learning_rate=0.5, weight_decay=0.1, lr_schedule="constant", warmup=0).build(
+        9
+    )
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    for path, update in jax.tree_util.tree_leaves_with_path(updates):
+        name = jax.tree_util.keystr(path)
+        kept = "norm" in name or "embeddings" in name
+        np.testing.assert_allclose(update, 0.0 if kept else -0.05, rtol=1e-6, err_msg=name)
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """MaxText's module of optimizers, after `install` of a function that gives back its arguments."""
+    from gum_optax.trainers import maxtext
+
+    optimizers = pytest.importorskip("maxtext.optimizers.optimizers")
+    monkeypatch.setattr(optimizers, "get_optimizer", optimizers.get_optimizer)
+    maxtext.install(lambda rate, **arguments: (rate, arguments), rank=4)
+    return optimizers
+
+
+def test_maxtext_asks_the_installed_optimizer_with_its_own_schedule_and_decay(installed):
+    config = types.SimpleNamespace(adam_weight_decay=0.1, adamw_mask=["scale"])
+    rate, arguments = installed.get_optimizer(config, 0.5)
+    mask = arguments["weight_decay_mask"]({"scale": 0, "kernel": 0})
+    assert (rate, arguments["rank"], arguments["weight_decay"]) == (0.5, 4, 0.1)
+    assert mask == {"scale": False, "kernel": True}
+
+
+@pytest.mark.parametrize("asked", [{"skip_step_on_spikes": True}, {"trainable_parameters_mask": ["mlp"]}])
+def test_maxtext_settings_that_only_its_own_optimizers_know_are_refused(installed, asked):
+    config = types.SimpleNamespace(adam_weight_decay=0.1, adamw_mask=None, **asked)
+    with pytest.raises(ValueError, match=next(iter(asked))):
+        installed.get_optimizer(config, 0.5)

@@ -3,21 +3,16 @@
 python examples/trainers/with_levanter.py --steps 6 --out run
 """
 
-import dataclasses
-from typing import Any
-
 import haliax as hax
 import jax
 import jax.numpy as jnp
 from levanter.checkpoint import CheckpointerConfig
 from levanter.models.llama import LlamaConfig
 from levanter.models.lm_model import LmExample
-from levanter.optim.config import OptimizerConfig
 from levanter.tracker.tracker import NoopConfig
 from levanter.trainer import Trainer, TrainerConfig
-from optax.contrib import MuonDimensionNumbers
 
-import gum_optax
+from gum_optax.trainers.levanter import GumConfig
 
 from counting import BATCH, GUM, LENGTH, VOCABULARY, Record, arguments, batches, report
 
@@ -30,45 +25,6 @@ TINY = LlamaConfig(
     num_kv_heads=2,
     head_dim=8,
 )
-
-
-def linear_layers(params: Any) -> Any:
-    """Dimension numbers by Haliax's names: `In` and `Out` of each linear layer but the head."""
-
-    def entries(path, node):
-        leaves = jax.tree.leaves(node)
-        if not isinstance(node, hax.nn.Linear) or "lm_head" in jax.tree_util.keystr(path):
-            return [None] * len(leaves)
-        names = node.weight.axis_names
-        sides = [
-            tuple(names.index(x.name) for x in hax.axis.ensure_tuple(side)) for side in (node.In, node.Out)
-        ]
-        return [MuonDimensionNumbers(*sides) if leaf is node.weight.array else None for leaf in leaves]
-
-    is_linear = lambda x: isinstance(x, hax.nn.Linear)  # noqa: E731
-    nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_linear)
-    found = [entry for path, node in nodes for entry in entries(path, node)]
-    return jax.tree.structure(params).unflatten(found)
-
-
-@OptimizerConfig.register_subclass("gum")
-@dataclasses.dataclass(frozen=True)
-class GumConfig(OptimizerConfig):
-    """`optimizer: {type: gum, rank: 128}` in a configuration of `levanter.main.train_lm`."""
-
-    rank: int = 128
-    period: int = 200
-    full_rank_fraction: float = 1 / 16
-
-    def build(self, num_train_steps):
-        return gum_optax.gum(
-            self.lr_scheduler(num_train_steps),
-            self.rank,
-            self.period,
-            full_rank_fraction=self.full_rank_fraction,
-            weight_decay=self.weight_decay,
-            weight_dimension_numbers=linear_layers,
-        )
 
 
 def next_token_loss(model, example, key=None):

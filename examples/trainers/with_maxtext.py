@@ -1,8 +1,6 @@
 """GUM in MaxText: its own training loop on synthetic tokens, layers scanned, saved and resumed.
 
-    DECOUPLE_GCLOUD=TRUE python examples/trainers/with_maxtext.py --steps 6 --out run
-
-MaxText takes no optimizer by name but its own: give `optimizers.get_optimizer` another body.
+DECOUPLE_GCLOUD=TRUE python examples/trainers/with_maxtext.py --steps 6 --out run
 """
 
 import os
@@ -10,22 +8,13 @@ import os
 os.environ.setdefault("DECOUPLE_GCLOUD", "TRUE")  # before MaxText is imported: no cloud clients
 
 import jax
-from maxtext.optimizers import optimizers
 from maxtext.trainers.pre_train import train
 from maxtext.utils.globals import MAXTEXT_CONFIGS_DIR
-from maxtext.utils.muon_utils import get_muon_weight_dimension_numbers
 
 import gum_optax
+from gum_optax.trainers import maxtext
 
 from counting import BATCH, GUM, LENGTH, VOCABULARY, arguments, report
-
-
-def gum_for_maxtext(config, learning_rate_schedule, model=None, mesh=None):
-    """In place of `get_optimizer`: MaxText's own dimension numbers tell where its scans put the layers."""
-    del mesh
-    dims = get_muon_weight_dimension_numbers(model, config)
-    return gum_optax.gum(learning_rate_schedule, **GUM, weight_dimension_numbers=dims)
-
 
 TINY = {
     "decoder_block": "llama2",
@@ -42,6 +31,7 @@ TINY = {
     "dataset_type": "synthetic",
     "dtype": "float32",
     "learning_rate": 0.01,
+    "adam_weight_decay": 0.0,
     "warmup_steps_fraction": 0.0,
     # The schedule's length, which must not change when a run is resumed.
     "learning_rate_schedule_steps": 100,
@@ -53,7 +43,7 @@ TINY = {
 
 def main() -> None:
     asked = arguments(__doc__)
-    optimizers.get_optimizer = gum_for_maxtext
+    maxtext.install(gum_optax.gum, **GUM)
     settings = TINY | {
         "steps": asked.steps,
         "per_device_batch_size": BATCH / jax.device_count(),
