@@ -86,7 +86,7 @@ def describe(tx: optax.GradientTransformation, params: Any) -> Description:
     """
     check_rule("tx", tx)
     with listening() as heard:
-        state = jax.eval_shape(tx.init, params)
+        state = jax.eval_shape(lambda tree: tx.init(tree), params)  # traced anew, or nothing would be told
     names = leaf_names(params)
     readings = [heard.readings.get(x, Reading(None, "other", "not decided by gum_optax")) for x in names]
     leaves = [_Leaf(*row) for row in zip(names, jax.tree.leaves(params), readings, strict=True)]

@@ -170,23 +170,41 @@ def _by_heads(leaf: Leaf, kernels: Sequence[Leaf]) -> Reading | None:
 
 
 def _in_a_stack(leaf: Leaf, kernels: Sequence[Leaf]) -> Reading | None:
-    is_stack = _share_an_axis(leaf, [x for x in kernels if len(x.block) == len(leaf.block)])
-    return _last_two(leaf, "a stack, as the kernels beside it") if is_stack else None
+    """Queries, keys and values share their first axis as well, which is longer than there are heads."""
+    is_shared = _share_an_axis(leaf, [x for x in kernels if len(x.block) == len(leaf.block)])
+    if not is_shared or (in_attention(leaf) and _may_be_input(leaf)):
+        return None
+    return _last_two(leaf, "a stack, as the kernels beside it")
+
+
+def _may_be_input(leaf: Leaf) -> bool:
+    """A model is wider than it has heads and than one is; a stack is less deep than its matrices are wide."""
+    first, middle, last = leaf.block[-3:]
+    return first > middle and first >= last
+
+
+def _may_be_output(leaf: Leaf) -> bool:
+    """Heads together are about as wide as the model, and one by itself is at most half as wide."""
+    first, middle, last = leaf.block[-3:]
+    return 2 * middle <= last <= 4 * first * middle
 
 
 def by_name_and_size(leaf: Leaf, model: Model) -> Reading | None:
-    """A kernel of attention by its name, and wider than it has heads."""
+    """A kernel of attention by its name or its module's, and by sizes that would be odd for a stack."""
+    del model
     if len(leaf.block) < 3 or not in_attention(leaf):
         return None
-    *_, first, middle, last = leaf.block
     plain = _last_two(leaf, "the last two axes")
     if _is_input_by_name(leaf):
-        if len(leaf.block) >= 4 and leaf.block[-3] in (2, 3) and leaf.block[-4] > middle:
+        is_fused = len(leaf.block) >= 4 and leaf.block[-3] in (2, 3) and leaf.block[-4] > leaf.block[-2]
+        if is_fused:
             return _inputs_of(leaf, 4, "fused queries, keys and values by name")
-        return _inputs_of(leaf, 3, "queries, keys or values by name") if first > middle else plain
-    if 2 * middle > last:
-        return plain
-    split = _output_of(leaf, "the output of attention by name")
+        return _inputs_of(leaf, 3, "queries, keys or values by name") if _may_be_input(leaf) else plain
     if _is_output_by_name(leaf):
-        return split
-    return split._replace(doubt=f"{plain.entry}, a stack of {first} matrices {middle} × {last}")
+        return _output_of(leaf, "the output of attention by name") if _may_be_output(leaf) else plain
+    doubt = f"{plain.entry}, a stack of {leaf.block[-3]} matrices {leaf.block[-2]} × {leaf.block[-1]}"
+    if _may_be_output(leaf):
+        return _output_of(leaf, "in attention, of an output's sizes")._replace(doubt=doubt)
+    if _may_be_input(leaf):
+        return _inputs_of(leaf, 3, "in attention, of an input's sizes")._replace(doubt=doubt)
+    return plain

@@ -43,7 +43,7 @@ _HEADS = frozenset({"cls", "logits", "classifier", "readout", "lmhead", "predict
 _LAST = frozenset({"out", "output", "final", "decoder", "predictor", "last"})
 # `q_head`, `multi_head`: heads of attention.
 _NO_HEADS = frozenset({"q", "k", "v", "multi", "attention", "attn", "num", "per"})
-_KERNELS = frozenset({"kernel", "weight", "w", "embedding", "weights", "embeddings"})
+KERNELS = frozenset({"kernel", "weight", "w", "embedding", "weights", "embeddings"})
 
 
 def is_norm(leaf: Leaf) -> bool:
@@ -72,7 +72,7 @@ def tokens(leaf: Leaf, model: Model) -> Reading | None:
     """Positions, register and class tokens, latents: rows that no input chooses."""
     del model
     own = words(leaf.name)
-    is_token = not _TOKEN_WORDS.isdisjoint(own) and leaf.name.lower() not in _KERNELS
+    is_token = not _TOKEN_WORDS.isdisjoint(own) and leaf.name.lower() not in KERNELS
     return Reading(None, "token", "tokens or positions by name") if is_token else None
 
 

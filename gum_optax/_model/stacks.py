@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from .axes import stack_by_names
-from .kinds import is_norm, is_vector
+from .kinds import KERNELS, is_norm, is_vector
 from .leaves import Leaf, Model, Path, words
 from .lora import is_factor
 
@@ -33,16 +33,25 @@ def _free(leaf: Leaf, stack: tuple[int, ...]) -> list[int]:
     return [axis for axis in range(len(leaf.shape)) if axis not in stack]
 
 
+def _block(leaf: Leaf, stack: tuple[int, ...]) -> tuple[int, ...]:
+    """Its shape; Equinox gives the bias of a convolution axes of 1 for the window."""
+    shape = [leaf.shape[axis] for axis in _free(leaf, stack)]
+    while is_vector(leaf) and len(shape) > 1 and shape[-1] == 1:
+        shape.pop()
+    return tuple(shape)
+
+
 def _common(module: Path, inside: Sequence[Leaf], stacks: dict[int, tuple[int, ...]]) -> int | None:
     """The axis of all blocks in a module that counts layers, None where there is none."""
-    blocks = {
-        leaf.index: tuple(leaf.shape[axis] for axis in _free(leaf, stacks[leaf.index])) for leaf in inside
-    }
+    blocks = {leaf.index: _block(leaf, stacks[leaf.index]) for leaf in inside}
     depth = min(map(len, blocks.values()), default=0)
     if len(blocks) < 2 or depth < 2 or max(map(len, blocks.values())) < 3:
         return None
-    has_norms = any(map(is_norm, inside))
-    in_front = has_norms or any(map(is_vector, inside)) or (bool(module) and _names_a_stack(module))
+    flat = [leaf for leaf in inside if len(blocks[leaf.index]) == 2]
+    if any(leaf.name in KERNELS and not is_vector(leaf) for leaf in flat):
+        return None  # a matrix, of no stack
+    has_norms = any(map(is_norm, inside)) and all(map(is_vector, flat))
+    in_front = any(map(is_vector, inside)) or (bool(module) and _names_a_stack(module))
     for axis, is_told in enumerate((in_front, has_norms)):
         if is_told and len({block[axis] for block in blocks.values()}) == 1:
             return axis
