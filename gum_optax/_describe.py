@@ -53,11 +53,12 @@ class Description(NamedTuple):
             step = "" if not is_matrix else "full rank" if leaf.rank is None else f"rank {leaf.rank}"
             state = mib(sum(x.state for x in leaves))
             lines.append([pattern[0], shape, leaf.kind, leaf.blocks, step, leaf.slots, state, leaf.reason])
-        matrices = [x for x in self.leaves if x.kind in ("matrix", "router")]
+        leaves = [x for x in self.leaves if x.kind != "state"]
+        matrices = [x for x in leaves if x.kind in ("matrix", "router")]
         projected = sum(x.rank is not None for x in matrices)
         total = mib(sum(x.state for x in self.leaves))
         summary = (
-            f"{len(matrices)} of {len(self.leaves)} leaves are matrices, {projected} of them projected;"
+            f"{len(matrices)} of {len(leaves)} leaves are matrices, {projected} of them projected;"
             f" state {total} MiB"
         )
         return "\n".join([aligned(lines), summary, *(f"- {note}" for note in self.notes)])
@@ -87,12 +88,12 @@ def describe(tx: optax.GradientTransformation, params: Any) -> Description:
     check_rule("tx", tx)
     with listening() as heard:
         state = jax.eval_shape(lambda tree: tx.init(tree), params)  # traced anew, or nothing would be told
+        memory = {leaf.name: leaf for leaf in memory_report(tx, params).leaves}
     names = leaf_names(params)
     readings = [heard.readings.get(x, Reading(None, "other", "not decided by gum_optax")) for x in names]
     leaves = [_Leaf(*row) for row in zip(names, jax.tree.leaves(params), readings, strict=True)]
     ranks = _ranks(state)
     slots = _slots(state, [view for leaf in leaves if leaf.names in ranks for view in leaf.views])
-    memory = {leaf.name: leaf for leaf in memory_report(tx, params).leaves}
     rows = [leaf.row(ranks.get(leaf.names), slots, memory.pop(leaf.name)) for leaf in leaves]
     notes = _notes(heard, [(leaf, row) for leaf, row in zip(leaves, rows, strict=True) if leaf.views])
     return Description((*rows, *map(_shared, memory.values())), tuple(notes))

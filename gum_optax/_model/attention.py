@@ -140,7 +140,8 @@ def _paired(leaf: Leaf, kernels: Sequence[Leaf]) -> Reading | None:
         is_input = any(_is_pair(x, y) for x in same for y in kernels if y is not x)
     if not is_input and not is_output:
         return None
-    split = _inputs_of(leaf, 3, "attention pair") if is_input else _output_of(leaf, "attention pair")
+    is_output = is_output and not (is_input and _is_input_by_name(leaf))
+    split = _output_of(leaf, "attention pair") if is_output else _inputs_of(leaf, 3, "attention pair")
     if not _share_an_axis(leaf, kernels):
         return split
     # As many layers as the model is wide: sizes cannot tell.
