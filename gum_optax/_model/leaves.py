@@ -12,7 +12,6 @@ from optax.contrib import MuonDimensionNumbers
 
 from .._axis_names import is_box, unbox
 from .._dimensions import names_of
-from .._trees import is_hole
 
 Shape = tuple[int, ...]
 Path = tuple[str, ...]
@@ -72,9 +71,8 @@ Rule = Callable[[Leaf, "Model"], Reading | None]
 class Model:
     """All leaves of a tree, to look beside and around each."""
 
-    def __init__(self, leaves: Sequence[Leaf], hidden: Sequence[Path] = ()):
+    def __init__(self, leaves: Sequence[Leaf]):
         self.leaves = tuple(leaves)
-        self.hidden = tuple(hidden)  # where a mask or partition has put a hole
         self._inside: dict[Path, list[Leaf]] = {}
         self._known: dict[Any, Any] = {}
         for leaf in self.leaves:
@@ -160,9 +158,3 @@ def leaves_of(params: Any) -> list[Leaf]:
             named = axes if len(axes) == len(shape) else ()
             leaves.append(Leaf(len(leaves), names, shape, named, modules.get(names[:-1])))
     return leaves
-
-
-def holes_of(params: Any) -> list[Path]:
-    """Where masks and partitions hide leaves."""
-    found = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_hole)
-    return [_path(path) for path, x in found if is_hole(x)]

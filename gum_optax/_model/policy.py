@@ -17,7 +17,7 @@ from .kinds import (
     tokens,
     vectors,
 )
-from .leaves import Leaf, Model, Reading, Rule, holes_of, leaves_of, matrix
+from .leaves import Leaf, Model, Reading, Rule, leaves_of, matrix
 from .lora import alike, factors
 from .modules import layers
 from .stacks import with_stacks
@@ -62,7 +62,7 @@ RULES: Sequence[Rule] = (
 
 def readings(params: Any) -> list[Reading]:
     """What each leaf of a tree is taken for, in the order of its leaves."""
-    return read(Model(leaves_of(params), holes_of(params)))
+    return read(Model(leaves_of(params)))
 
 
 def read(model: Model) -> list[Reading]:

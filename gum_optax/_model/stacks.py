@@ -26,7 +26,7 @@ def with_stacks(model: Model) -> Model:
                 free = _free(leaf, stacks[leaf.index])
                 stacks[leaf.index] = tuple(sorted((*stacks[leaf.index], free[found])))
     leaves = [dataclasses.replace(leaf, stack=stacks[leaf.index]) for leaf in model.leaves]
-    return Model(leaves, model.hidden)
+    return Model(leaves)
 
 
 def _free(leaf: Leaf, stack: tuple[int, ...]) -> list[int]:
