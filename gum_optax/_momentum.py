@@ -50,7 +50,7 @@ def heavy_ball(
     Raises:
       TypeError, ValueError: `decay` is not a number in `[0, 1)`, or `dtype` is another.
     """
-    check_number("momentum", decay, at_least=0, below=1)
+    decay = check_number("momentum", decay, at_least=0, below=1)
     kept = check_momentum_dtype(dtype)
     is_rounded = kept == jnp.bfloat16
 

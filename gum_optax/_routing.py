@@ -37,7 +37,7 @@ def by_fan_ratio(dims: Any) -> optax.GradientTransformation:
 
 def by_constant(scale: Any) -> Scaling:
     """The same factor for every matrix."""
-    check_number("scale", scale, at_least=0)
+    scale = check_number("scale", scale, at_least=0)
     return lambda dims: optax.scale(scale)
 
 
@@ -187,9 +187,9 @@ def matrices_and_others(
       TypeError, ValueError: an argument out of range or of the wrong type; at `init`, dimension
         numbers that do not fit a leaf, or a complex or integer matrix.
     """
-    check_number("weight_decay", weight_decay, at_least=0)
+    weight_decay = check_number("weight_decay", weight_decay, at_least=0)
     if not callable(learning_rate):
-        check_number("learning_rate", learning_rate, at_least=0)
+        learning_rate = check_number("learning_rate", learning_rate, at_least=0)
     check_rule("others", optax.identity() if others is None else others)
     spec = hidden_matrices if weight_dimension_numbers is None else weight_dimension_numbers
 

@@ -2,6 +2,7 @@
 
 import numbers
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -58,6 +59,12 @@ def stream(key: UInt32[Array, "2"], period: Int[Array, ""], place: int | Int[Arr
 def streams(key: UInt32[Array, "2"], period: Int[Array, ""], places: int) -> Key[Array, "places"]:
     """The keys of all places in one period, `stream(key, period, place)` at each."""
     return jax.vmap(stream, in_axes=(None, None, 0))(key, period, jnp.arange(places))
+
+
+def some(keys: Key[Array, "places"], chosen: Sequence[int]) -> Key[Array, "chosen"]:
+    """`keys[chosen]`, which `jax_debug_key_reuse` would take for a use of all of them."""
+    data = jax.random.key_data(keys)[jnp.asarray(chosen)]
+    return jax.random.wrap_key_data(data, impl=_IMPLEMENTATION)
 
 
 def draw(key: UInt32[Array, "2"], period: Int[Array, ""], group: str, blocks: int, k: int) -> Int[Array, "k"]:
