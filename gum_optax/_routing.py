@@ -17,6 +17,7 @@ from ._matrices import as_matrices
 from ._momentum import adam
 from ._projected import Sketches
 from ._scaling import scale_by_fans, scale_by_shape
+from ._states import with_clear_errors
 from ._trees import concrete, merge, split
 
 # From the dimension numbers of a tree to the transformation that scales its steps.
@@ -217,4 +218,6 @@ def matrices_and_others(
     def update(updates, state, params=None, **extra_args):
         return routed(updates).update(updates, state, params, **extra_args)
 
-    return with_axis_names(skip_non_finite(optax.GradientTransformationExtraArgs(init, update)))
+    return with_clear_errors(
+        with_axis_names(skip_non_finite(optax.GradientTransformationExtraArgs(init, update)))
+    )
