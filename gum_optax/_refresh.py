@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from ._dimensions import View, plain_view
 from ._products import exact_matmul
-from ._sampling import some
+from ._sampling import some, typed
 from ._slots import Member, read
 from ._subspace import MeanOf, SubspaceFinder, by_means
 from ._switch import finders_of
@@ -140,12 +140,14 @@ def _in_turn(finders: Sequence[SubspaceFinder], rows: Sequence[Row]):
         batch = operands[0][1].shape[:-2]
 
         def one(turn):
-            place, key = turn
+            place, data = turn
             g, p = read(members, place, jnp.int32(0))
-            block = key, g.reshape(*batch, *g.shape), p.reshape(*batch, *p.shape)
+            block = typed(data), g.reshape(*batch, *g.shape), p.reshape(*batch, *p.shape)
             return jax.lax.switch(phase, [functools.partial(_found, find) for find in finders], *block)
 
-        projectors, rotations = jax.lax.map(one, (jnp.arange(len(rows)), keys))
+        # As data: `jax_debug_key_reuse` takes a loop over keys for a use of all in each turn.
+        turns = jnp.arange(len(rows)), jax.random.key_data(keys)
+        projectors, rotations = jax.lax.map(one, turns)
         return unstacked(projectors, rotations)
 
     return found

@@ -224,7 +224,8 @@ def _orthonormal_or(q: Float[Array, "*b m r"], p: Float[Array, "*b m r"]) -> Flo
 
 def count_sketch(key: PRNGKeyArray, n: int, r: int) -> Float[Array, "n r"]:
     """`S` with `E[S Sᵀ] = I`: adds each column of a matrix to one of `r`, or takes it from that."""
-    drawn = jax.random.randint(key, (n, 1), 0, 2 * r)  # one draw: `r` places to add at, `r` to take from
+    # One draw: `r` places to add at, `r` to take from. The same with 64 bits as without.
+    drawn = jax.random.randint(key, (n, 1), 0, 2 * r, jnp.int32)
     places = jnp.arange(r)[None]
     return (drawn == places).astype(jnp.float32) - (drawn == r + places).astype(jnp.float32)
 

@@ -38,7 +38,22 @@ ARGUMENTS = [
     ),
     ({"compensation": 1}, TypeError, "compensation must be a function such as gum_optax.complement, got 1"),
     ({"key": 0.5}, TypeError, "key must be an integer seed or a JAX key such as jax.random.key"),
-    ({"key": jax.random.key(0, impl="rbg")}, TypeError, "key must be a threefry2x32 key"),
+    (
+        {"key": jax.random.key(0, impl="rbg")},
+        TypeError,
+        "key must be a threefry2x32 key, got one of rbg; its draws are the same on every platform. Whatever"
+        " jax_default_prng_impl is, pass an integer seed, or jax.random.key(seed, impl='threefry2x32').",
+    ),
+    (
+        {"key": jax.random.key(0, impl="unsafe_rbg")},
+        TypeError,
+        "got one of unsafe_rbg; its draws are the same",
+    ),
+    (
+        {"key": jax.random.PRNGKey(0, impl="rbg")},
+        TypeError,
+        "as those of rbg are; its draws are the same on every platform",
+    ),
     ({"key": jax.random.split(jax.random.key(0))}, TypeError, "key must be one key"),
     ({"key": [0, 1]}, TypeError, "key must be an integer seed or a JAX key such as jax.random.key"),
     ({"key": 2**70}, TypeError, "key must be an integer seed or a JAX key such as jax.random.key"),
