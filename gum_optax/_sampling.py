@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int, Key, PRNGKeyArray, UInt32
 
 # JAX's counter-based generator: the same numbers on every platform and in every process.
@@ -24,7 +25,7 @@ def _is_typed(key: Any) -> bool:
 
 
 def _is_seed(key: Any) -> bool:
-    if isinstance(key, jax.Array):
+    if isinstance(key, jax.Array | np.ndarray):
         return key.shape == () and jnp.issubdtype(key.dtype, jnp.integer)
     # What a 64-bit seed of `jax.random.key` can be.
     return isinstance(key, numbers.Integral) and not isinstance(key, bool) and abs(int(key)) < 2**63

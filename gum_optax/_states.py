@@ -185,7 +185,10 @@ def _check_together(tx: Any, updates: Any, state: Any, params: Any) -> None:
             raise ValueError(
                 f"updates and params must be trees of the same leaves, but only one has {_some(apart)}."
             )
-    like = jax.eval_shape(tx.init, updates if params is None else params)
+    try:
+        like = jax.eval_shape(tx.init, updates if params is None else params)
+    except Exception:
+        return  # what `update` said of them is more to the point
     if type(state) is not type(like):
         raise ValueError(
             f"state must be what this optimizer's init makes, a {type(like).__name__}, got a"
