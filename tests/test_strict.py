@@ -159,6 +159,20 @@ def test_a_state_that_was_cast_is_refused_with_the_way_back(name):
             jax.eval_shape(tx.update, params, cast(state, dtype), params)
 
 
+@every_optimizer
+def test_a_state_that_was_cast_to_64_bits_is_refused_or_stays_so(name):
+    """A rule in a subspace measures in float32; the state of the others keeps the types that it came with."""
+    tx = optimizer(name)
+    with jax.enable_x64(True):
+        params = tree(dtype=jnp.float64)
+        state = cast(jax.eval_shape(tx.init, params), jnp.float64)
+        if name in ("muon", "swan", "sinkgd", "dion", "trion", "cosmos", "scion"):
+            assert types(jax.eval_shape(tx.update, params, state, params)[1]) == types(state)
+            return
+        with pytest.raises(ValueError, match=r"has dtype float64 in place of float32.*convert_state"):
+            jax.eval_shape(tx.update, params, state, params)
+
+
 def test_convert_state_casts_back_within_a_period():
     tx, params = optimizer("gum"), tree()
     _, state = run(tx, [tree(1)], params)
