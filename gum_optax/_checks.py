@@ -22,37 +22,65 @@ def _refuse_traced(name: str, value: Any) -> None:
         )
 
 
+def _python_number(value: Any) -> Any:
+    """A Python number in place of a scalar of NumPy, JAX or ml_dtypes; anything else as it is."""
+    if not hasattr(value, "dtype") or np.shape(value) != ():
+        return value
+    if jnp.issubdtype(value.dtype, jnp.integer):
+        return int(value)
+    return float(value) if jnp.issubdtype(value.dtype, jnp.floating) else value
+
+
 def check_integer(name: str, value: Any, *, at_least: int) -> int:
-    """A Python or NumPy integer of at least `at_least`: it decides shapes, so it cannot be traced."""
+    """An integer of at least `at_least`: it decides shapes, so it cannot be traced."""
     _refuse_traced(name, value)
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    number = _python_number(value)
+    if isinstance(number, bool) or not isinstance(number, numbers.Integral):
         raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}.")
-    if value < at_least:
+    if number < at_least:
         raise ValueError(f"{name} must be at least {at_least}, got {value!r}.")
-    return int(value)
+    return int(number)
 
 
-def check_number(name: str, value: Any, *, at_least: float, below: float | None = None) -> None:
-    """A real number in `[at_least, below)`; traced values pass, they have no value to check yet."""
+def check_number(name: str, value: Any, *, at_least: float, below: float | None = None) -> Any:
+    """A real number in `[at_least, below)`; a traced one passes, it has no value to check yet.
+
+    Returns:
+      A Python number, or a traced float32: neither changes the dtype of the float32 arrays it meets.
+    """
     if _is_traced(value):
-        return
-    if isinstance(value, jax.Array | np.ndarray) and value.ndim == 0 and value.dtype.kind in "fiu":
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return jnp.asarray(value, jnp.float32)
+    number = _python_number(value)
+    if isinstance(number, bool) or not isinstance(number, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}.")
-    number = float(value)
+    number = float(number)
     limit = f"at least {at_least}" + ("" if below is None else f" and below {below}")
     # A comparison with NaN is false, so NaN is refused too.
     if not (number >= at_least and (below is None or number < below) and number < float("inf")):
-        raise ValueError(f"{name} must be {limit}, got {value!r}.")
+        because = f": {_IN_FLOAT32}" if number == below and _is_coarse(value) else ""
+        raise ValueError(f"{name} must be {limit}, got {value!r}{because}.")
+    return number
+
+
+# `optax.inject_hyperparams` casts numbers to the dtype of the parameters.
+_IN_FLOAT32 = (
+    "a dtype so coarse rounds what is just below 1 to 1; under optax.inject_hyperparams pass"
+    " hyperparam_dtype=jnp.float32"
+)
+
+
+def _is_coarse(value: Any) -> bool:
+    """Whether Adam's usual 0.999 is 1 in the dtype of a number."""
+    return bool(np.asarray(0.999, getattr(value, "dtype", np.float64)) == 1)
 
 
 def check_fraction(name: str, value: Any) -> float:
-    """A Python number in `[0, 1]`: it decides how many slots are allocated."""
+    """A number in `[0, 1]`: it decides how many slots are allocated, so it cannot be traced."""
     _refuse_traced(name, value)
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    number = _python_number(value)
+    if isinstance(number, bool) or not isinstance(number, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}.")
-    fraction = float(value)
+    fraction = float(number)
     if not 0 <= fraction <= 1:
         raise ValueError(f"{name} must be between 0 and 1, got {value!r}.")
     return fraction
@@ -95,11 +123,16 @@ def check_rule(name: str, value: Any) -> Any:
     return value
 
 
-def check_adam(b1: Any, b2: Any, eps: Any) -> None:
-    """Adam's decays, in `[0, 1)`, and what it adds to the root."""
-    check_number("b1", b1, at_least=0, below=1)
-    check_number("b2", b2, at_least=0, below=1)
-    check_number("eps", eps, at_least=0)
+def check_adam(b1: Any, b2: Any, eps: Any) -> tuple[Any, Any, Any]:
+    """Adam's decays, in `[0, 1)`, and what it adds to the root, each as `check_number` returns it."""
+    if _is_traced(b2) and _is_coarse(b2):
+        # Its value is not known, and at 1 the second moment would be 0 / 0.
+        raise TypeError(f"b2 must be at least 0 and below 1, got a traced {b2.dtype}: {_IN_FLOAT32}.")
+    return (
+        check_number("b1", b1, at_least=0, below=1),
+        check_number("b2", b2, at_least=0, below=1),
+        check_number("eps", eps, at_least=0),
+    )
 
 
 def check_matrix_leaf(path: Any, leaf: Any) -> None:

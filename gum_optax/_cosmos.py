@@ -66,8 +66,8 @@ def cosmos_rule(
       Liu et al., COSMOS, arXiv 2502.17410, Algorithm 1.
     """
     rank = check_integer("rank", rank, at_least=1)
-    check_number("ratio", ratio, at_least=0)
-    check_adam(b1, b2, eps)
+    ratio = check_number("ratio", ratio, at_least=0)
+    b1, b2, eps = check_adam(b1, b2, eps)
     check_function("orthogonalizer", orthogonalizer, "gum_optax.polar")
 
     def init(key, x):

@@ -35,15 +35,18 @@ def dct_columns(m: Float[Array, "*b m n"], rank: int) -> Float[Array, "*b m r"]:
       TypeError, ValueError: `rank` is not such an integer.
     """
     size = m.shape[-2]
-    if check_integer("rank", rank, at_least=1) > size:
+    rank = check_integer("rank", rank, at_least=1)
+    if rank > size:
         raise ValueError(f"rank must be at most {size}, the size of the matrix, got {rank}.")
     similarity = jnp.sum(jnp.abs(jax.scipy.fft.dct(m, axis=-2, norm="ortho")), axis=-1)
     _, chosen = jax.lax.top_k(similarity, rank)
     # The DCT-II: row i of column j is √(2/m) cos(π j (2i + 1) / 2m), and √(1/m) for j = 0. The angle is
     # reduced as an integer: float32 would lose the phase of a large j (2i + 1).
-    quarters = (chosen[..., None, :] * (2 * jnp.arange(size)[:, None] + 1)) % (4 * size)
+    chosen = chosen[..., None, :]
+    odd = (2 * jnp.arange(size) + 1).reshape(*[1] * (chosen.ndim - 2), size, 1)
+    quarters = (chosen * odd) % (4 * size)
     waves = jnp.cos(jnp.pi / (2 * size) * quarters.astype(jnp.float32))
-    return waves * jnp.where(chosen[..., None, :] == 0, 1, 2**0.5) / size**0.5
+    return waves * jnp.where(chosen == 0, 1.0, 2**0.5).astype(m.dtype) / size**0.5
 
 
 class TrionState(NamedTuple):
@@ -76,7 +79,7 @@ def trion_rule(
       Modoranu et al., arXiv 2505.17967, Algorithm 2 (Trion).
     """
     rank = check_integer("rank", rank, at_least=1)
-    check_number("momentum", momentum, at_least=0, below=1)
+    momentum = check_number("momentum", momentum, at_least=0, below=1)
     check_function("orthogonalizer", orthogonalizer, "gum_optax.polar")
 
     def init(key, x):
@@ -126,7 +129,7 @@ def dion_rule(rank: int, momentum: Any = 0.95, key: int | jax.Array = 0) -> opta
       Ahn et al., Dion, arXiv 2504.05295, Algorithm 1.
     """
     rank = check_integer("rank", rank, at_least=1)
-    check_number("momentum", momentum, at_least=0, below=1)
+    momentum = check_number("momentum", momentum, at_least=0, below=1)
 
     def init(key, x):
         *blocks, rows, columns = x.shape

@@ -189,9 +189,9 @@ def scion(
     References:
       Pethick et al., Scion, arXiv 2502.07529, Algorithms 1 and 2, Tables 2 to 4.
     """
-    check_number("momentum", momentum, at_least=0, below=1)
-    check_number("radius", radius, at_least=0)
-    check_number("edge_radius", edge_radius, at_least=0)
+    momentum = check_number("momentum", momentum, at_least=0, below=1)
+    radius = check_number("radius", radius, at_least=0)
+    edge_radius = check_number("edge_radius", edge_radius, at_least=0)
     hidden = check_function("lmo", chosen(lmo, spectral_lmo), "gum_optax.spectral_lmo")
     table = check_function("embedding_lmo", chosen(embedding_lmo, sign_lmo), "gum_optax.sign_lmo")
     head = check_function("head_lmo", chosen(head_lmo, sign_lmo), "gum_optax.sign_lmo")

@@ -48,8 +48,7 @@ def muon_rule(
 
 def adam_rule(b1: Any, b2: Any, eps: Any) -> optax.GradientTransformationExtraArgs:
     """Adam's rule, of gradients up to 1e15: an infinite square would stop it for good."""
-    check_adam(b1, b2, eps)
-    return optax.chain(optax.clip(LARGEST), adam(b1, b2, eps))
+    return optax.chain(optax.clip(LARGEST), adam(*check_adam(b1, b2, eps)))
 
 
 def muon(

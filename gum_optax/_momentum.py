@@ -50,7 +50,7 @@ def heavy_ball(
     Raises:
       TypeError, ValueError: `decay` is not a number in `[0, 1)`, or `dtype` is another.
     """
-    check_number("momentum", decay, at_least=0, below=1)
+    decay = check_number("momentum", decay, at_least=0, below=1)
     kept = check_momentum_dtype(dtype)
     is_rounded = kept == jnp.bfloat16
 
@@ -68,7 +68,9 @@ def heavy_ball(
         del params, extra_args
 
         def ahead(momentum):
-            return jax.tree.map(lambda m, g: decay * m.astype(jnp.float32) + g, momentum, updates)
+            return jax.tree.map(
+                lambda m, g: decay * m.astype(jnp.float32) + g.astype(jnp.float32), momentum, updates
+            )
 
         momentum = ahead(state.trace)
         trace = rounded(momentum, state.count) if is_rounded else momentum
@@ -98,6 +100,10 @@ def adam(b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8) -> optax.GradientTrans
         del extra_args
         if guard is None:
             return plain.update(updates, state, params)
+        # Of a wider or narrower gradient than the parameters it was made for, the state keeps its own dtype.
+        updates = jax.tree.map(
+            lambda g, m: g.astype(jnp.promote_types(m.dtype, jnp.float32)), updates, state.mu
+        )
         count = optax.safe_increment(state.count)
         mu = guard.keep(optax.tree.update_moment(updates, state.mu, b1, 1), state.mu)
         nu = guard.keep(optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2), state.nu)

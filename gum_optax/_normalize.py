@@ -37,7 +37,7 @@ def sinkhorn(x: Float[Array, "*b m n"], rounds: int = 5, first: int = -1) -> Flo
     """
     if first not in (-1, -2):
         raise ValueError(f"first must be -1 or -2, got {first!r}.")
-    check_integer("rounds", rounds, at_least=1)
+    rounds = check_integer("rounds", rounds, at_least=1)
     second = -3 - first
     g = x.astype(jnp.float32)
     # Rows, then columns, by their largest entry: squares are then safe from 1e-30 to 1e30.
@@ -146,7 +146,7 @@ def multi_norm(projections: Sequence[Normalizer], rounds: int = 1) -> Normalizer
         raise ValueError("projections must hold at least one function such as gum_optax.unit_rows, got none.")
     for projection in projections:
         check_function("projections", projection, "gum_optax.unit_rows")
-    check_integer("rounds", rounds, at_least=1)
+    rounds = check_integer("rounds", rounds, at_least=1)
 
     def normalized(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
         for _ in range(rounds):

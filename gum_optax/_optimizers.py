@@ -99,7 +99,8 @@ def gum(
     numbers a matrix, the full-rank momenta in γ slots a shape.
 
     Args:
-      learning_rate: a number or a schedule.
+      learning_rate: a number or a schedule of the steps taken: a step that is skipped, for a gradient that is
+        not finite, does not count. (A schedule given by way of `optax.inject_hyperparams` counts it.)
       rank: `r`; 128 as in the paper. Matrices with `m <= rank` run plain Muon.
       period: `K`; 200 as in the paper.
       full_rank_fraction: the asked `q`; a shape with L blocks gets `γ = clip(round(q L), 1, L)` slots

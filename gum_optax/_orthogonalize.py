@@ -170,12 +170,12 @@ def gram_newton_schulz(
     Raises:
       TypeError, ValueError: `restart` is not an integer of at least 1.
     """
-    check_integer("restart", restart, at_least=1)
+    restart = check_integer("restart", restart, at_least=1)
     rows = list(coefficients)
 
     def run(x, rows):
         gram = exact_matmul(x, x.mT)
-        eye = q = jnp.eye(x.shape[-2])
+        eye = q = jnp.broadcast_to(jnp.eye(x.shape[-2], dtype=gram.dtype), gram.shape)
         for i, (a, b, c) in enumerate(rows):
             factor = a * eye + b * gram + c * exact_matmul(gram, gram)
             q = exact_matmul(factor, q) if i else factor

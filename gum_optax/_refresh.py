@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from ._dimensions import View, plain_view
 from ._products import exact_matmul
+from ._sampling import some, typed
 from ._slots import Member, read
 from ._subspace import MeanOf, SubspaceFinder, by_means
 from ._switch import finders_of
@@ -46,7 +47,7 @@ def refreshed(
     found: dict[int, Found] = {}
     for places in groups:
         members = [rows[place] for place in places]
-        operands = keys[jnp.asarray(places)], phase, [(g, p) for g, _, p in members]
+        operands = some(keys, places), phase, [(g, p) for g, _, p in members]
         each = _each(finders, members)
         if len(members) > 1:
             loop = functools.partial(jax.lax.cond, due, _in_turn(finders, members), _stayed)
@@ -90,14 +91,14 @@ def _with_rotation(new: Any, p: Any) -> Found:
 
 
 def _found(find: SubspaceFinder, key: Any, g: Any, p: Any) -> Found:
-    return _with_rotation(find(key, g, p), p)
+    return _with_rotation(find(key, g, p).astype(p.dtype), p)
 
 
 def _found_by_means(
     find: SubspaceFinder, keys: Sequence[Any], mean_of: MeanOf, projectors: Sequence[Any]
 ) -> list[Found]:
     found = by_means(find)(list(keys), mean_of, list(projectors))
-    return list(map(_with_rotation, found, projectors))
+    return [_with_rotation(new.astype(p.dtype), p) for new, p in zip(found, projectors, strict=True)]
 
 
 def _each(finders: Sequence[SubspaceFinder], rows: Sequence[Row]):
@@ -139,12 +140,14 @@ def _in_turn(finders: Sequence[SubspaceFinder], rows: Sequence[Row]):
         batch = operands[0][1].shape[:-2]
 
         def one(turn):
-            place, key = turn
+            place, data = turn
             g, p = read(members, place, jnp.int32(0))
-            block = key, g.reshape(*batch, *g.shape), p.reshape(*batch, *p.shape)
+            block = typed(data), g.reshape(*batch, *g.shape), p.reshape(*batch, *p.shape)
             return jax.lax.switch(phase, [functools.partial(_found, find) for find in finders], *block)
 
-        projectors, rotations = jax.lax.map(one, (jnp.arange(len(rows)), keys))
+        # As data: `jax_debug_key_reuse` takes a loop over keys for a use of all in each turn.
+        turns = jnp.arange(len(rows)), jax.random.key_data(keys)
+        projectors, rotations = jax.lax.map(one, turns)
         return unstacked(projectors, rotations)
 
     return found

@@ -94,6 +94,8 @@ def stepping(residual: Any) -> optax.GradientTransformationExtraArgs:
         def choose(updates, state, params=None, *, told, **extra_args):
             del params, extra_args
             check_held(told)
+            if jax.tree.leaves(state):
+                raise ValueError("the state holds arrays of a rule outside the subspace, and there is none.")
             return map_in_turn(residual, updates, told.projectors, told.coordinates, told.steps), state
 
         return optax.GradientTransformationExtraArgs(optax.init_empty_state, choose)  # pyright: ignore[reportArgumentType]

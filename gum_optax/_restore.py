@@ -1,5 +1,6 @@
 """State that comes from a checkpoint: whether it is this optimizer's, and how it becomes another's."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,40 +9,35 @@ import optax
 from jaxtyping import Array, Float
 
 from ._checks import check_rule
-from ._dimensions import unboxed
 from ._low_rank import LowRankState
-from ._report import states_of
+from ._states import (
+    Decided,
+    Match,
+    Names,
+    argument_of,
+    array_name,
+    differences,
+    has_numbers,
+    low_rank_places,
+    match,
+    named_arrays,
+)
 from ._subspace import orthonormalize
 
-# The arguments that decide the shape of a state's fields, and the axis that each decides.
-_ARGUMENTS = {
-    "projectors": ("rank", -1),
-    "low": ("rank", -2),
-    "slots": ("full_rank_fraction", 0),
-    "index": ("full_rank_fraction", 0),
-}
 # Against rounding that adds up: new columns may be nearly in the span of the old ones.
 _SHIFTED_PASSES = 3
+# The fields of what starts anew: a matrix that is no longer projected, a group's slots.
+_MAY_GO = ("projectors", "low", "full", "outside")
 
 
-def _field(path: Any) -> str:
-    """The field of the low-rank state that a leaf is in."""
-    return next((key.name for key in reversed(path) if getattr(key, "name", None) in _ARGUMENTS), "")
+def _periods(tx: optax.GradientTransformation, params: Any) -> dict[Names, int]:
+    """Of the rules in `tx`, by their places; compiled, so that no other state is made."""
 
+    def periods(params):
+        arrays = named_arrays(tx.init(params))
+        return {place: arrays[*place, "period"] for place in low_rank_places(arrays)}
 
-def _by_path(state: Any) -> dict[Any, Any]:
-    """Its arrays, alike for a state of Flax NNX, whose arrays are in variables, and a pure one."""
-    return {unboxed(path): x for path, x in jax.tree_util.tree_leaves_with_path(state)}
-
-
-def _low_rank_states(state: Any) -> list[LowRankState]:
-    return [x for x in states_of(state) if isinstance(x, LowRankState)]
-
-
-def _periods(tx: optax.GradientTransformation, params: Any) -> list[int]:
-    """Of the rules in `tx`; compiled, so that no other state is made."""
-    found = jax.jit(lambda params: [x.period for x in _low_rank_states(tx.init(params))])(params)
-    return [int(period) for period in found]
+    return {place: int(period) for place, period in jax.jit(periods)(params).items()}
 
 
 def check_state(tx: optax.GradientTransformation, state: Any, params: Any) -> None:
@@ -52,7 +48,8 @@ def check_state(tx: optax.GradientTransformation, state: Any, params: Any) -> No
 
     Args:
       tx: any optax transformation.
-      state: as restored, arrays or shapes.
+      state: as restored, arrays or shapes, in any container: of Orbax and Flax without a target, of NNX, or a
+        training state that holds it in a field `opt_state`. Of shapes, the period is not compared.
       params: the parameters, arrays or shapes.
 
     Raises:
@@ -60,21 +57,16 @@ def check_state(tx: optax.GradientTransformation, state: Any, params: Any) -> No
         `full_rank_fraction`, `period` or `momentum_dtype`; the message names each difference.
     """
     check_rule("tx", tx)
-    held = _by_path(state)
-    wanted = _by_path(jax.eval_shape(tx.init, params))
-    name = jax.tree_util.keystr
-    found = [f"{name(path)} is missing" for path in wanted if path not in held]
-    found += [f"{name(path)} is no part of this optimizer's" for path in held if path not in wanted]
-    for path in wanted.keys() & held.keys():
-        x, like = held[path], wanted[path]
-        if jnp.shape(x) != like.shape:
-            because = f" (another {_ARGUMENTS[_field(path)][0]})" if _field(path) else ""
-            found.append(f"{name(path)} has shape {jnp.shape(x)} in place of {like.shape}{because}")
-        elif jnp.result_type(x) != like.dtype:
-            found.append(f"{name(path)} has dtype {jnp.result_type(x)} in place of {like.dtype}")
-    pairs = [] if found else zip(_low_rank_states(state), _periods(tx, params), strict=True)
-    periods = [(int(jnp.asarray(x.period)), period) for x, period in pairs]
-    found += [f"period is {its} in place of {period}" for its, period in periods if its != period]
+    like = jax.eval_shape(tx.init, params)
+    matched = match(state, like)
+    found = differences(matched, like)
+    held = {place: matched.found[*place, "period"] for place in low_rank_places(matched.found) if not found}
+    if any(map(has_numbers, held.values())):
+        periods = _periods(tx, params)
+        its = {place: int(jnp.asarray(x)) for place, x in held.items() if has_numbers(x)}
+        found += [
+            f"period is {x} in place of {periods[place]}" for place, x in its.items() if x != periods[place]
+        ]
     if found:
         raise ValueError(
             "this state is of another optimizer: "
@@ -90,59 +82,86 @@ def convert_state(tx: optax.GradientTransformation, state: Any, params: Any) -> 
         R ← its first r' rows, or R and zeros
 
     Counts, key, moments of unprojected leaves and of `others` stay; matrices that were not projected and are
-    now, or the other way round, start anew.
+    now, or the other way round, start anew. With the same arguments, it is the same state in the structure
+    of `tx.init(params)`, whatever it was restored into, and at any step.
 
     Args:
       tx: the new optimizer.
-      state: of the old one, before a step that begins a period; arrays.
+      state: of the old one, before a step that begins a period unless all arguments are the same; arrays, in
+        any container that `check_state` takes.
       params: the parameters.
 
     Raises:
+      TypeError: the state has shapes in place of arrays.
       ValueError: the state is within a period, or is not of the same kind of optimizer and parameters.
     """
     check_rule("tx", tx)
-    for node in _low_rank_states(state):
-        period = int(jnp.asarray(node.period))
-        if into := int(jnp.asarray(node.count)) % period:
+    new = tx.init(params)
+    matched, wanted = match(state, new), named_arrays(new)
+    places = low_rank_places(wanted)
+    old = {name: _array(name, x) for name, x in matched.found.items()}
+    shapes = [{name: x.shape for name, x in arrays.items()} for arrays in (old, wanted)]
+    periods = [[arrays.get((*place, "period")) for place in places] for arrays in (old, wanted)]
+    is_same = not matched.rest and shapes[0] == shapes[1] and periods[0] == periods[1]
+    if not is_same:
+        _check_begins(old)
+        _check_kind(matched, places)
+
+    def converted(path, x):
+        name = array_name(path)
+        decided = argument_of(name, places)
+        # The draw of the new period is made anew, with the new arguments.
+        is_drawn = name[-1:] == ("period",) or (decided is not None and decided[0] == "index")
+        return x if name not in old or (is_drawn and not is_same) else _fitted(name, decided, old[name], x)
+
+    return jax.tree_util.tree_map_with_path(converted, new)
+
+
+def _array(name: Names, x: Any) -> Array:
+    if not has_numbers(x):
+        raise TypeError(
+            f"convert_state needs arrays, but {'/'.join(name)} is a {type(x).__name__}; restore it first."
+        )
+    return jnp.asarray(x)
+
+
+def _check_begins(old: dict[Names, Array]) -> None:
+    for place in low_rank_places(old):
+        period = int(old[*place, "period"])
+        if into := int(old[*place, "count"]) % period:
             raise ValueError(
                 f"a state is converted at the beginning of a period, but {into} of {period} steps of this one"
                 f" are taken: take {period - into} more, or go back to an earlier checkpoint."
             )
-    old = _by_path(state)
 
-    def converted(path, new):
-        path = unboxed(path)
-        names = [getattr(key, "name", None) for key in path]
-        # The draw of the new period is made anew, with the new arguments.
-        if path not in old or names[-1] == "period" or "index" in names:
-            return new
-        return _fitted(path, jnp.asarray(old[path]), new)
 
-    new = tx.init(params)
-    lost = [path for path in old.keys() - _by_path(new).keys() if not _may_go(path)]
+def _check_kind(matched: Match, places: Sequence[Names]) -> None:
+    """Arrays that the new optimizer has no place for are of what starts anew, or an error."""
+    fields = {*_MAY_GO, *(str(LowRankState._fields.index(field)) for field in _MAY_GO)}
+    starts = [*places, *(matched.positions[*place, "count"][:-1] for place in places)]
+
+    def may_go(name):
+        return any(name[: len(start)] == start and fields & set(name[len(start) :][:1]) for start in starts)
+
+    lost = [spelled for name, spelled in matched.rest.items() if not may_go(name)]
     if lost:
         raise ValueError(
             "this state is not of the same kind of optimizer and parameters: the new one has no"
-            f" {', '.join(sorted(map(jax.tree_util.keystr, lost)))}."
+            f" {', '.join(sorted(lost))}."
         )
-    return jax.tree_util.tree_map_with_path(converted, new)
 
 
-def _may_go(path: Any) -> bool:
-    """Whether a leaf is of what starts anew: a matrix that is no longer projected, a group's slots."""
-    return any(getattr(key, "name", None) in (*_ARGUMENTS, "full", "outside") for key in path)
-
-
-def _fitted(path: Any, x: Float[Array, "..."], like: Float[Array, "..."]) -> Float[Array, "..."]:
+def _fitted(
+    name: Names, decided: Decided | None, x: Float[Array, "..."], like: Float[Array, "..."]
+) -> Float[Array, "..."]:
     """`x` in the shape of `like`: the axis that an argument decides is cut, or filled up."""
     if x.shape == like.shape:
         return x.astype(like.dtype)
-    field = _field(path)
-    _, axis = _ARGUMENTS.get(field, ("", 0))
+    field, _, axis = decided or ("", "", 0)
     others = [i for i in range(like.ndim) if i != axis % like.ndim]
     if not field or x.ndim != like.ndim or any(x.shape[i] != like.shape[i] for i in others):
         raise ValueError(
-            f"{jax.tree_util.keystr(path)} has shape {x.shape} and would have {like.shape}: no change of"
+            f"{'/'.join(name)} has shape {x.shape} and would have {like.shape}: no change of"
             " rank, period or fraction does that; give its own parameters and kind of optimizer."
         )
     size = like.shape[axis]
@@ -150,4 +169,4 @@ def _fitted(path: Any, x: Float[Array, "..."], like: Float[Array, "..."]) -> Flo
     rest = jax.lax.slice_in_dim(like, kept.shape[axis], size, axis=axis)
     if field != "projectors":
         return jnp.concatenate([kept.astype(like.dtype), jnp.zeros_like(rest)], axis)
-    return orthonormalize(jnp.concatenate([kept, rest], axis), _SHIFTED_PASSES)
+    return orthonormalize(jnp.concatenate([kept.astype(like.dtype), rest], axis), _SHIFTED_PASSES)

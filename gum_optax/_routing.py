@@ -18,6 +18,7 @@ from ._momentum import adam
 from ._parts import Apart
 from ._projected import Sketches
 from ._scaling import scale_by_fans, scale_by_shape
+from ._states import with_clear_errors
 from ._trees import concrete, merge, split
 
 # From the dimension numbers of a tree to the transformation that scales its steps.
@@ -38,7 +39,7 @@ def by_fan_ratio(dims: Any) -> optax.GradientTransformation:
 
 def by_constant(scale: Any) -> Scaling:
     """The same factor for every matrix."""
-    check_number("scale", scale, at_least=0)
+    scale = check_number("scale", scale, at_least=0)
     return lambda dims: optax.scale(scale)
 
 
@@ -65,9 +66,10 @@ def skip_non_finite(inner: optax.GradientTransformation) -> optax.GradientTransf
     library's momentum, Adam and subspaces do; of others, such as `optax.adamw`, a CPU makes a copy. Updates
     come back in the parameters' dtype.
 
-    The clock of the periods stops with the rest of the state, so that a skipped refresh comes a step
-    later. Under `vmap` over runs with their own gradients the clocks may therefore differ, and every
-    refresh is computed on every step.
+    The clock of the periods, and that of a schedule within `inner`, stop with the rest of the state, so that
+    a skipped refresh comes a step later; a schedule outside, as `optax.inject_hyperparams` has it, goes on.
+    Under `vmap` over runs with their own gradients the clocks may therefore differ, and every refresh is
+    computed on every step.
     """
     inner = optax.with_extra_args_support(inner)
 
@@ -188,9 +190,9 @@ def matrices_and_others(
       TypeError, ValueError: an argument out of range or of the wrong type; at `init`, dimension
         numbers that do not fit a leaf, or a complex or integer matrix.
     """
-    check_number("weight_decay", weight_decay, at_least=0)
+    weight_decay = check_number("weight_decay", weight_decay, at_least=0)
     if not callable(learning_rate):
-        check_number("learning_rate", learning_rate, at_least=0)
+        learning_rate = check_number("learning_rate", learning_rate, at_least=0)
     check_rule("others", optax.identity() if others is None else others)
     decisions = Decisions(weight_dimension_numbers)
 
@@ -220,4 +222,5 @@ def matrices_and_others(
         return routed(updates).update(updates, state, params, **extra_args)
 
     named = with_axis_names(skip_non_finite(optax.GradientTransformationExtraArgs(init, update)))
-    return optax.GradientTransformationExtraArgs(decisions.told_at_init(named.init), named.update)  # pyright: ignore
+    told = optax.GradientTransformationExtraArgs(decisions.told_at_init(named.init), named.update)  # pyright: ignore
+    return with_clear_errors(told)

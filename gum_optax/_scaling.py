@@ -33,7 +33,7 @@ def scale_by_shape(
       TypeError, ValueError: `consistent_rms` is not a number of at least 0, or a leaf is no matrix.
     """
     if consistent_rms is not None:
-        check_number("consistent_rms", consistent_rms, at_least=0)
+        consistent_rms = check_number("consistent_rms", consistent_rms, at_least=0)
 
     def factor(fan_in, fan_out):
         if consistent_rms is None:
@@ -81,7 +81,7 @@ def limit_norm_growth(ratio: Any = 1.1) -> optax.GradientTransformation:
     Raises:
       TypeError, ValueError: `ratio` is not a number of at least 1.
     """
-    check_number("ratio", ratio, at_least=1)
+    ratio = check_number("ratio", ratio, at_least=1)
 
     def init(params):
         return LimitNormGrowthState(jax.tree.map(lambda x: jnp.zeros(x.shape[:-2], jnp.float32), params))

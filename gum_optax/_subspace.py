@@ -82,13 +82,14 @@ def orthonormalize(
     condition of `Y` by up to 1e3, a second one by 1e3/√r: one is enough for 1e6, three for 1/eps.
     A clean pass, without a shift, leaves a defect of that condition squared times eps, a second one rounding.
     """
-    eye = jnp.eye(y.shape[-1], dtype=y.dtype)
+    r = y.shape[-1]
+    eye = jnp.broadcast_to(jnp.eye(r, dtype=y.dtype), (*y.shape[:-2], r, r))
 
     def one_pass(y, shift):
         gram = exact_matmul(y.mT, y)
         gram = gram + shift * jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None] * eye
         lower = jnp.linalg.cholesky(gram)
-        inverse = jax.scipy.linalg.solve_triangular(lower, jnp.broadcast_to(eye, gram.shape), lower=True)
+        inverse = jax.scipy.linalg.solve_triangular(lower, eye, lower=True)
         return exact_matmul(y, inverse.mT), None
 
     # A loop, not unrolled: every leaf has one, and XLA compiles each.
@@ -223,9 +224,10 @@ def _orthonormal_or(q: Float[Array, "*b m r"], p: Float[Array, "*b m r"]) -> Flo
 
 def count_sketch(key: PRNGKeyArray, n: int, r: int) -> Float[Array, "n r"]:
     """`S` with `E[S Sᵀ] = I`: adds each column of a matrix to one of `r`, or takes it from that."""
-    drawn = jax.random.randint(key, (n, 1), 0, 2 * r)  # one draw: `r` places to add at, `r` to take from
-    places = jnp.arange(r)
-    return (drawn == places).astype(jnp.float32) - (drawn == r + places)
+    # One draw: `r` places to add at, `r` to take from. The same with 64 bits as without.
+    drawn = jax.random.randint(key, (n, 1), 0, 2 * r, jnp.int32)
+    places = jnp.arange(r)[None]
+    return (drawn == places).astype(jnp.float32) - (drawn == r + places).astype(jnp.float32)
 
 
 def randomized_svd(

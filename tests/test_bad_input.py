@@ -1,5 +1,9 @@
 """An error at construction or at `init` that names the argument or the leaf, the value and the remedy."""
 
+import functools
+import inspect
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +12,8 @@ import pytest
 from optax.contrib import MuonDimensionNumbers as Dims
 
 import gum_optax as go
+
+from helpers import OPTIMIZERS, run
 
 ARGUMENTS = [
     ({"rank": 0}, ValueError, "rank must be at least 1, got 0"),
@@ -38,7 +44,22 @@ ARGUMENTS = [
     ),
     ({"compensation": 1}, TypeError, "compensation must be a function such as gum_optax.complement, got 1"),
     ({"key": 0.5}, TypeError, "key must be an integer seed or a JAX key such as jax.random.key"),
-    ({"key": jax.random.key(0, impl="rbg")}, TypeError, "key must be a threefry2x32 key"),
+    (
+        {"key": jax.random.key(0, impl="rbg")},
+        TypeError,
+        "key must be a threefry2x32 key, got one of rbg; its draws are the same on every platform. Whatever"
+        " jax_default_prng_impl is, pass an integer seed, or jax.random.key(seed, impl='threefry2x32').",
+    ),
+    (
+        {"key": jax.random.key(0, impl="unsafe_rbg")},
+        TypeError,
+        "got one of unsafe_rbg; its draws are the same",
+    ),
+    (
+        {"key": jax.random.PRNGKey(0, impl="rbg")},
+        TypeError,
+        "as those of rbg are; its draws are the same on every platform",
+    ),
     ({"key": jax.random.split(jax.random.key(0))}, TypeError, "key must be one key"),
     ({"key": [0, 1]}, TypeError, "key must be an integer seed or a JAX key such as jax.random.key"),
     ({"key": 2**70}, TypeError, "key must be an integer seed or a JAX key such as jax.random.key"),
@@ -134,9 +155,87 @@ def test_an_inner_rule_must_be_a_transformation(wrap):
         wrap(go.newton_schulz)
 
 
-def test_numpy_and_jax_scalars_are_numbers():
-    go.gum(np.float32(1e-3), rank=np.int32(4), period=np.int64(3), momentum=jnp.float32(0.9), key=np.int64(1))
-    go.gum(jnp.float32(1e-3), full_rank_fraction=np.float64(0.5), weight_decay=np.float32(0.1))
+def of_optimizers_and_rules():
+    """Each with all its numbers, every one exact in a float of eight bits."""
+    half = {
+        "momentum": 0.5,
+        "consistent_rms": 0.5,
+        "scale": 0.5,
+        "weight_decay": 0.5,
+        "ratio": 0.5,
+        "eps": 0.5,
+    }
+    half |= {"b1": 0.5, "b2": 0.5, "norm_growth": 1.5, "radius": 2.0, "edge_radius": 2.0}
+    for make, arguments in OPTIMIZERS.values():
+        takes = inspect.signature(make).parameters
+        yield functools.partial(make, 0.5), arguments | {k: x for k, x in half.items() if k in takes}
+    inner = optax.identity()
+    yield functools.partial(go.low_rank, inner), {"rank": 2, "period": 3}
+    yield functools.partial(go.unbiased_low_rank, inner), {"rank": 2, "period": 3, "full_rank_fraction": 0.5}
+    yield go.trion_rule, {"rank": 2, "momentum": 0.5}
+    yield go.dion_rule, {"rank": 2, "momentum": 0.5}
+    yield go.cosmos_rule, {"rank": 2} | dict.fromkeys(("ratio", "b1", "b2", "eps"), 0.5)
+    yield go.limit_norm_growth, {"ratio": 1.5}
+    yield go.scale_by_shape, {"consistent_rms": 0.5}
+
+
+SCALARS = {
+    "numpy": lambda x, dtype: np.asarray(x, dtype)[()],
+    "numpy array": np.asarray,
+    "jax": jnp.asarray,
+}
+
+
+@pytest.mark.parametrize("scalar", SCALARS.values(), ids=SCALARS)
+def test_every_scalar_of_numpy_jax_and_ml_dtypes_is_a_number(scalar):
+    integers, floats = (np.int32, np.uint8), (np.float32, np.float16, jnp.bfloat16, jnp.float8_e4m3fn)
+    for make, arguments in of_optimizers_and_rules():
+        for integer, floating in itertools.product(integers, floats):
+            make(
+                **{k: scalar(x, floating if isinstance(x, float) else integer) for k, x in arguments.items()}
+            )
+    go.gum(scalar(0.5, jnp.bfloat16), key=scalar(1, np.int32))
+    go.switch_subspace(scalar(3, np.int32), go.svd_subspace, go.random_subspace)
+    with pytest.raises(TypeError, match="momentum must be a number"):
+        go.gum(1e-3, momentum=scalar(True, np.bool_))
+    with pytest.raises(TypeError, match="rank must be an integer"):
+        go.gum(1e-3, rank=scalar(2.0, np.float32))
+
+
+def test_a_number_of_any_dtype_gives_the_same_optimizer():
+    """It is a Python number from then on, which changes no dtype."""
+    params = {"kernel": jnp.ones((3, 4, 6)), "bias": jnp.ones(3)}
+    arguments = {"momentum": 0.5, "weight_decay": 0.25, "consistent_rms": 0.5}
+    want, _ = run(go.muon(0.5, **arguments), [params], params)
+    half = {name: jnp.asarray(x, jnp.bfloat16) for name, x in arguments.items()}
+    found, _ = run(go.muon(jnp.asarray(0.5, jnp.bfloat16), **half), [params], params)
+    jax.tree.map(np.testing.assert_array_equal, found, want)
+    run(go.muon(0.5, weight_decay=np.float32(0)), [params])  # decays nothing, so it needs no parameters
+
+
+BFLOAT16 = {"stack": jnp.ones((5, 4, 6), jnp.bfloat16), "bias": jnp.ones(3, jnp.bfloat16)}
+STATIC = ("rank", "period", "full_rank_fraction", "rounds", "random_after")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_inject_hyperparams_takes_a_model_in_bfloat16_or_says_how(name):
+    """It casts numbers to the dtype of the parameters, in which Adam's 0.999 is 1."""
+    make, arguments = OPTIMIZERS[name]
+    inject = functools.partial(optax.inject_hyperparams, make, [x for x in STATIC if x in arguments])
+    wide = inject(hyperparam_dtype=jnp.float32)(0.1, **arguments)
+    state = jax.eval_shape(wide.init, BFLOAT16)
+    updates, _ = jax.eval_shape(wide.update, BFLOAT16, state, BFLOAT16)
+    assert updates["stack"].dtype == jnp.bfloat16
+    tx = inject()(0.1, **arguments)
+    if "b2" not in inspect.signature(make).parameters:
+        state = tx.init(BFLOAT16)
+        updates, after = jax.eval_shape(tx.update, BFLOAT16, state, BFLOAT16)
+        assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)
+        return
+    # Compiled, its value is not known, but its dtype is.
+    for init in (tx.init, functools.partial(jax.eval_shape, tx.init))[name == "cosmos" :]:
+        with pytest.raises((TypeError, ValueError), match=r"b2 must be .*hyperparam_dtype=jnp\.float32"):
+            init(BFLOAT16)
 
 
 def test_scion_refuses_complex_leaves_and_leaves_them_to_others():

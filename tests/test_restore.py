@@ -11,10 +11,14 @@ import pytest
 from flax import nnx
 
 import gum_optax as go
-from gum_optax._report import states_of
-from gum_optax._restore import _low_rank_states
 
 from helpers import run, sequence
+
+
+def low_rank_states(state):
+    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, go.LowRankState))
+    return [x for x in nodes if isinstance(x, go.LowRankState)]
+
 
 SHAPES = {"stack": (5, 6, 9), "tall": (9, 6), "wide": (6, 9), "bias": (4,)}
 
@@ -83,7 +87,7 @@ def test_momentum_goes_along_when_the_rank_of_galore_muon_changes(rank):
     _, state = run(make(rank=2), gradients(3), PARAMS)
     new = go.convert_state(make(rank=rank), state, PARAMS)
     go.check_state(make(rank=rank), new, PARAMS)
-    (before,), (after,) = _low_rank_states(state), _low_rank_states(new)
+    (before,), (after,) = low_rank_states(state), low_rank_states(new)
     assert int(after.count) == 3
     np.testing.assert_array_equal(after.key, before.key)
     rows = zip(*(jax.tree.leaves(x) for s in (before, after) for x in (s.projectors, s.low)), strict=True)
@@ -134,10 +138,10 @@ def test_the_state_of_an_nnx_optimizer_is_checked_and_converted():
         with pytest.raises(ValueError, match="another rank"):
             go.check_state(optimizer(3).tx, state, params)
         converted = go.convert_state(optimizer(3).tx, state, params)
-        (low,) = [x for x in states_of(converted) if isinstance(x, go.LowRankState)]
+        (low,) = low_rank_states(converted)
         assert int(jnp.asarray(low.count)) == 2
         momentum = np.asarray(jax.tree.leaves(low.low)[0])
-        (before,) = [x for x in states_of(old.opt_state) if isinstance(x, go.LowRankState)]
+        (before,) = low_rank_states(old.opt_state)
         np.testing.assert_array_equal(momentum[..., :2, :], jax.tree.leaves(before.low)[0])
         new = optimizer(3)
         new.opt_state = jax.tree.structure(new.opt_state).unflatten(jax.tree.leaves(converted))

@@ -1,5 +1,6 @@
 """The draw: exactly γ of L blocks, every block with frequency q, a fresh draw each period."""
 
+import functools
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gum_optax as go
+from gum_optax._sampling import key_data, streams
 
 from helpers import AMPLIFIED, muon_rule, run
 
@@ -83,6 +85,27 @@ def test_the_same_key_draws_the_same_whatever_its_form(jit):
         state = wrap(tx.init)(gradients[0])
         drawn.append(np.asarray(wrap(tx.update)(gradients[0], state)[1].outside.index["4x5"]))
     np.testing.assert_array_equal(drawn, [drawn[0]] * len(drawn))
+
+
+def test_no_stream_is_one_that_a_model_gets_from_the_same_seed():
+    """`split(key, n)[i]` is `fold_in(key, i)`, and `key=0` is the default and the seed of many a model."""
+
+    def numbers(keys):
+        return set(map(tuple, np.asarray(jax.random.key_data(keys)).reshape(-1, 2).tolist()))
+
+    def children(keys, n):
+        return jax.vmap(lambda key: jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(n)))(keys)
+
+    seed = jax.random.key(0)
+    of_model = children(seed[None], 100)[0]
+    assert numbers(of_model) == numbers(jax.random.split(seed, 100))
+    theirs = numbers(seed[None]) | numbers(of_model) | numbers(children(of_model, 50))
+    for key in (0, seed, jax.random.PRNGKey(0)):
+        own = key_data(key)
+        places = jax.vmap(functools.partial(streams, own, places=50))(jnp.arange(100))
+        ours = {tuple(own.tolist())} | numbers(places)
+        assert len(ours) == 1 + 100 * 50
+        assert not ours & theirs
 
 
 def test_another_process_draws_the_same():

@@ -65,6 +65,22 @@ def test_a_gradient_that_is_not_finite_is_skipped_as_if_it_had_not_come(make, ba
     jax.tree.map(np.testing.assert_array_equal, state.inner, reference.inner)
 
 
+def test_a_schedule_waits_for_a_skipped_step_and_one_of_inject_hyperparams_does_not():
+    good = {"w": np.ones((4, 7), np.float32)}
+    bad = {"w": np.full((4, 7), np.nan, np.float32)}
+    constant, _ = run(go.gum(1.0, rank=2), [good] * 3)
+
+    def rate(count):
+        return jnp.where(count == 0, 1.0, 2.0**-count)
+
+    injected = optax.inject_hyperparams(go.gum, static_args=("rank", "period", "full_rank_fraction"))
+    for tx, rates in ((go.gum(rate, rank=2), (1, 1 / 2, 1 / 4)), (injected(rate, rank=2), (1, 1 / 4, 1 / 8))):
+        updates, _ = run(tx, [good, bad, good, good], good)
+        assert not updates[1]["w"].any()
+        for u, c, expected in zip((updates[0], *updates[2:]), constant, rates, strict=True):
+            np.testing.assert_allclose(u["w"], expected * c["w"], rtol=1e-6)
+
+
 @pytest.mark.parametrize("bad", [complex(0, np.nan), complex(np.inf, 0)])
 def test_a_complex_gradient_is_skipped_for_either_part(bad):
     params = {"kernel": jnp.ones((4, 6)), "phase": jnp.ones(3, jnp.complex64)}
