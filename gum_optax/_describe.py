@@ -12,11 +12,11 @@ from ._checks import check_rule
 from ._decisions import doubts
 from ._dimensions import View, leaf_names, views_of
 from ._listening import Heard, listening
+from ._layouts import untold_shardings
 from ._low_rank import LowRankState
 from ._memory import LeafMemory, aligned, memory_report, mib
 from ._model.leaves import Reading
 from ._parts import Apart
-from ._report import states_of
 from ._unbiased import SampledState
 
 Names = tuple[str, ...]
@@ -95,7 +95,12 @@ def describe(tx: optax.GradientTransformation, params: Any) -> Description:
     ranks = _ranks(state)
     slots = _slots(state, [view for leaf in leaves if leaf.names in ranks for view in leaf.views])
     rows = [leaf.row(ranks.get(leaf.names), slots, memory.pop(leaf.name)) for leaf in leaves]
-    notes = _notes(heard, [(leaf, row) for leaf, row in zip(leaves, rows, strict=True) if leaf.views])
+    notes = [*_notes(heard, [(leaf, row) for leaf, row in zip(leaves, rows, strict=True) if leaf.views])]
+    if untold := untold_shardings(params, [reading.entry for reading in readings]):
+        notes.append(
+            f"{_some(untold)}: a mesh splits the matrices, and the optimizer was not told how; with"
+            " weight_dimension_numbers=gum_optax.with_shardings(shardings) it sends less"
+        )
     return Description((*rows, *map(_shared, memory.values())), tuple(notes))
 
 
@@ -140,13 +145,19 @@ def _group(view: View) -> str:
     return "x".join(map(str, view.shape[-2:]))
 
 
+def _low_rank_states(state: Any) -> list[LowRankState]:
+    """All within a state, however nested."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, LowRankState))
+    own = [x for x in nodes if isinstance(x, LowRankState)]
+    return own + [inner for x in own for field in x for inner in _low_rank_states(field)]
+
+
 def _ranks(state: Any) -> dict[Names, int]:
     """The rank of each projected leaf; a part's is its kernel's too."""
     found: dict[Names, int] = {}
-    for node in states_of(state):
-        if isinstance(node, LowRankState):
-            for names, x in zip(leaf_names(node.projectors), jax.tree.leaves(node.projectors), strict=True):
-                found[names] = found[names[:-1]] = x.shape[-1]
+    for node in _low_rank_states(state):
+        for names, x in zip(leaf_names(node.projectors), jax.tree.leaves(node.projectors), strict=True):
+            found[names] = found[names[:-1]] = x.shape[-1]
     return found
 
 
@@ -155,7 +166,7 @@ def _slots(state: Any, projected: Sequence[View]) -> dict[str, str]:
     blocks: dict[str, int] = {}
     for view in projected:
         blocks[_group(view)] = blocks.get(_group(view), 0) + _count(view)
-    outside = [node.outside for node in states_of(state) if isinstance(node, LowRankState)]
+    outside = [node.outside for node in _low_rank_states(state)]
     draws = [x.index for x in outside if isinstance(x, SampledState) and isinstance(x.index, dict)]
     return {group: f"{x.shape[-1]} of {blocks[group]}" for draw in draws for group, x in draw.items()}
 

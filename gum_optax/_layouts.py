@@ -1,10 +1,11 @@
 """Shardings that rules are told: which side to project, and over what to spread an orthogonalization."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
+from optax.contrib import MuonDimensionNumbers
 
 from ._dimensions import Entry, Parts, ShardedDimensionNumbers, WeightDimensionNumbers, names_of
 from ._hidden import decided
@@ -62,3 +63,34 @@ class _WithShardings(NamedTuple):
                 numbers=ShardedDimensionNumbers(numbers.reduction_axis, numbers.output_axis, sharding)
             )
         return ShardedDimensionNumbers(entry.reduction_axis, entry.output_axis, sharding)
+
+
+def untold_shardings(params: Any, entries: Sequence[Entry]) -> list[str]:
+    """The paths of the matrices that a mesh splits without the optimizer's knowledge.
+
+    A matrix counts if Auto mesh axes of two or more devices split one of its own axes, and its entry does not
+    say so: `with_shardings` would make the optimizer send less. The types of arrays tell it Explicit axes.
+
+    Args:
+      params: arrays, or shapes that may have a `sharding`.
+      entries: of each leaf, as `dimension_numbers` gives them.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return [
+        jax.tree_util.keystr(path)
+        for (path, leaf), entry in zip(leaves, entries, strict=True)
+        if isinstance(entry, MuonDimensionNumbers) and _is_split(leaf, entry)
+    ]
+
+
+def _is_split(leaf: Any, entry: MuonDimensionNumbers) -> bool:
+    """Whether Auto mesh axes split a matrix axis of the leaf."""
+    sharding = getattr(leaf, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return False
+    mesh = sharding.mesh
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    splitting = {name for name, kind in kinds if kind == AxisType.Auto and mesh.shape[name] > 1}
+    spec = [*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec))]
+    over = [spec[axis] for axis in jax.tree.leaves((entry.reduction_axis, entry.output_axis))]
+    return not splitting.isdisjoint(jax.tree.leaves(over))

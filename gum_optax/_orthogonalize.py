@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from ._checks import check_function, check_integer
 from ._dimensions import views_beside
-from ._products import exact_matmul
+from ._products import exact_matmul, one_by_one_on_cpu
 from ._spread import spread
 from ._trees import map_in_turn, map_together
 
@@ -224,11 +224,15 @@ def polar(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
     Returns:
       Matrices of the shape and dtype of `x`, computed in float32 by an SVD.
     """
-    unit = _unit(x)  # from 1e-30 to 1e30 the singular values stay in range
-    u, s, vt = jnp.linalg.svd(unit, full_matrices=False)
-    noise = _SVD_ROUNDINGS * jnp.finfo(jnp.float32).eps * s[..., :1]
-    kept = jnp.where((s > noise)[..., None, :], u, 0)
-    return (kept @ vt).astype(x.dtype)
+
+    def factor(x):
+        unit = _unit(x)  # from 1e-30 to 1e30 the singular values stay in range
+        u, s, vt = jnp.linalg.svd(unit, full_matrices=False)
+        noise = _SVD_ROUNDINGS * jnp.finfo(jnp.float32).eps * s[..., :1]
+        kept = jnp.where((s > noise)[..., None, :], u, 0)
+        return (kept @ vt).astype(x.dtype)
+
+    return one_by_one_on_cpu(factor, x)
 
 
 def polar_by_products(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._norms import frobenius, inverse
-from ._products import exact_matmul
+from ._products import exact_matmul, inverse_factor, one_by_one_on_cpu
 from ._sharding import placed
 
 # (key, gradient, previous) -> projector, its r = previous.shape[-1] columns orthonormal.
@@ -88,9 +88,7 @@ def orthonormalize(
     def one_pass(y, shift):
         gram = exact_matmul(y.mT, y)
         gram = gram + shift * jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None] * eye
-        lower = jnp.linalg.cholesky(gram)
-        inverse = jax.scipy.linalg.solve_triangular(lower, eye, lower=True)
-        return exact_matmul(y, inverse.mT), None
+        return exact_matmul(y, inverse_factor(gram).mT), None
 
     # A loop, not unrolled: every leaf has one, and XLA compiles each.
     shifts = jnp.asarray([_SHIFT] * shifted_passes + [0.0] * clean_passes, y.dtype)
@@ -115,8 +113,12 @@ def svd_subspace(
     del key
     # More columns than `min(m, n)` can only be completed from the null space.
     complete = previous.shape[-1] > gradient.shape[-1]
-    u, _, _ = jnp.linalg.svd(gradient.astype(jnp.float32), full_matrices=complete)
-    return u[..., : previous.shape[-1]]
+
+    def top(g):
+        u, _, _ = jnp.linalg.svd(g.astype(jnp.float32), full_matrices=complete)
+        return u[..., : previous.shape[-1]]
+
+    return one_by_one_on_cpu(top, gradient)
 
 
 def subspace_iteration(
@@ -254,7 +256,7 @@ def randomized_svd(
     q = orthonormalize(jax.random.normal(key, (*previous.shape[:-1], columns), jnp.float32))
     q = _iterated(lambda f: f(gradient), q, power_iterations)
     b = _to_norm_one(project(q, gradient))
-    _, v = jnp.linalg.eigh(exact_matmul(b, b.mT))  # ascending
+    v = one_by_one_on_cpu(lambda a: jnp.linalg.eigh(a)[1], exact_matmul(b, b.mT))  # ascending
     return exact_matmul(q, v[..., ::-1][..., :r])
 
 

@@ -1,9 +1,11 @@
 """Run by `test_sharded.py` in a process of its own: every optimizer on a mesh of eight host devices.
 
-python tests/on_eight_devices.py NAME ...      prints one line of JSON
+python tests/on_eight_devices.py NAME ...            prints one line of JSON
+python tests/on_eight_devices.py NAME,FINDER ...     at an ordinary size; one that hangs ends the process
 """
 
 import contextlib
+import faulthandler
 import json
 import math
 import os
@@ -120,6 +122,44 @@ def check(name):
     return found
 
 
+# Large enough that every factorization of a stack is worth several threads (jaxlib: 2e5 operations).
+ORDINARY, ORDINARY_RANK = (4, 64, 96), 48
+LIMIT = 120  # seconds of a case, most of them compilation
+
+
+def at_size(case):
+    """The gap to the single device after two refreshes; ends the process where that takes too long."""
+    print(f"started {case}", file=sys.stderr, flush=True)
+    faulthandler.dump_traceback_later(LIMIT, exit=True)
+    name, finder = case.split(",")
+    make, arguments = OPTIMIZERS[name]
+    # Every argument that the optimizer has: a rank is worth threads, and each step is a refresh.
+    larger = {"rank": ORDINARY_RANK, "period": 1}
+    arguments = arguments | {word: larger[word] for word in arguments if word in larger}
+    if finder:
+        arguments["find_subspace"] = getattr(go, finder)
+    tx = make(1e-2, **arguments)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    sharding = {"kernel": NamedSharding(mesh, P(None, "data", "model"))}
+    gradients = [{"kernel": g} for g in sequence(np.random.default_rng(0), ORDINARY, 3)]
+    born = go.state_shardings(tx, gradients[0], sharding)
+    here = after_all(tx, [jax.device_put(g, sharding) for g in gradients], (sharding, born))
+    alone = after_all(tx, jax.tree.map(jnp.asarray, gradients), None)
+    faulthandler.cancel_dump_traceback_later()
+    return gap(here["kernel"], alone["kernel"])
+
+
+def after_all(tx, gradients, out):
+    """Parameters after a step on each gradient but the first, with which they begin."""
+    params, *gradients = gradients
+    state = jax.jit(tx.init, out_shardings=out and out[1])(params)
+    step = jax.jit(tx.update, out_shardings=out)
+    for g in gradients:
+        updates, state = jax.block_until_ready(step(g, state, params))
+        params = optax.apply_updates(params, updates)
+    return params
+
+
 def same_integers(a, b):
     """Counts, keys and draws; what is rounded is not compared here."""
     return np.issubdtype(a.dtype, np.inexact) or np.array_equal(a, b)
@@ -134,4 +174,4 @@ def is_placed(x, sharding):
 
 
 if __name__ == "__main__":
-    print(json.dumps({name: check(name) for name in sys.argv[1:]}))
+    print(json.dumps({case: at_size(case) if "," in case else check(case) for case in sys.argv[1:]}))

@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, SingleDeviceShar
 from jax.sharding import PartitionSpec as P
 
 import gum_optax as go
+from gum_optax import _layouts
 
 from helpers import CORE, OPTIMIZERS
 
@@ -98,6 +99,54 @@ def test_on_every_layout_an_optimizer_does_what_it_does_on_one_device(names):
             assert found["repeats"], (name, setting)
             assert found["draws"], (name, setting)
             assert found["stays"], (name, setting)
+
+
+# One for each function of LAPACK; the others take longer.
+AT_SIZE = ["sumo,", "cosmos,", "galore_muon,", "galore_muon,svd_subspace"]
+MORE_AT_SIZE = [f"{name}," for name in OPTIMIZERS if f"{name}," not in AT_SIZE]
+MORE_AT_SIZE += ["galore_muon,randomized_svd", "galore_muon,random_subspace", "sumo,track_subspace"]
+BY_CASES = [AT_SIZE, *(pytest.param(MORE_AT_SIZE[i::3], marks=pytest.mark.long) for i in range(3))]
+
+
+@pytest.mark.parametrize("cases", BY_CASES, ids="|".join)
+def test_at_an_ordinary_size_no_device_waits_for_ever_and_all_find_what_one_does(cases):
+    """A stack whose factorizations are worth several threads, sharded on both sides; each step refreshes."""
+    command = [sys.executable, "on_eight_devices.py", *cases]
+    done = subprocess.run(command, cwd=HERE, env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr  # the case that was started last
+    gaps = json.loads(done.stdout.splitlines()[-1])
+    assert list(gaps) == cases
+    for case, gap in gaps.items():
+        assert gap < 1e-5, case
+
+
+WITHOUT_LAPACK = ("muon", "swan", "sinkgd", "scion", "trion")
+# The stack of each LAPACK call in a program, as `4x`; nothing where it is one matrix.
+STACK = re.compile(r"@lapack_(\w+)\(.*: \(tensor<((?:\d+x)*?)\d+x\d+xf32>")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_cpu_is_never_given_a_stack_to_decompose(name):
+    """It would wait for the parts of it on the threads that should work on them (jaxlib 0.10 and 0.11)."""
+    make, arguments = OPTIMIZERS[name]
+    tx = make(1e-2, **arguments)
+    params = {"kernel": jax.ShapeDtypeStruct((2, 3, 6, 9), jnp.float32)}
+    program = jax.jit(tx.update).lower(params, jax.eval_shape(tx.init, params), params).as_text()
+    calls = STACK.findall(program)
+    assert len(calls) == program.count("@lapack_")
+    assert bool(calls) == (name not in WITHOUT_LAPACK)
+    assert {stack for _, stack in calls} <= {"", "1x"}, calls
+
+
+@pytest.mark.parametrize(
+    "method", [go.svd_subspace, go.randomized_svd, go.random_subspace, go.track_subspace]
+)
+def test_no_finder_gives_a_cpu_a_stack_to_decompose(method):
+    shapes = jax.random.key(0), jnp.ones((2, 3, 6, 9)), jnp.ones((2, 3, 6, 2))
+    program = jax.jit(lambda *arrays: method(*arrays)).lower(*shapes).as_text()
+    calls = STACK.findall(program)
+    assert len(calls) == program.count("@lapack_")
+    assert {stack for _, stack in calls} == {""}, calls
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +252,50 @@ def test_a_matrix_without_a_sharding_is_named(mesh):
     tx = go.muon(0.1, weight_dimension_numbers=go.with_shardings(shardings))
     with pytest.raises(TypeError, match=r"for leaf \['b'\]\['kernel'\], got None"):
         tx.init(params)
+
+
+def untold(params, entries):
+    return _layouts.untold_shardings(params, list(entries.values()))
+
+
+def test_leaves_whose_auto_shardings_the_optimizer_was_not_told_are_named():
+    devices = AbstractMesh((2, 1, 2), ("x", "one", "b"), axis_types=(AxisType.Auto,) * 3)
+    specs = {
+        "batch": P("b", None, None),
+        "both": P(None, ("one", "x"), "b"),
+        "columns": P(None, None, "x"),
+        "of_one": P(None, "one", None),
+        "rows": P("b", "x"),
+        "whole": P(),
+    }
+    params = {
+        name: jax.ShapeDtypeStruct((4, 8, 16), jnp.float32, sharding=NamedSharding(devices, spec))
+        for name, spec in specs.items()
+    }
+    entries = dict.fromkeys(params, go.LAST_TWO)
+    assert untold(params, entries) == ["['both']", "['columns']", "['rows']"]
+    # Told of two, and one of the others is no matrix.
+    told = go.with_shardings({name: x.sharding for name, x in params.items()}, lambda _: go.LAST_TWO)(params)
+    assert untold(params, entries | {"both": told["both"], "rows": None}) == ["['columns']"]
+    # The first axis is one of the matrix where dimension numbers say so.
+    first = optax.contrib.MuonDimensionNumbers(reduction_axis=(0, 1), output_axis=-1)
+    assert untold(params, dict.fromkeys(params, first))[0] == "['batch']"
+
+
+def test_types_tell_the_shardings_over_explicit_axes_and_shapes_alone_have_none():
+    mixed = AbstractMesh((2, 2), ("typed", "auto"), axis_types=(AxisType.Explicit, AxisType.Auto))
+    specs = {"auto": P(None, "auto"), "typed": P("typed", None)}
+    params = {
+        name: jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=NamedSharding(mixed, spec))
+        for name, spec in specs.items()
+    } | {"shape": jax.ShapeDtypeStruct((8, 16), jnp.float32), "zeros": jnp.zeros((8, 16))}
+    entries = dict.fromkeys(params, go.LAST_TWO)
+    assert untold(params, entries) == ["['auto']"]
+    inside = []
+    jax.eval_shape(
+        lambda tree: inside.extend(untold(tree, {"zeros": go.LAST_TWO})), {"zeros": params["zeros"]}
+    )
+    assert inside == []
 
 
 def benchmark(name, tmp_path, *arguments):
