@@ -11,8 +11,8 @@ import optax
 from ._checks import check_rule
 from ._decisions import doubts
 from ._dimensions import View, leaf_names, views_of
-from ._listening import Heard, listening
 from ._layouts import untold_shardings
+from ._listening import Heard, listening
 from ._low_rank import LowRankState
 from ._memory import LeafMemory, aligned, memory_report, mib
 from ._model.leaves import Reading
