@@ -62,9 +62,8 @@ def config_of(
     """
     parameters = inspect.signature(optimizer).parameters.values()
     kinds = {p.name: _FIELD_TYPES.get(p.annotation) for p in parameters} | {"momentum_dtype": str | None}
-    own = [
-        p for p in parameters if kinds[p.name] is not None and p.name not in ("learning_rate", "weight_decay")
-    ]
+    # Levanter's own fields give the learning rate and the weight decay.
+    own = [p for p in parameters if kinds[p.name] is not None and p.name != "weight_decay"]
 
     def build(self, num_train_steps):
         tx = optimizer(
@@ -74,11 +73,9 @@ def config_of(
             weight_decay_mask=self.build_weight_decay_mask(),
             weight_dimension_numbers=linear_layers,
         )
-        return (
-            tx
-            if self.max_grad_norm is None
-            else optax.chain(optax.clip_by_global_norm(self.max_grad_norm), tx)
-        )
+        if self.max_grad_norm is None:
+            return tx
+        return optax.chain(optax.clip_by_global_norm(self.max_grad_norm), tx)
 
     fields = [(p.name, kinds[p.name], dataclasses.field(default=p.default)) for p in own]
     fields.append(("max_grad_norm", float | None, dataclasses.field(default=1.0)))
