@@ -62,8 +62,8 @@ from ._residuals import drop as drop
 from ._residuals import scale_as_inside as scale_as_inside
 from ._restore import check_state as check_state
 from ._restore import convert_state as convert_state
-from ._routing import SkipNonFiniteState as SkipNonFiniteState
-from ._routing import skip_non_finite as skip_non_finite
+from ._skipping import SkipNonFiniteState as SkipNonFiniteState
+from ._skipping import skip_non_finite as skip_non_finite
 from ._sampling import draw as draw
 from ._scaling import LimitNormGrowthState as LimitNormGrowthState
 from ._scaling import limit_norm_growth as limit_norm_growth

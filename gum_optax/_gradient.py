@@ -1,5 +1,6 @@
 """The gradient as a low-rank rule sees it: its leaves held, or only means of linear functions of them."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -45,7 +46,7 @@ class Held(NamedTuple):
     def refreshed(
         self,
         find: SubspaceFinder,
-        due: Bool[Array, ""],
+        due: Sequence[Bool[Array, ""]],
         count: Int[Array, ""],
         keys: Key[Array, "leaves"],
         projectors: Sequence[Array],
@@ -93,7 +94,7 @@ class Sketched(NamedTuple):
     def refreshed(
         self,
         find: SubspaceFinder,
-        due: Bool[Array, ""],
+        due: Sequence[Bool[Array, ""]],
         count: Int[Array, ""],
         keys: Key[Array, "leaves"],
         projectors: Sequence[Array],
@@ -102,11 +103,12 @@ class Sketched(NamedTuple):
             def of_seen(f):
                 return mean_of(lambda stored: f(self._seen(stored)))
 
-            return refreshed_by_means(find, due, count, list(keys), of_seen, projectors)
+            return refreshed_by_means(find, jnp.any(jnp.asarray(due)), count, list(keys), of_seen, projectors)
 
         # Found before it is known whether the gradient is finite, which `due` says by now.
         found = self.sketches.once(self.places, make)
-        return jax.tree.map(lambda new, old: jnp.where(due, new, old), found, stayed(projectors))
+        pairs = zip(due, found, stayed(projectors), strict=True)
+        return [jax.tree.map(functools.partial(jnp.where, yes), new, old) for yes, new, old in pairs]
 
     def coordinates(self, projectors: Sequence[Array]) -> list[Array]:
         return self.sketches.mean(

@@ -17,6 +17,16 @@ def is_hole(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
 
 
+def places_of(tree: Any) -> list[int]:
+    """The positions of a tree's leaves among all leaves, holes being places too."""
+    return [place for place, x in enumerate(flat(tree)) if not is_hole(x)]
+
+
+def flat(tree: Any) -> list[Any]:
+    """Leaves and holes."""
+    return jax.tree.leaves(tree, is_leaf=is_hole)
+
+
 def concrete(tree: Any) -> Any:
     """Zeros in place of shapes: `init` reads no values, and so takes either, as optax's own do."""
 
