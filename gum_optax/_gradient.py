@@ -9,12 +9,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ._dimensions import View, plain_view
-from ._norms import inverse
+from ._norms import inverse, is_finite
 from ._products import exact_matmul
 from ._projected import Sketches
 from ._refresh import Found, refreshed, refreshed_by_means, stayed
+from ._sharding import varying_as, zeros
 from ._slots import Group, map_blocks
 from ._subspace import SubspaceFinder, project
+from ._trees import companions, in_one
 
 
 class Energy(NamedTuple):
@@ -29,6 +31,9 @@ def _squares(x: Float[Array, "..."], scale: Float[Array, ""]) -> Float[Array, ""
     return jnp.sum(jnp.square(x * inverse(scale)), dtype=jnp.float32)
 
 
+# Leaves of one shape go through so many loops: each holds the gradients of its leaves, and each is compiled.
+_LOOPS = 12
+
 # Any number: it names a stream.
 _SIGNS = 1
 
@@ -36,39 +41,79 @@ _SIGNS = 1
 Feed = Callable[[Float[Array, "m n"], Float[Array, "m r"]], Float[Array, "m n"]]
 
 
+class Seen(NamedTuple):
+    """What a subspace makes of a leaf's gradient."""
+
+    projector: Float[Array, "*b m r"]  # P
+    rotation: Float[Array, "*b r r"]  # from the one before
+    coordinates: Float[Array, "*b r n"]  # R = PᵀG
+    energy: Energy
+
+
+def _seen(g: Array, stored: Array, p: Array, rotation: Array) -> Seen:
+    r = project(p, g)
+    scale = jnp.max(jnp.abs(r))
+    # Of the gradient as it is stored: to sum up another view, XLA would write it out.
+    return Seen(p, rotation, r, Energy(scale, _squares(r, scale), _squares(stored, scale)))
+
+
+def _are_finite(gradients: Sequence[Array]) -> list[Array]:
+    return list(map(is_finite, gradients))
+
+
+def _unseen(g: Array, view: View, p: Array) -> Seen:
+    """Zeros beside the projector of before."""
+    number = jnp.zeros((), jnp.float32)
+    like = view.of(g)
+    start = Seen(p, zeros(p, p.shape[-1], -1), zeros(like, p.shape[-1], -1), Energy(number, number, number))
+    return jax.tree.map(lambda x: varying_as(x, g, p), start)
+
+
 class Held(NamedTuple):
     """The gradients of the projected leaves."""
 
-    seen: Sequence[Float[Array, "*b m n"]]
-    stored: Sequence[Float[Array, "..."]]  # the same as the model has them
+    stored: Sequence[Float[Array, "..."]]  # as the model has them
     views: Sequence[View]
+    order: Sequence[int]  # of leaves, as their gradients are made
 
-    def refreshed(
+    def seen(
         self,
         find: SubspaceFinder,
-        due: Sequence[Bool[Array, ""]],
+        due: Bool[Array, ""],
+        accepted: Sequence[Bool[Array, ""]],
         count: Int[Array, ""],
         keys: Key[Array, "leaves"],
         projectors: Sequence[Array],
-    ) -> list[Found]:
-        """New projectors where they are due, and the rotations into them."""
-        return refreshed(find, due, count, keys, list(zip(self.stored, self.views, projectors, strict=True)))
+    ) -> list[Seen]:
+        """New projectors where they are due, and coordinates: a few leaves at a time, in the order of gradients."""
+        del accepted  # asked anew in here, where no instruction stands between a gradient and its end
 
-    def coordinates(self, projectors: Sequence[Array]) -> list[Array]:
-        """`R = PᵀG`."""
-        return list(map(project, projectors, self.seen))
+        def look(places, start, keys, due, count, gradients):
+            views = [self.views[i] for i in places]
+            rows = list(zip(gradients, views, [x.projector for x in start], strict=True))
+            finite = jax.lax.cond(due, _are_finite, lambda gs: [jnp.asarray(False)] * len(gs), gradients)
+            found = refreshed(find, finite, count, keys, rows)
+            return [_seen(view.of(g), g, *pair) for g, view, pair in zip(gradients, views, found, strict=True)]
 
-    def energies(self, keys: Any, projectors: Any, coordinates: Sequence[Array]) -> list[Energy]:
-        """Inside the subspace and in all."""
-        del keys, projectors
+        results: dict[int, Seen] = {}
+        for places in self._groups(projectors):
+            gradients = [self.stored[i] for i in places]
+            start = [_unseen(g, self.views[i], projectors[i]) for g, i in zip(gradients, places, strict=True)]
+            operands = keys[jnp.asarray(places)], due, count, gradients
+            found = in_one(functools.partial(look, places), start, count >= 0, *operands)
+            results |= dict(zip(places, found, strict=True))
+        return [results[i] for i in range(len(self.stored))]
 
-        @jax.jit  # traced once for all leaves of a shape
-        def energy(r, g):
-            scale = jnp.max(jnp.abs(r))
-            return Energy(scale, _squares(r, scale), _squares(g, scale))
-
-        # As they are stored: to sum up another view, XLA would write it out.
-        return list(map(energy, coordinates, self.stored))
+    def _groups(self, projectors: Sequence[Array]) -> list[list[int]]:
+        """Leaves that are looked at together: those of one shape that follow each other."""
+        kinds = [(p.shape, view.shape[-1]) for p, view in zip(projectors, self.views, strict=True)]
+        rank = {place: i for i, place in enumerate(self.order)}
+        groups = []
+        for members in companions(projectors, kinds):
+            members = sorted(members, key=lambda place: rank[place])
+            size = -(-len(members) // _LOOPS)
+            groups += [members[i : i + size] for i in range(0, len(members), size)]
+        return groups
 
     def fed(
         self, feed: Feed, group: Group, index: Int[Array, "k"], projectors: Sequence[Array]
@@ -88,20 +133,29 @@ class Sketched(NamedTuple):
     places: Sequence[int]  # of the projected leaves, among all leaves of the parameters
     views: Sequence[View]
 
-    def _seen(self, stored: Sequence[Array]) -> list[Array]:
+    def _matrices(self, stored: Sequence[Array]) -> list[Array]:
         return [view.of(g) for view, g in zip(self.views, stored, strict=True)]
 
-    def refreshed(
+    def seen(
         self,
         find: SubspaceFinder,
-        due: Sequence[Bool[Array, ""]],
+        due: Bool[Array, ""],
+        accepted: Sequence[Bool[Array, ""]],
         count: Int[Array, ""],
         keys: Key[Array, "leaves"],
         projectors: Sequence[Array],
+    ) -> list[Seen]:
+        found = self._refreshed(find, [due & yes for yes in accepted], count, keys, projectors)
+        new, rotations = [p for p, _ in found], [rotation for _, rotation in found]
+        coordinates = self._coordinates(new)
+        return list(map(Seen, new, rotations, coordinates, self._energies(keys, new, coordinates)))
+
+    def _refreshed(
+        self, find: Any, due: Sequence[Any], count: Any, keys: Any, projectors: Sequence[Array]
     ) -> list[Found]:
         def make(mean_of):
             def of_seen(f):
-                return mean_of(lambda stored: f(self._seen(stored)))
+                return mean_of(lambda stored: f(self._matrices(stored)))
 
             return refreshed_by_means(find, jnp.any(jnp.asarray(due)), count, list(keys), of_seen, projectors)
 
@@ -110,12 +164,12 @@ class Sketched(NamedTuple):
         pairs = zip(due, found, stayed(projectors), strict=True)
         return [jax.tree.map(functools.partial(jnp.where, yes), new, old) for yes, new, old in pairs]
 
-    def coordinates(self, projectors: Sequence[Array]) -> list[Array]:
+    def _coordinates(self, projectors: Sequence[Array]) -> list[Array]:
         return self.sketches.mean(
-            self.places, lambda stored: list(map(project, projectors, self._seen(stored)))
+            self.places, lambda stored: list(map(project, projectors, self._matrices(stored)))
         )
 
-    def energies(
+    def _energies(
         self, keys: Key[Array, "leaves"], projectors: Sequence[Array], coordinates: Sequence[Array]
     ) -> list[Energy]:
         """`|G - P PᵀG|²` is the mean of `|wᵀ(G - P PᵀG)|²` over random signs `w`; of these, one."""
@@ -126,7 +180,7 @@ class Sketched(NamedTuple):
             return w - exact_matmul(p, exact_matmul(p.mT, w))
 
         outside = list(map(signs, keys, projectors))
-        rows = self.sketches.mean(self.places, lambda stored: list(map(project, outside, self._seen(stored))))
+        rows = self.sketches.mean(self.places, lambda stored: list(map(project, outside, self._matrices(stored))))
 
         def energy(r, z):
             scale = jnp.max(jnp.abs(r))

@@ -21,7 +21,7 @@ from ._sampling import check_key, key_data, stream, streams
 from ._sharding import zeros
 from ._subspace import SubspaceFinder, first_subspace
 from ._switch import track_subspace
-from ._trees import map_with_place, merge, places_of, split
+from ._trees import backwards, map_with_place, merge, places_of, split
 
 
 class LowRankState(NamedTuple):
@@ -145,23 +145,17 @@ def in_subspace(
         if guard is not None:
             due, accepted = guard.due(due), guard.accepted(low)
         keys = streams(state.key, state.count // period, len(leaves))
-        dues = [due & yes for yes in accepted]
-        found = gradient.refreshed(find_subspace, dues, state.count, keys, jax.tree.leaves(state.projectors))
-        projectors, rotation = (treedef.unflatten([pair[i] for pair in found]) for i in range(2))
+        seen = gradient.seen(
+            find_subspace, due, accepted, state.count, keys, jax.tree.leaves(state.projectors)
+        )
+        projectors, rotation, coordinates = (treedef.unflatten([x[i] for x in seen]) for i in range(3))
         if guard is not None:
             guard.as_kept(projectors)
-        coordinates = treedef.unflatten(gradient.coordinates(jax.tree.leaves(projectors)))
-
         zeros_like_them = optax.tree.zeros_like(coordinates)
         inner_state = carry(inner, state.low, zeros_like_them, rotation, due)
         if guard is not None:
             inner_state = guard.carried(inner, inner_state, state.low, zeros_like_them)
         steps, inner_state = inner.update(coordinates, inner_state, None, **extra_args)
-        # Measured before the steps are used: put off to the end, it would keep every leaf's coordinates.
-        energies = gradient.energies(keys, *map(jax.tree.leaves, (projectors, coordinates)))
-        rows = zip(jax.tree.leaves(steps), energies, strict=True)
-        rows = [jax.lax.optimization_barrier(row) for row in rows]
-        steps = treedef.unflatten([step for step, _ in rows])
         told = Told(projectors, coordinates, steps, gradient, views, due, state.count, state.key)
         steps, outside_state = step_from.update(low, state.outside, None, **extra_args | {"told": told})
         full_steps, full_state = inner.update(as_float32(full), state.full, None, **extra_args)
@@ -170,7 +164,7 @@ def in_subspace(
             refreshes=state.refreshes + due,
             period=state.period,
             key=state.key,
-            captured=_captured([energy for _, energy in rows]),
+            captured=_captured([x.energy for x in seen]),
             projectors=projectors,
             low=inner_state,
             full=full_state,
@@ -218,7 +212,7 @@ def _gradient(low: Any, views: Sequence[View], sketches: Sketches | None) -> Hel
     if sketches is not None:
         return Sketched(sketches, places_of(low), views)
     leaves = jax.tree.leaves(low)
-    return Held(leaves, [view.back(g) for g, view in zip(leaves, views, strict=True)], views)
+    return Held([view.back(g) for g, view in zip(leaves, views, strict=True)], views, backwards(low))
 
 
 def float32_zeros(tree: Any) -> Any:

@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 from ._guard import Guard
+from ._norms import is_finite
 from ._projected import Sketches
 from ._trees import concrete, places_of
 
@@ -19,28 +20,10 @@ class SkipNonFiniteState(NamedTuple):
     inner: Any
 
 
-def _is_finite(*arrays: Any) -> Bool[Array, ""]:
-    """Whether no number is NaN or infinite."""
-
-    def zero(x):
-        """A sum of zeros, or NaN; XLA would write out the booleans of `isfinite(x)`."""
-        # A pass of its own: fused with a sum that waits for more, it would make every step wait for that.
-        x = jax.lax.optimization_barrier(x)
-        total = jnp.sum(x - x)
-        if jnp.iscomplexobj(x):
-            total = total.real + total.imag
-        return total.astype(jnp.float32)
-
-    # The product of the sums with themselves is no chain of operations that XLA would fuse, once more
-    # each time, into all that asks whether the step is taken.
-    sums = jnp.stack([zero(x) for x in arrays] or [0.0])
-    return jnp.isfinite(jnp.dot(sums, sums))
-
-
 def _whole(updates: Any, sketches: Sketches | None) -> Guard:
     """All leaves step or none."""
     known = jax.tree.leaves(updates) if sketches is None else sketches.finite_where(updates).values()
-    return Guard(_is_finite(*jax.tree.leaves(list(known))))
+    return Guard(is_finite(*jax.tree.leaves(list(known))))
 
 
 def _by_leaf(updates: Any, sketches: Sketches | None) -> Guard:
@@ -49,7 +32,7 @@ def _by_leaf(updates: Any, sketches: Sketches | None) -> Guard:
         known = dict(zip(places_of(updates), jax.tree.leaves(updates), strict=True))
     else:
         known = sketches.finite_where(updates)
-    leaves = {place: _is_finite(*jax.tree.leaves(x)) for place, x in known.items()}
+    leaves = {place: is_finite(*jax.tree.leaves(x)) for place, x in known.items()}
     return Guard(jnp.all(jnp.stack([jnp.asarray(True), *leaves.values()])), leaves)
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
@@ -64,6 +65,42 @@ def after(x: Array, result: Array) -> Array:
         return x + _zero(result).astype(x.dtype)
 
     return jax.lax.platform_dependent(x, result, cpu=waiting, default=lambda x, _: x)
+
+
+def backwards(tree: Any) -> list[int]:
+    """The numbers of a tree's leaves in the order in which a backward pass makes most models' gradients.
+
+    From the last layer to the first, names being compared as people do, 10 after 9. Where a model has another
+    order, all that is lost is memory.
+    """
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+    def parts(i):
+        words = re.findall(r"\d+|\D+", jax.tree_util.keystr(paths[i]))
+        return [(word.isdecimal(), int(word) if word.isdecimal() else word) for word in words]
+
+    return sorted(range(len(paths)), key=parts, reverse=True)
+
+
+def in_one(f: Callable[..., Any], start: Any, once: Array, *operands: Any) -> Any:
+    """`f(start, *operands)`, on a CPU as one instruction, which ends the life of an operand that it alone reads.
+
+    XLA's CPU scheduler goes breadth first, and so makes gradients much faster than a chain of instructions uses
+    them up. A loop is one instruction; `start`, of the shapes of the result, is where that is written. Other
+    schedulers save memory by themselves.
+
+    Args:
+      f: the function.
+      start: a tree as `f` returns.
+      once: true, which XLA must not know.
+    """
+
+    def looped(start, once, *operands):
+        return jax.lax.fori_loop(0, once.astype(jnp.int32), lambda _, x: f(x, *operands), start)
+
+    return jax.lax.platform_dependent(
+        start, once, *operands, cpu=looped, default=lambda start, _, *operands: f(start, *operands)
+    )
 
 
 def map_in_turn(f: Callable[..., Any], tree: Any, *others: Any) -> Any:
