@@ -14,7 +14,7 @@ from ._products import exact_matmul
 from ._projected import Sketches
 from ._refresh import Found, refreshed, refreshed_by_means, stayed
 from ._sharding import varying_as, zeros
-from ._slots import Group, map_blocks
+from ._slots import Group, gather, map_blocks
 from ._subspace import SubspaceFinder, project
 from ._trees import companions, in_one
 
@@ -119,11 +119,13 @@ class Held(NamedTuple):
         self, feed: Feed, group: Group, index: Int[Array, "k"], projectors: Sequence[Array]
     ) -> Float[Array, "k m n"]:
         """`feed` of the blocks at `index` of a group, one at a time."""
-        members = [
-            ((self.stored[i], self.views[i]), (projectors[i], plain_view(projectors[i])))
+        members = {
+            i: ((self.stored[i], self.views[i]), (projectors[i], plain_view(projectors[i])))
             for i in group.places
-        ]
-        return map_blocks(feed, members, index, group)
+        }
+        if len(members) == 1:
+            return map_blocks(feed, list(members.values()), index, group)
+        return gather(feed, members, sorted(members, key=self.order.index), index, group)
 
 
 class Sketched(NamedTuple):

@@ -6,7 +6,7 @@ and written back into the leaves that hold one.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ._dimensions import View
-from ._trees import rolled_but_on_tpu
+from ._sharding import varying_as, zeros
+from ._trees import rolled_but_on_tpu, unknown
 
 
 class Group(NamedTuple):
@@ -124,6 +125,51 @@ def map_blocks(
         return jnp.stack([one(i) for i in index])
 
     return rolled_but_on_tpu(functools.partial(jax.lax.map, one), unrolled, index)
+
+
+def gather(
+    f: Callable[..., Float[Array, "m n"]],
+    members: Mapping[int, Member],
+    order: Sequence[int],
+    index: Int[Array, "k"],
+    group: Group,
+) -> Float[Array, "k m n"]:
+    """`map_blocks` that goes over the leaves once, in an order: none of them is needed after its turn.
+
+    Each leaf writes those of its blocks that are in `index`, if any, into the one array of slots.
+    """
+
+    @functools.partial(jax.jit, static_argnums=0)  # traced once for all leaves seen the same way
+    def written(views, slots, arrays, start):
+        size = math.prod(views[0].shape[:-2])
+        number = index - start.astype(jnp.int32)
+        here = (number >= 0) & (number < size)
+        turns = jnp.argsort(~here)  # the slots of this leaf's blocks first
+
+        def value(arrays, number):
+            # Behind a barrier, or XLA would move the view out of the branch, and copy every leaf.
+            found = zip(views, jax.lax.optimization_barrier(arrays), strict=True)
+            return f(*(view.block(x, number).astype(jnp.float32) for view, x in found))
+
+        def write(turn, slots):
+            slot = turns[turn]
+            # In a branch, which is always taken: XLA would move the work of a single block out of the loop.
+            before = jax.lax.dynamic_index_in_dim(slots, slot, keepdims=False)
+            new = jax.lax.cond(
+                turn < here.sum(), value, lambda *_: before, arrays, number[slot]
+            )
+            return jax.lax.dynamic_update_index_in_dim(slots, new, slot, axis=0)
+
+        return jax.lax.fori_loop(0, here.sum(), write, slots)
+
+    starts = dict(zip(group.places, unknown(group.starts, index[0]), strict=True))
+    arrays, views = members[order[0]][0]
+    slots = zeros(views.of(arrays), -2, -1, group.slots)
+    slots = varying_as(slots, index, *(x for member in members.values() for x, _ in member))
+    for place in order:
+        arrays, views = zip(*members[place], strict=True)
+        slots = written(views, slots, arrays, jnp.asarray(starts[place]))
+    return slots
 
 
 def holders(index: Int[Array, "k"], blocks: int) -> Int[Array, "blocks"]:

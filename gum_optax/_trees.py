@@ -86,7 +86,7 @@ def in_one(f: Callable[..., Any], start: Any, once: Array, *operands: Any) -> An
     """`f(start, *operands)`, on a CPU as one instruction, which ends the life of an operand that it alone reads.
 
     XLA's CPU scheduler goes breadth first, and so makes gradients much faster than a chain of instructions uses
-    them up. A loop is one instruction; `start`, of the shapes of the result, is where that is written. Other
+    them up. A conditional is one instruction. (Of a loop, XLA would move out what does not change within.) Other
     schedulers save memory by themselves.
 
     Args:
@@ -95,11 +95,11 @@ def in_one(f: Callable[..., Any], start: Any, once: Array, *operands: Any) -> An
       once: true, which XLA must not know.
     """
 
-    def looped(start, once, *operands):
-        return jax.lax.fori_loop(0, once.astype(jnp.int32), lambda _, x: f(x, *operands), start)
+    def branched(start, once, *operands):
+        return jax.lax.cond(once, f, lambda start, *_: start, start, *operands)
 
     return jax.lax.platform_dependent(
-        start, once, *operands, cpu=looped, default=lambda start, _, *operands: f(start, *operands)
+        start, once, *operands, cpu=branched, default=lambda start, _, *operands: f(start, *operands)
     )
 
 
