@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from ._dimensions import View
 from ._sharding import varying_as, zeros
-from ._trees import rolled_but_on_tpu, unknown
+from ._trees import in_one, rolled_but_on_tpu
 
 
 class Group(NamedTuple):
@@ -140,36 +140,50 @@ def gather(
     """
 
     @functools.partial(jax.jit, static_argnums=0)  # traced once for all leaves seen the same way
-    def written(views, slots, arrays, start):
-        size = math.prod(views[0].shape[:-2])
-        number = index - start.astype(jnp.int32)
-        here = (number >= 0) & (number < size)
-        turns = jnp.argsort(~here)  # the slots of this leaf's blocks first
-
+    def written(views, slots, arrays, turns):
         def value(arrays, number):
             # Behind a barrier, or XLA would move the view out of the branch, and copy every leaf.
             found = zip(views, jax.lax.optimization_barrier(arrays), strict=True)
             return f(*(view.block(x, number).astype(jnp.float32) for view, x in found))
 
         def write(turn, slots):
-            slot = turns[turn]
-            # In a branch, which is always taken: XLA would move the work of a single block out of the loop.
+            slot = turns.slots[turn]
             before = jax.lax.dynamic_index_in_dim(slots, slot, keepdims=False)
-            new = jax.lax.cond(
-                turn < here.sum(), value, lambda *_: before, arrays, number[slot]
-            )
+            # In a branch, which is always taken: XLA would move the work of a single block out of the loop.
+            new = jax.lax.cond(turn < turns.count, value, lambda *_: before, arrays, turns.numbers[slot])
             return jax.lax.dynamic_update_index_in_dim(slots, new, slot, axis=0)
 
-        return jax.lax.fori_loop(0, here.sum(), write, slots)
+        return jax.lax.fori_loop(0, turns.count, write, slots)
 
-    starts = dict(zip(group.places, unknown(group.starts, index[0]), strict=True))
-    arrays, views = members[order[0]][0]
-    slots = zeros(views.of(arrays), -2, -1, group.slots)
+    (x, view), *_ = members[order[0]]
+    slots = zeros(view.of(x), -2, -1, group.slots)
     slots = varying_as(slots, index, *(x for member in members.values() for x, _ in member))
+    turns = dict(zip(group.places, _turns(group, index), strict=True))
     for place in order:
         arrays, views = zip(*members[place], strict=True)
-        slots = written(views, slots, arrays, jnp.asarray(starts[place]))
+        slots = written(views, slots, arrays, turns[place])
     return slots
+
+
+class _Turns(NamedTuple):
+    """The slots that one leaf fills."""
+
+    count: Int[Array, ""]
+    slots: Int[Array, "k"]  # the first `count` of these
+    numbers: Int[Array, "k"]  # the number in the leaf of each slot's block
+
+
+def _turns(group: Group, index: Int[Array, "k"]) -> list[_Turns]:
+    """Of each leaf."""
+
+    def all_leaves(_, index):
+        numbers = index - jnp.asarray(group.starts)[:, None]
+        here = (numbers >= 0) & (numbers < jnp.asarray(group.sizes)[:, None])
+        return here.sum(1), jnp.argsort(~here, axis=1), numbers
+
+    shapes = jax.eval_shape(all_leaves, None, index)
+    start = jax.tree.map(lambda x: varying_as(jnp.zeros(x.shape, x.dtype), index), shapes)
+    return list(map(_Turns, *map(list, in_one(all_leaves, start, index[0] >= 0, index))))
 
 
 def holders(index: Int[Array, "k"], blocks: int) -> Int[Array, "blocks"]:

@@ -20,7 +20,7 @@ from ._sharding import zeros
 from ._slots import Group, groups_of, holders, put
 from ._subspace import SubspaceFinder, lift, outside, project
 from ._switch import track_subspace
-from ._trees import is_hole, map_in_turn, map_with_place, split, unknown
+from ._trees import in_one, is_hole, map_in_turn, map_with_place, split, unknown
 
 
 class Weights(NamedTuple):
@@ -174,7 +174,10 @@ def _sampled_steps(
 
     def update(updates, state, params=None, *, told, **extra_args):
         del params
-        index = draws(told.key, told.count) if sampled else state.index
+        index = state.index
+        if sampled:
+            # In one: a chain of small instructions would come after the gradients that wait for its result.
+            index = in_one(lambda _, *at: draws(*at), index, told.count >= 0, told.key, told.count)
         leaves, views, projectors = map(jax.tree.leaves, (updates, told.views, told.projectors))
         fed = {}
         for name, group in sampled.items():
