@@ -1,6 +1,7 @@
 """The gradient as a low-rank rule sees it: its leaves held, or only means of linear functions of them."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ def _squares(x: Float[Array, "..."], scale: Float[Array, ""]) -> Float[Array, ""
 
 
 # Leaves of one shape go through so many loops: each holds the gradients of its leaves, and each is compiled.
-_LOOPS = 12
+_LOOPS = 4
 
 # Any number: it names a stream.
 _SIGNS = 1
@@ -100,7 +101,10 @@ class Held(NamedTuple):
             gradients = [self.stored[i] for i in places]
             start = [_unseen(g, self.views[i], projectors[i]) for g, i in zip(gradients, places, strict=True)]
             operands = keys[jnp.asarray(places)], due, count, gradients
-            found = in_one(functools.partial(look, places), start, count >= 0, *operands)
+            # A stack holds all layers' gradients, whatever is done to them.
+            is_stack = math.prod(self.views[places[0]].shape[:-2]) > 1
+            looking = functools.partial(look, places)
+            found = looking(start, *operands) if is_stack else in_one(looking, start, count >= 0, *operands)
             results |= dict(zip(places, found, strict=True))
         return [results[i] for i in range(len(self.stored))]
 
@@ -123,9 +127,16 @@ class Held(NamedTuple):
             i: ((self.stored[i], self.views[i]), (projectors[i], plain_view(projectors[i])))
             for i in group.places
         }
-        if len(members) == 1:
+        if any(math.prod(self.views[i].shape[:-2]) > 1 for i in group.places):
             return map_blocks(feed, list(members.values()), index, group)
-        return gather(feed, members, sorted(members, key=self.order.index), index, group)
+        gradients = gather(
+            [self.stored[i] for i in group.places],
+            [self.views[i] for i in group.places],
+            sorted(range(len(members)), key=lambda i: self.order.index(group.places[i])),
+            index,
+        )
+        bases = [((projectors[i], plain_view(projectors[i])),) for i in group.places]
+        return jax.lax.map(lambda pair: feed(*pair), (gradients, map_blocks(lambda p: p, bases, index, group)))
 
 
 class Sketched(NamedTuple):

@@ -156,6 +156,11 @@ def in_subspace(
         if guard is not None:
             inner_state = guard.carried(inner, inner_state, state.low, zeros_like_them)
         steps, inner_state = inner.update(coordinates, inner_state, None, **extra_args)
+        # Measured before the steps are used: put off to the end, it would keep every leaf's coordinates.
+        energies = [x.energy for x in seen]
+        rows = zip(jax.tree.leaves(steps), energies, strict=True)
+        rows = [jax.lax.optimization_barrier(row) for row in rows]
+        steps = treedef.unflatten([step for step, _ in rows])
         told = Told(projectors, coordinates, steps, gradient, views, due, state.count, state.key)
         steps, outside_state = step_from.update(low, state.outside, None, **extra_args | {"told": told})
         full_steps, full_state = inner.update(as_float32(full), state.full, None, **extra_args)
@@ -164,7 +169,7 @@ def in_subspace(
             refreshes=state.refreshes + due,
             period=state.period,
             key=state.key,
-            captured=_captured([x.energy for x in seen]),
+            captured=_captured([energy for _, energy in rows]),
             projectors=projectors,
             low=inner_state,
             full=full_state,

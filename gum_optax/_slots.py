@@ -6,7 +6,7 @@ and written back into the leaves that hold one.
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from ._dimensions import View
 from ._sharding import varying_as, zeros
-from ._trees import in_one, rolled_but_on_tpu
+from ._trees import rolled_but_on_tpu
 
 
 class Group(NamedTuple):
@@ -128,62 +128,31 @@ def map_blocks(
 
 
 def gather(
-    f: Callable[..., Float[Array, "m n"]],
-    members: Mapping[int, Member],
+    stored: Sequence[Float[Array, "..."]],
+    views: Sequence[View],
     order: Sequence[int],
     index: Int[Array, "k"],
-    group: Group,
 ) -> Float[Array, "k m n"]:
-    """`map_blocks` that goes over the leaves once, in an order: none of them is needed after its turn.
+    """The blocks at `index` of leaves of one block each, in float32, leaf after leaf in an order.
 
-    Each leaf writes those of its blocks that are in `index`, if any, into the one array of slots.
+    A leaf that stands in a slot is written there, and none is needed after its turn: only the slots stay.
     """
 
     @functools.partial(jax.jit, static_argnums=0)  # traced once for all leaves seen the same way
-    def written(views, slots, arrays, turns):
-        def value(arrays, number):
-            # Behind a barrier, or XLA would move the view out of the branch, and copy every leaf.
-            found = zip(views, jax.lax.optimization_barrier(arrays), strict=True)
-            return f(*(view.block(x, number).astype(jnp.float32) for view, x in found))
+    def written(view, slots, x, slot):
+        def write(_, slots):
+            value = view.of(x).reshape(1, *slots.shape[1:]).astype(jnp.float32)
+            return jax.lax.dynamic_update_slice_in_dim(slots, value, slot, axis=0)
 
-        def write(turn, slots):
-            slot = turns.slots[turn]
-            before = jax.lax.dynamic_index_in_dim(slots, slot, keepdims=False)
-            # In a branch, which is always taken: XLA would move the work of a single block out of the loop.
-            new = jax.lax.cond(turn < turns.count, value, lambda *_: before, arrays, turns.numbers[slot])
-            return jax.lax.dynamic_update_index_in_dim(slots, new, slot, axis=0)
+        # A loop of one turn or none, for a branch would copy the slots.
+        return jax.lax.fori_loop(0, (slot >= 0).astype(jnp.int32), write, slots)
 
-        return jax.lax.fori_loop(0, turns.count, write, slots)
-
-    (x, view), *_ = members[order[0]]
-    slots = zeros(view.of(x), -2, -1, group.slots)
-    slots = varying_as(slots, index, *(x for member in members.values() for x, _ in member))
-    turns = dict(zip(group.places, _turns(group, index), strict=True))
-    for place in order:
-        arrays, views = zip(*members[place], strict=True)
-        slots = written(views, slots, arrays, turns[place])
+    slots = varying_as(zeros(views[0].of(stored[0]), -2, -1, len(index)), index, *stored)
+    held = holders(index, len(stored))
+    turns = [held[i] for i in range(len(stored))]
+    for i in order:
+        slots = written(views[i], slots, stored[i], turns[i])
     return slots
-
-
-class _Turns(NamedTuple):
-    """The slots that one leaf fills."""
-
-    count: Int[Array, ""]
-    slots: Int[Array, "k"]  # the first `count` of these
-    numbers: Int[Array, "k"]  # the number in the leaf of each slot's block
-
-
-def _turns(group: Group, index: Int[Array, "k"]) -> list[_Turns]:
-    """Of each leaf."""
-
-    def all_leaves(_, index):
-        numbers = index - jnp.asarray(group.starts)[:, None]
-        here = (numbers >= 0) & (numbers < jnp.asarray(group.sizes)[:, None])
-        return here.sum(1), jnp.argsort(~here, axis=1), numbers
-
-    shapes = jax.eval_shape(all_leaves, None, index)
-    start = jax.tree.map(lambda x: varying_as(jnp.zeros(x.shape, x.dtype), index), shapes)
-    return list(map(_Turns, *map(list, in_one(all_leaves, start, index[0] >= 0, index))))
 
 
 def holders(index: Int[Array, "k"], blocks: int) -> Int[Array, "blocks"]:

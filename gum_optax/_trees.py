@@ -82,6 +82,12 @@ def backwards(tree: Any) -> list[int]:
     return sorted(range(len(paths)), key=parts, reverse=True)
 
 
+def always(x: Array) -> Array:
+    """True, which XLA does not know: of a number of `x`."""
+    number = x[(0,) * x.ndim]
+    return (number >= 0) | (number < 0) | jnp.isnan(number)
+
+
 def in_one(f: Callable[..., Any], start: Any, once: Array, *operands: Any) -> Any:
     """`f(start, *operands)`, on a CPU as one instruction, which ends the life of an operand that it alone reads.
 
