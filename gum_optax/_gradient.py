@@ -86,7 +86,7 @@ class Held(NamedTuple):
         keys: Key[Array, "leaves"],
         projectors: Sequence[Array],
     ) -> list[Seen]:
-        """New projectors where they are due, and coordinates: a few leaves at a time, in the order of gradients."""
+        """New projectors where they are due, and coordinates, a few leaves at a time as gradients come."""
         del accepted  # asked anew in here, where no instruction stands between a gradient and its end
 
         def look(places, start, keys, due, count, gradients):
@@ -94,7 +94,9 @@ class Held(NamedTuple):
             rows = list(zip(gradients, views, [x.projector for x in start], strict=True))
             finite = jax.lax.cond(due, _are_finite, lambda gs: [jnp.asarray(False)] * len(gs), gradients)
             found = refreshed(find, finite, count, keys, rows)
-            return [_seen(view.of(g), g, *pair) for g, view, pair in zip(gradients, views, found, strict=True)]
+            return [
+                _seen(view.of(g), g, *pair) for g, view, pair in zip(gradients, views, found, strict=True)
+            ]
 
         results: dict[int, Seen] = {}
         for places in self._groups(projectors):
@@ -136,7 +138,9 @@ class Held(NamedTuple):
             index,
         )
         bases = [((projectors[i], plain_view(projectors[i])),) for i in group.places]
-        return jax.lax.map(lambda pair: feed(*pair), (gradients, map_blocks(lambda p: p, bases, index, group)))
+        return jax.lax.map(
+            lambda pair: feed(*pair), (gradients, map_blocks(lambda p: p, bases, index, group))
+        )
 
 
 class Sketched(NamedTuple):
@@ -193,7 +197,9 @@ class Sketched(NamedTuple):
             return w - exact_matmul(p, exact_matmul(p.mT, w))
 
         outside = list(map(signs, keys, projectors))
-        rows = self.sketches.mean(self.places, lambda stored: list(map(project, outside, self._matrices(stored))))
+        rows = self.sketches.mean(
+            self.places, lambda stored: list(map(project, outside, self._matrices(stored)))
+        )
 
         def energy(r, z):
             scale = jnp.max(jnp.abs(r))

@@ -98,14 +98,14 @@ def skip_leaves(inner: optax.GradientTransformation) -> optax.GradientTransforma
     A leaf whose gradient holds a NaN or an infinity has a zero update, and keeps its momentum and its
     projector; the others step. What leaves share, which is counts, draws and metrics, describes steps that
     all leaves have taken: it stays as it was when one has not, so that a refresh is repeated until every leaf
-    has had it. `inner` must keep the arrays of each leaf by the guard it is passed; large ones that it does not
-    keep would wait for all gradients.
+    has had it. `inner` must keep the arrays of each leaf by the guard it is passed; large ones that it does
+    not keep would wait for all gradients.
     """
     return _skipping(_by_leaf, inner)
 
 
 def skip_as_one(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Any transformation of some of the leaves under a guard: they step if all of them do. Its state is inner's."""
+    """A transformation of anybody's under a guard: its leaves step if all of them do. No state of its own."""
     taking = optax.with_extra_args_support(inner)
 
     def update(updates, state, params=None, *, guard: Guard | None = None, **extra_args):

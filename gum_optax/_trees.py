@@ -89,11 +89,11 @@ def always(x: Array) -> Array:
 
 
 def in_one(f: Callable[..., Any], start: Any, once: Array, *operands: Any) -> Any:
-    """`f(start, *operands)`, on a CPU as one instruction, which ends the life of an operand that it alone reads.
+    """`f(start, *operands)`, on a CPU one instruction, after which operands that it alone reads are free.
 
-    XLA's CPU scheduler goes breadth first, and so makes gradients much faster than a chain of instructions uses
-    them up. A conditional is one instruction. (Of a loop, XLA would move out what does not change within.) Other
-    schedulers save memory by themselves.
+    XLA's CPU scheduler goes breadth first, and so makes gradients much faster than a chain of instructions
+    uses them up. A conditional is one instruction, out of which XLA moves nothing, as it does out of a loop.
+    Other schedulers save memory by themselves.
 
     Args:
       f: the function.
