@@ -136,22 +136,17 @@ def gather(
     """The blocks at `index` of leaves of one block each, in float32, leaf after leaf in an order.
 
     A leaf that stands in a slot is written there, and none is needed after its turn: only the slots stay.
+    Every turn is a choice, entry by entry and in place: with branches, XLA's CPU scheduler would fall behind
+    the gradients, and a GPU would wait for each.
     """
-
-    @functools.partial(jax.jit, static_argnums=0)  # traced once for all leaves seen the same way
-    def written(view, slots, x, slot):
-        def write(_, slots):
-            value = view.of(x).reshape(1, *slots.shape[1:]).astype(jnp.float32)
-            return jax.lax.dynamic_update_slice_in_dim(slots, value, slot, axis=0)
-
-        # A loop of one turn or none, for a branch would copy the slots.
-        return jax.lax.fori_loop(0, (slot >= 0).astype(jnp.int32), write, slots)
-
     slots = varying_as(zeros(views[0].of(stored[0]), -2, -1, len(index)), index, *stored)
     held = holders(index, len(stored))
-    turns = [held[i] for i in range(len(stored))]
     for i in order:
-        slots = written(views[i], slots, stored[i], turns[i])
+        slot = jnp.maximum(held[i], 0)
+        before = jax.lax.dynamic_index_in_dim(slots, slot, keepdims=False)
+        value = views[i].of(stored[i]).reshape(before.shape).astype(jnp.float32)
+        value = jnp.where(held[i] >= 0, value, before)
+        slots = jax.lax.dynamic_update_index_in_dim(slots, value, slot, axis=0)
     return slots
 
 
