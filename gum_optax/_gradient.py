@@ -1,7 +1,6 @@
 """The gradient as a low-rank rule sees it: its leaves held, or only means of linear functions of them."""
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,14 +9,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ._dimensions import View, plain_view
-from ._norms import inverse, is_finite
+from ._norms import inverse
 from ._products import exact_matmul
 from ._projected import Sketches
 from ._refresh import Found, refreshed, refreshed_by_means, stayed
-from ._sharding import varying_as, zeros
-from ._slots import Group, gather, map_blocks
+from ._slots import Group, map_blocks
 from ._subspace import SubspaceFinder, project
-from ._trees import companions, in_one
 
 
 class Energy(NamedTuple):
@@ -31,9 +28,6 @@ class Energy(NamedTuple):
 def _squares(x: Float[Array, "..."], scale: Float[Array, ""]) -> Float[Array, ""]:
     return jnp.sum(jnp.square(x * inverse(scale)), dtype=jnp.float32)
 
-
-# Leaves of one shape go through so many loops: each holds the gradients of its leaves, and each is compiled.
-_LOOPS = 4
 
 # Any number: it names a stream.
 _SIGNS = 1
@@ -58,24 +52,11 @@ def _seen(g: Array, stored: Array, p: Array, rotation: Array) -> Seen:
     return Seen(p, rotation, r, Energy(scale, _squares(r, scale), _squares(stored, scale)))
 
 
-def _are_finite(gradients: Sequence[Array]) -> list[Array]:
-    return list(map(is_finite, gradients))
-
-
-def _unseen(g: Array, view: View, p: Array) -> Seen:
-    """Zeros beside the projector of before."""
-    number = jnp.zeros((), jnp.float32)
-    like = view.of(g)
-    start = Seen(p, zeros(p, p.shape[-1], -1), zeros(like, p.shape[-1], -1), Energy(number, number, number))
-    return jax.tree.map(lambda x: varying_as(x, g, p), start)
-
-
 class Held(NamedTuple):
     """The gradients of the projected leaves."""
 
     stored: Sequence[Float[Array, "..."]]  # as the model has them
     views: Sequence[View]
-    order: Sequence[int]  # of leaves, as their gradients are made
 
     def seen(
         self,
@@ -86,61 +67,21 @@ class Held(NamedTuple):
         keys: Key[Array, "leaves"],
         projectors: Sequence[Array],
     ) -> list[Seen]:
-        """New projectors where they are due, and coordinates, a few leaves at a time as gradients come."""
-        del accepted  # asked anew in here, where no instruction stands between a gradient and its end
-
-        def look(places, start, keys, due, count, gradients):
-            views = [self.views[i] for i in places]
-            rows = list(zip(gradients, views, [x.projector for x in start], strict=True))
-            finite = jax.lax.cond(due, _are_finite, lambda gs: [jnp.asarray(False)] * len(gs), gradients)
-            found = refreshed(find, finite, count, keys, rows)
-            return [
-                _seen(view.of(g), g, *pair) for g, view, pair in zip(gradients, views, found, strict=True)
-            ]
-
-        results: dict[int, Seen] = {}
-        for places in self._groups(projectors):
-            gradients = [self.stored[i] for i in places]
-            start = [_unseen(g, self.views[i], projectors[i]) for g, i in zip(gradients, places, strict=True)]
-            operands = keys[jnp.asarray(places)], due, count, gradients
-            # A stack holds all layers' gradients, whatever is done to them.
-            is_stack = math.prod(self.views[places[0]].shape[:-2]) > 1
-            looking = functools.partial(look, places)
-            found = looking(start, *operands) if is_stack else in_one(looking, start, count >= 0, *operands)
-            results |= dict(zip(places, found, strict=True))
-        return [results[i] for i in range(len(self.stored))]
-
-    def _groups(self, projectors: Sequence[Array]) -> list[list[int]]:
-        """Leaves that are looked at together: those of one shape that follow each other."""
-        kinds = [(p.shape, view.shape[-1]) for p, view in zip(projectors, self.views, strict=True)]
-        rank = {place: i for i, place in enumerate(self.order)}
-        groups = []
-        for members in companions(projectors, kinds):
-            members = sorted(members, key=lambda place: rank[place])
-            size = -(-len(members) // _LOOPS)
-            groups += [members[i : i + size] for i in range(0, len(members), size)]
-        return groups
+        """New projectors where they are due, and coordinates."""
+        rows = list(zip(self.stored, self.views, projectors, strict=True))
+        found = refreshed(find, [due & yes for yes in accepted], count, keys, rows)
+        pairs = zip(self.stored, self.views, found, strict=True)
+        return [_seen(view.of(g), g, *pair) for g, view, pair in pairs]
 
     def fed(
         self, feed: Feed, group: Group, index: Int[Array, "k"], projectors: Sequence[Array]
     ) -> Float[Array, "k m n"]:
         """`feed` of the blocks at `index` of a group, one at a time."""
-        members = {
-            i: ((self.stored[i], self.views[i]), (projectors[i], plain_view(projectors[i])))
+        members = [
+            ((self.stored[i], self.views[i]), (projectors[i], plain_view(projectors[i])))
             for i in group.places
-        }
-        if any(math.prod(self.views[i].shape[:-2]) > 1 for i in group.places):
-            return map_blocks(feed, list(members.values()), index, group)
-        gradients = gather(
-            [self.stored[i] for i in group.places],
-            [self.views[i] for i in group.places],
-            sorted(range(len(members)), key=lambda i: self.order.index(group.places[i])),
-            index,
-        )
-        bases = [((projectors[i], plain_view(projectors[i])),) for i in group.places]
-        return jax.lax.map(
-            lambda pair: feed(*pair), (gradients, map_blocks(lambda p: p, bases, index, group))
-        )
+        ]
+        return map_blocks(feed, members, index, group)
 
 
 class Sketched(NamedTuple):

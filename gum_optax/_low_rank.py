@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, UInt32
 
-from ._carries import Carry, keep
+from ._carries import FOLLOWING, Carry, keep
 from ._checks import check_function, check_integer, check_matrix_leaf, check_rule
 from ._dimensions import View, views_beside
 from ._gradient import Energy, Held, Sketched
@@ -21,7 +21,7 @@ from ._sampling import check_key, key_data, stream, streams
 from ._sharding import zeros
 from ._subspace import SubspaceFinder, first_subspace
 from ._switch import track_subspace
-from ._trees import backwards, map_with_place, merge, places_of, split
+from ._trees import map_with_place, merge, places_of, split
 
 
 class LowRankState(NamedTuple):
@@ -153,7 +153,7 @@ def in_subspace(
             guard.as_kept(projectors)
         zeros_like_them = optax.tree.zeros_like(coordinates)
         inner_state = carry(inner, state.low, zeros_like_them, rotation, due)
-        if guard is not None:
+        if guard is not None and carry not in FOLLOWING:
             inner_state = guard.carried(inner, inner_state, state.low, zeros_like_them)
         steps, inner_state = inner.update(coordinates, inner_state, None, **extra_args)
         # Measured before the steps are used: put off to the end, it would keep every leaf's coordinates.
@@ -217,7 +217,7 @@ def _gradient(low: Any, views: Sequence[View], sketches: Sketches | None) -> Hel
     if sketches is not None:
         return Sketched(sketches, places_of(low), views)
     leaves = jax.tree.leaves(low)
-    return Held([view.back(g) for g, view in zip(leaves, views, strict=True)], views, backwards(low))
+    return Held([view.back(g) for g, view in zip(leaves, views, strict=True)], views)
 
 
 def float32_zeros(tree: Any) -> Any:

@@ -55,13 +55,6 @@ def placed(
     return x if sharding is None else jax.sharding.reshard(x, sharding)
 
 
-def varying_as(x: Array, *others: Array) -> Array:
-    """`x`, within `jax.shard_map` typed as different on every device on which one of `others` is."""
-    axes = frozenset[Any]().union(*(getattr(jax.typeof(y), "vma", ()) for y in others))
-    missing = tuple(axes - frozenset(getattr(jax.typeof(x), "vma", ())))
-    return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-
 def on_auto_axes(update: Callable[..., Any]) -> Callable[..., Any]:
     """An update whose gradients' types may carry shardings, run where XLA chooses all shardings within.
 

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ._dimensions import View
-from ._sharding import varying_as, zeros
 from ._trees import rolled_but_on_tpu
 
 
@@ -125,29 +124,6 @@ def map_blocks(
         return jnp.stack([one(i) for i in index])
 
     return rolled_but_on_tpu(functools.partial(jax.lax.map, one), unrolled, index)
-
-
-def gather(
-    stored: Sequence[Float[Array, "..."]],
-    views: Sequence[View],
-    order: Sequence[int],
-    index: Int[Array, "k"],
-) -> Float[Array, "k m n"]:
-    """The blocks at `index` of leaves of one block each, in float32, leaf after leaf in an order.
-
-    A leaf that stands in a slot is written there, and none is needed after its turn: only the slots stay.
-    Every turn is a choice, entry by entry and in place: with branches, XLA's CPU scheduler would fall behind
-    the gradients, and a GPU would wait for each.
-    """
-    slots = varying_as(zeros(views[0].of(stored[0]), -2, -1, len(index)), index, *stored)
-    held = holders(index, len(stored))
-    for i in order:
-        slot = jnp.maximum(held[i], 0)
-        before = jax.lax.dynamic_index_in_dim(slots, slot, keepdims=False)
-        value = views[i].of(stored[i]).reshape(before.shape).astype(jnp.float32)
-        value = jnp.where(held[i] >= 0, value, before)
-        slots = jax.lax.dynamic_update_index_in_dim(slots, value, slot, axis=0)
-    return slots
 
 
 def holders(index: Int[Array, "k"], blocks: int) -> Int[Array, "blocks"]:

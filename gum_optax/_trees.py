@@ -2,7 +2,6 @@
 
 import functools
 import math
-import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
@@ -67,21 +66,6 @@ def after(x: Array, result: Array) -> Array:
     return jax.lax.platform_dependent(x, result, cpu=waiting, default=lambda x, _: x)
 
 
-def backwards(tree: Any) -> list[int]:
-    """The numbers of a tree's leaves in the order in which a backward pass makes most models' gradients.
-
-    From the last layer to the first, names being compared as people do, 10 after 9. Where a model has another
-    order, all that is lost is memory.
-    """
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-
-    def parts(i):
-        words = re.findall(r"\d+|\D+", jax.tree_util.keystr(paths[i]))
-        return [(word.isdecimal(), int(word) if word.isdecimal() else word) for word in words]
-
-    return sorted(range(len(paths)), key=parts, reverse=True)
-
-
 def always(x: Array) -> Array:
     """True, which XLA does not know: of a number of `x`."""
     number = x[(0,) * x.ndim]
@@ -93,7 +77,7 @@ def in_one(f: Callable[..., Any], start: Any, once: Array, *operands: Any) -> An
 
     XLA's CPU scheduler goes breadth first, and so makes gradients much faster than a chain of instructions
     uses them up. A conditional is one instruction, out of which XLA moves nothing, as it does out of a loop.
-    Other schedulers save memory by themselves.
+    Elsewhere it would keep results from being fused into what reads them.
 
     Args:
       f: the function.

@@ -21,7 +21,7 @@ from ._sharding import zeros
 from ._slots import Group, groups_of, holders, put
 from ._subspace import SubspaceFinder, lift, outside, project
 from ._switch import track_subspace
-from ._trees import in_one, is_hole, map_in_turn, map_with_place, split, unknown
+from ._trees import is_hole, map_in_turn, map_with_place, split, unknown
 
 
 class Weights(NamedTuple):
@@ -177,8 +177,7 @@ def _sampled_steps(
         del params
         index = state.index
         if sampled:
-            # In one: a chain of small instructions would come after the gradients that wait for its result.
-            index = in_one(lambda _, *at: draws(*at), index, told.count >= 0, told.key, told.count)
+            index = draws(told.key, told.count)
         leaves, views, projectors = map(jax.tree.leaves, (updates, told.views, told.projectors))
         fed = {}
         for name, group in sampled.items():
