@@ -8,6 +8,7 @@ import optax
 
 from ._checks import check_rule
 from ._dimensions import WeightDimensionNumbers, views_of
+from ._guard import Guard
 from ._parts import Apart, PartMeans
 from ._projected import Sketches
 from ._sharding import on_auto_axes
@@ -59,11 +60,14 @@ def as_matrices(
         # Before types lose their shardings.
         views = views_of(kernels.entries, kernels.apart(updates), wide=wide)
 
-        def inside(updates, state, params=None, **extra_args):
+        def inside(updates, state, params=None, *, guard: Guard | None = None, **extra_args):
             params = None if params is None else seen(views, kernels.apart(params))
             parts = seen(views, kernels.apart(updates))
             # How leaves are stored, for rules that take them through a conditional: see `low_rank`.
-            steps, state = inner.update(parts, state, params, views=views, **extra_args)
+            own = kernels.guarded(guard, updates)
+            steps, state = inner.update(parts, state, params, views=views, guard=own, **extra_args)
+            if guard is not None and own is not None:
+                guard.as_kept([x for x in jax.tree.leaves(state) if own.has(x)])
             if isinstance(asked := extra_args.get("sketches"), PartMeans):
                 asked.need_the_rest()
             return kernels.together(jax.tree.map(lambda x, view: view.back(x), steps, views)), state

@@ -18,9 +18,10 @@ from ._dimensions import (
     axes_of,
     dimension_numbers,
 )
+from ._guard import Guard
 from ._projected import Sketches
 from ._sharding import explicit_sharding
-from ._trees import is_hole
+from ._trees import flat, is_hole
 
 
 class _Cut:
@@ -144,18 +145,30 @@ class Apart:
             [row[0] if cut is None else cut.together(row) for cut, row in zip(self._cuts, rows, strict=True)]
         )
 
+    def _kernels(self, tree: Any) -> list[tuple[int, _Cut | None]]:
+        """The place and the cut of the kernel of each leaf of a tree taken apart, holes being leaves too."""
+        cuts, found = iter(self._cuts), []
+        for place, x in enumerate(flat(tree)):
+            cut = None if is_hole(x) else next(cuts)
+            found += [(place, cut)] * (1 if cut is None else cut.count)
+        return found
+
+    def guarded(self, guard: Guard | None, tree: Any) -> Guard | None:
+        """`guard` of a tree, for the tree taken apart: parts step as their kernel does."""
+        if guard is None or guard.leaves is None or not any(self._cuts):
+            return guard
+        kernels = enumerate(place for place, _ in self._kernels(tree))
+        return Guard(
+            guard.taken, {part: guard.leaves[place] for part, place in kernels if place in guard.leaves}
+        )
+
     def measured(self, sketches: Sketches, tree: Any) -> "Sketches | PartMeans":
         """`sketches` of a tree, asked of the parts."""
         if not any(self._cuts):
             return sketches
-        places: list[tuple[int, int]] = []
-        cuts = iter(self._cuts)
-        by_place = {}
-        for place, x in enumerate(jax.tree.leaves(tree, is_leaf=is_hole)):
-            cut = None if is_hole(x) else next(cuts)
-            by_place[place] = cut
-            places += [(place, i) for i in range(1 if cut is None else cut.count)]
-        return PartMeans(sketches, places, by_place)
+        kernels = self._kernels(tree)
+        places = [(place, sum(x == place for x, _ in kernels[:i])) for i, (place, _) in enumerate(kernels)]
+        return PartMeans(sketches, places, dict(kernels))
 
 
 class PartMeans:
@@ -166,18 +179,16 @@ class PartMeans:
         self._asked: set[int] = set()
 
     def _of_kernels(self, places: Sequence[int], f: Any) -> tuple[list[int], Any]:
-        kernels = sorted({self._places[place][0] for place in places})
+        """A kernel for each part, as often as it has parts among them."""
         self._asked.update(places)
+        at = [self._places[place] for place in places]
 
         def of_kernels(leaves):
-            pieces = {}
-            for place, leaf in zip(kernels, leaves, strict=True):
-                cut = self._cuts[place]
-                rows = [leaf] if cut is None else jax.tree.leaves(cut.apart(leaf))
-                pieces |= {(place, i): x for i, x in enumerate(rows)}
-            return f([pieces[self._places[place]] for place in places])
+            cuts = [self._cuts[kernel] for kernel, _ in at]
+            rows = zip(cuts, leaves, at, strict=True)
+            return f([x if cut is None else jax.tree.leaves(cut.apart(x))[i] for cut, x, (_, i) in rows])
 
-        return kernels, of_kernels
+        return [kernel for kernel, _ in at], of_kernels
 
     def need_the_rest(self) -> None:
         """A kernel of which some parts are projected and others are not is averaged whole."""
@@ -189,9 +200,7 @@ class PartMeans:
         return self._sketches.mean(*self._of_kernels(places, f))
 
     def once(self, places: Sequence[int], make: Any) -> Any:
-        kernels = sorted({self._places[place][0] for place in places})
-
         def of_parts(mean_of):
-            return make(lambda f: mean_of(lambda leaves: self._of_kernels(places, f)[1](leaves)))
+            return make(lambda f: mean_of(self._of_kernels(places, f)[1]))
 
-        return self._sketches.once(kernels, of_parts)
+        return self._sketches.once([self._places[place][0] for place in places], of_parts)

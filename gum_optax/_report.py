@@ -25,7 +25,7 @@ def metrics(state: Any) -> dict[str, Scalar | Array]:
       - `refresh_count`: subspaces found so far, so periods begun;
       - `realised_fraction`: sampled blocks over the blocks of sampled groups, `γ/L`;
       - `sampled/64x256/0`: the block in that slot of that group, counted over the group's leaves;
-      - `skipped_steps`: steps skipped for a gradient that was not finite.
+      - `skipped_steps`: steps that some leaf has skipped, for a gradient that was not finite.
     """
     arrays = named_arrays(state)
     places = low_rank_places(arrays)
@@ -46,7 +46,7 @@ def _measured(arrays: dict[Names, Any]) -> dict[str, Scalar | Array]:
     for name, x in arrays.items():
         # An integer, unlike the moments of a parameter of that name.
         if name[-1:] == ("skipped",) and jnp.issubdtype(type_of(x)[1], jnp.integer):
-            found["skipped_steps"] = x
+            found["skipped_steps"] = found.get("skipped_steps", 0) + x
     for place in low_rank_places(arrays):
         inside = [(name[len(place) :], x) for name, x in arrays.items() if _is_within(name, [place])]
         projectors = [x for name, x in inside if name[0] == "projectors"]

@@ -1,25 +1,23 @@
-"""Matrices to one rule, all other leaves to another, and no step on a gradient that is not finite."""
+"""Matrices to one rule, all other leaves to another."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
 
 from ._axis_names import with_axis_names
 from ._checks import check_number, check_rule, is_function
 from ._decisions import Decisions
 from ._dimensions import WeightDimensionNumbers, views_of
-from ._guard import Guard
 from ._matrices import as_matrices
 from ._momentum import adam
 from ._parts import Apart
-from ._projected import Sketches
 from ._scaling import scale_by_fans, scale_by_shape
+from ._skipping import skip_as_one, skip_leaves
 from ._states import with_clear_errors
-from ._trees import concrete, merge, split
+from ._trees import merge, split
 
 # From the dimension numbers of a tree to the transformation that scales its steps.
 Scaling = Callable[[Any], optax.GradientTransformation]
@@ -43,60 +41,8 @@ def by_constant(scale: Any) -> Scaling:
     return lambda dims: optax.scale(scale)
 
 
-class SkipNonFiniteState(NamedTuple):
-    """State of `skip_non_finite`."""
-
-    skipped: Int[Array, ""]  # steps skipped so far
-    inner: Any
-
-
-def _zero_if_finite(g: Any) -> Any:
-    """A sum of zeros, or NaN; XLA would write out the booleans of `isfinite(g)`."""
-    total = jnp.sum(g - g)
-    if jnp.iscomplexobj(g):
-        total = total.real + total.imag
-    return total.astype(jnp.float32)
-
-
-def skip_non_finite(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Skip a step whose gradient holds a NaN or an infinity: zero updates, inner's state as it was.
-
-    Unlike `optax.apply_if_finite` it never gives up and applies one, and it selects instead of
-    branching, so that state is still updated in place: that of rules that take the argument `guard`, as this
-    library's momentum, Adam and subspaces do; of others, such as `optax.adamw`, a CPU makes a copy. Updates
-    come back in the parameters' dtype.
-
-    The clock of the periods, and that of a schedule within `inner`, stop with the rest of the state, so that
-    a skipped refresh comes a step later; a schedule outside, as `optax.inject_hyperparams` has it, goes on.
-    Under `vmap` over runs with their own gradients the clocks may therefore differ, and every refresh is
-    computed on every step.
-    """
-    inner = optax.with_extra_args_support(inner)
-
-    def init(params):
-        return SkipNonFiniteState(jnp.zeros((), jnp.int32), inner.init(concrete(params)))
-
-    def update(updates, state, params=None, *, sketches: Sketches | None = None, **extra_args):
-        if sketches is not None:
-            extra_args |= {"sketches": sketches}
-        own = jax.tree.leaves(updates) if sketches is None else sketches.finite_where(updates)
-        # A pass of its own: fused with a sum that waits for more, it would make every step wait for that.
-        own = jax.lax.optimization_barrier(own)
-        # The product of the sums with themselves is no chain of operations that XLA would fuse, once more
-        # each time, into all that asks whether the step is taken.
-        sums = jnp.stack([_zero_if_finite(g) for g in own] or [0.0])
-        finite = jnp.isfinite(jnp.dot(sums, sums))
-        guard = Guard(finite)
-        steps, new = inner.update(updates, state.inner, params, **extra_args | {"guard": guard})
-        like = updates if params is None else params
-        steps = jax.tree.map(lambda s, x: jnp.where(finite, s, 0).astype(jnp.result_type(x)), steps, like)
-        return steps, SkipNonFiniteState(state.skipped + ~finite, guard.keep(new, state.inner))
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
 def partitioned(
-    rules: dict[str, optax.GradientTransformation], kinds: Callable[[Any], Sequence[str]]
+    rules: Mapping[str, optax.GradientTransformation], kinds: Callable[[Any], Sequence[str]]
 ) -> optax.GradientTransformationExtraArgs:
     """`optax.partition`, with its state, for any tree: one that can be called, it would take for a function.
 
@@ -207,7 +153,7 @@ def matrices_and_others(
         )
         matrices = optax.chain(as_matrices(rule, dims, wide=wide), scaling(dims), descent)
         rest = optax.chain(at_least_float32(adam() if others_rule is None else others_rule), descent)
-        rules = {"matrices": matrices, "others": rest if others is None else others}
+        rules = {"matrices": matrices, "others": rest if others is None else skip_as_one(others)}
         return partitioned(rules, lambda _: ["others" if entry is None else "matrices" for entry in entries])
 
     def init(params):
@@ -221,6 +167,6 @@ def matrices_and_others(
     def update(updates, state, params=None, **extra_args):
         return routed(updates).update(updates, state, params, **extra_args)
 
-    named = with_axis_names(skip_non_finite(optax.GradientTransformationExtraArgs(init, update)))
+    named = with_axis_names(skip_leaves(optax.GradientTransformationExtraArgs(init, update)))
     told = optax.GradientTransformationExtraArgs(decisions.told_at_init(named.init), named.update)  # pyright: ignore
     return with_clear_errors(told)
