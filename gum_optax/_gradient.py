@@ -105,8 +105,8 @@ class Sketched(NamedTuple):
     ) -> list[Seen]:
         found = self._refreshed(find, [due & yes for yes in accepted], count, keys, projectors)
         new, rotations = [p for p, _ in found], [rotation for _, rotation in found]
-        coordinates = self._coordinates(new)
-        return list(map(Seen, new, rotations, coordinates, self._energies(keys, new, coordinates)))
+        coordinates = self.coordinates(new)
+        return list(map(Seen, new, rotations, coordinates, self.energies(keys, new, coordinates)))
 
     def _refreshed(
         self, find: Any, due: Sequence[Any], count: Any, keys: Any, projectors: Sequence[Array]
@@ -122,12 +122,12 @@ class Sketched(NamedTuple):
         pairs = zip(due, found, stayed(projectors), strict=True)
         return [jax.tree.map(functools.partial(jnp.where, yes), new, old) for yes, new, old in pairs]
 
-    def _coordinates(self, projectors: Sequence[Array]) -> list[Array]:
+    def coordinates(self, projectors: Sequence[Array]) -> list[Array]:
         return self.sketches.mean(
             self.places, lambda stored: list(map(project, projectors, self._matrices(stored)))
         )
 
-    def _energies(
+    def energies(
         self, keys: Key[Array, "leaves"], projectors: Sequence[Array], coordinates: Sequence[Array]
     ) -> list[Energy]:
         """`|G - P PᵀG|²` is the mean of `|wᵀ(G - P PᵀG)|²` over random signs `w`; of these, one."""

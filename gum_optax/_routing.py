@@ -153,7 +153,8 @@ def matrices_and_others(
         )
         matrices = optax.chain(as_matrices(rule, dims, wide=wide), scaling(dims), descent)
         rest = optax.chain(at_least_float32(adam() if others_rule is None else others_rule), descent)
-        rules = {"matrices": matrices, "others": rest if others is None else skip_as_one(others)}
+        outer = rest if others is None else skip_as_one(others)
+        rules: dict[str, optax.GradientTransformation] = {"matrices": matrices, "others": outer}
         return partitioned(rules, lambda _: ["others" if entry is None else "matrices" for entry in entries])
 
     def init(params):

@@ -160,8 +160,8 @@ def test_the_energy_outside_is_right_in_the_mean():
 
     def estimate(key):
         sketch = Sketched(Immediate([g]), [0], [plain_view(g)])
-        r = sketch._coordinates([p])
-        (energy,) = sketch._energies(key[None], [p], r)
+        r = sketch.coordinates([p])
+        (energy,) = sketch.energies(key[None], [p], r)
         return (energy.whole - energy.inside) * jnp.square(energy.scale)
 
     found = np.asarray(jax.vmap(estimate)(jax.random.split(jax.random.key(0), 400)))
