@@ -62,14 +62,14 @@ from ._residuals import drop as drop
 from ._residuals import scale_as_inside as scale_as_inside
 from ._restore import check_state as check_state
 from ._restore import convert_state as convert_state
-from ._routing import SkipNonFiniteState as SkipNonFiniteState
-from ._routing import skip_non_finite as skip_non_finite
 from ._sampling import draw as draw
 from ._scaling import LimitNormGrowthState as LimitNormGrowthState
 from ._scaling import limit_norm_growth as limit_norm_growth
 from ._scaling import scale_by_shape as scale_by_shape
 from ._sharding import check_processes_agree as check_processes_agree
 from ._sharding import state_shardings as state_shardings
+from ._skipping import SkipNonFiniteState as SkipNonFiniteState
+from ._skipping import skip_non_finite as skip_non_finite
 from ._subspace import random_subspace as random_subspace
 from ._subspace import randomized_svd as randomized_svd
 from ._subspace import sketched_subspace as sketched_subspace

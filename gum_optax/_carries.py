@@ -65,6 +65,10 @@ def rotate_first_moment(inner: Any, state: Any, coordinates: Any, rotation: Any,
     return optax.tree.set(state, is_field, mu=jax.tree.map(functools.partial(_rotated, due), rotation, mean))
 
 
+# These leave alone what a leaf has whose subspace has not changed.
+FOLLOWING = (keep, rotate, rotate_first_moment)
+
+
 def restart(inner: Any, state: Any, coordinates: Any, rotation: Any, due: Any) -> Any:
     """The state starts again from `inner.init` (GUM)."""
     del rotation

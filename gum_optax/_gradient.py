@@ -1,5 +1,6 @@
 """The gradient as a low-rank rule sees it: its leaves held, or only means of linear functions of them."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -35,39 +36,42 @@ _SIGNS = 1
 Feed = Callable[[Float[Array, "m n"], Float[Array, "m r"]], Float[Array, "m n"]]
 
 
+class Seen(NamedTuple):
+    """What a subspace makes of a leaf's gradient."""
+
+    projector: Float[Array, "*b m r"]  # P
+    rotation: Float[Array, "*b r r"]  # from the one before
+    coordinates: Float[Array, "*b r n"]  # R = PᵀG
+    energy: Energy
+
+
+def _seen(g: Array, stored: Array, p: Array, rotation: Array) -> Seen:
+    r = project(p, g)
+    scale = jnp.max(jnp.abs(r))
+    # Of the gradient as it is stored: to sum up another view, XLA would write it out.
+    return Seen(p, rotation, r, Energy(scale, _squares(r, scale), _squares(stored, scale)))
+
+
 class Held(NamedTuple):
     """The gradients of the projected leaves."""
 
-    seen: Sequence[Float[Array, "*b m n"]]
-    stored: Sequence[Float[Array, "..."]]  # the same as the model has them
+    stored: Sequence[Float[Array, "..."]]  # as the model has them
     views: Sequence[View]
 
-    def refreshed(
+    def seen(
         self,
         find: SubspaceFinder,
         due: Bool[Array, ""],
+        accepted: Sequence[Bool[Array, ""]],
         count: Int[Array, ""],
         keys: Key[Array, "leaves"],
         projectors: Sequence[Array],
-    ) -> list[Found]:
-        """New projectors where they are due, and the rotations into them."""
-        return refreshed(find, due, count, keys, list(zip(self.stored, self.views, projectors, strict=True)))
-
-    def coordinates(self, projectors: Sequence[Array]) -> list[Array]:
-        """`R = PᵀG`."""
-        return list(map(project, projectors, self.seen))
-
-    def energies(self, keys: Any, projectors: Any, coordinates: Sequence[Array]) -> list[Energy]:
-        """Inside the subspace and in all."""
-        del keys, projectors
-
-        @jax.jit  # traced once for all leaves of a shape
-        def energy(r, g):
-            scale = jnp.max(jnp.abs(r))
-            return Energy(scale, _squares(r, scale), _squares(g, scale))
-
-        # As they are stored: to sum up another view, XLA would write it out.
-        return list(map(energy, coordinates, self.stored))
+    ) -> list[Seen]:
+        """New projectors where they are due, and coordinates."""
+        rows = list(zip(self.stored, self.views, projectors, strict=True))
+        found = refreshed(find, [due & yes for yes in accepted], count, keys, rows)
+        pairs = zip(self.stored, self.views, found, strict=True)
+        return [_seen(view.of(g), g, *pair) for g, view, pair in pairs]
 
     def fed(
         self, feed: Feed, group: Group, index: Int[Array, "k"], projectors: Sequence[Array]
@@ -87,30 +91,40 @@ class Sketched(NamedTuple):
     places: Sequence[int]  # of the projected leaves, among all leaves of the parameters
     views: Sequence[View]
 
-    def _seen(self, stored: Sequence[Array]) -> list[Array]:
+    def _matrices(self, stored: Sequence[Array]) -> list[Array]:
         return [view.of(g) for view, g in zip(self.views, stored, strict=True)]
 
-    def refreshed(
+    def seen(
         self,
         find: SubspaceFinder,
         due: Bool[Array, ""],
+        accepted: Sequence[Bool[Array, ""]],
         count: Int[Array, ""],
         keys: Key[Array, "leaves"],
         projectors: Sequence[Array],
+    ) -> list[Seen]:
+        found = self._refreshed(find, [due & yes for yes in accepted], count, keys, projectors)
+        new, rotations = [p for p, _ in found], [rotation for _, rotation in found]
+        coordinates = self.coordinates(new)
+        return list(map(Seen, new, rotations, coordinates, self.energies(keys, new, coordinates)))
+
+    def _refreshed(
+        self, find: Any, due: Sequence[Any], count: Any, keys: Any, projectors: Sequence[Array]
     ) -> list[Found]:
         def make(mean_of):
             def of_seen(f):
-                return mean_of(lambda stored: f(self._seen(stored)))
+                return mean_of(lambda stored: f(self._matrices(stored)))
 
-            return refreshed_by_means(find, due, count, list(keys), of_seen, projectors)
+            return refreshed_by_means(find, jnp.any(jnp.asarray(due)), count, list(keys), of_seen, projectors)
 
         # Found before it is known whether the gradient is finite, which `due` says by now.
         found = self.sketches.once(self.places, make)
-        return jax.tree.map(lambda new, old: jnp.where(due, new, old), found, stayed(projectors))
+        pairs = zip(due, found, stayed(projectors), strict=True)
+        return [jax.tree.map(functools.partial(jnp.where, yes), new, old) for yes, new, old in pairs]
 
     def coordinates(self, projectors: Sequence[Array]) -> list[Array]:
         return self.sketches.mean(
-            self.places, lambda stored: list(map(project, projectors, self._seen(stored)))
+            self.places, lambda stored: list(map(project, projectors, self._matrices(stored)))
         )
 
     def energies(
@@ -124,7 +138,9 @@ class Sketched(NamedTuple):
             return w - exact_matmul(p, exact_matmul(p.mT, w))
 
         outside = list(map(signs, keys, projectors))
-        rows = self.sketches.mean(self.places, lambda stored: list(map(project, outside, self._seen(stored))))
+        rows = self.sketches.mean(
+            self.places, lambda stored: list(map(project, outside, self._matrices(stored)))
+        )
 
         def energy(r, z):
             scale = jnp.max(jnp.abs(r))

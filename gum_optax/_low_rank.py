@@ -9,19 +9,19 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, UInt32
 
-from ._carries import Carry, keep
+from ._carries import FOLLOWING, Carry, keep
 from ._checks import check_function, check_integer, check_matrix_leaf, check_rule
 from ._dimensions import View, views_beside
 from ._gradient import Energy, Held, Sketched
 from ._guard import Guard
 from ._norms import inverse
-from ._projected import Sketches, places_of
+from ._projected import Sketches
 from ._residuals import Residual, Told, drop, stepping
 from ._sampling import check_key, key_data, stream, streams
 from ._sharding import zeros
 from ._subspace import SubspaceFinder, first_subspace
 from ._switch import track_subspace
-from ._trees import map_with_place, merge, split
+from ._trees import map_with_place, merge, places_of, split
 
 
 class LowRankState(NamedTuple):
@@ -141,19 +141,23 @@ def in_subspace(
         views, _ = split_by_shape(views_beside(updates, views))
         gradient = _gradient(low, jax.tree.leaves(views), sketches)
         due = state.count % period == 0
+        accepted = [jnp.asarray(True)] * len(leaves)
         if guard is not None:
-            due &= guard.taken
+            due, accepted = guard.due(due), guard.accepted(low)
         keys = streams(state.key, state.count // period, len(leaves))
-        found = gradient.refreshed(find_subspace, due, state.count, keys, jax.tree.leaves(state.projectors))
-        projectors, rotation = (treedef.unflatten([pair[i] for pair in found]) for i in range(2))
+        seen = gradient.seen(
+            find_subspace, due, accepted, state.count, keys, jax.tree.leaves(state.projectors)
+        )
+        projectors, rotation, coordinates = (treedef.unflatten([x[i] for x in seen]) for i in range(3))
         if guard is not None:
             guard.as_kept(projectors)
-        coordinates = treedef.unflatten(gradient.coordinates(jax.tree.leaves(projectors)))
-
-        inner_state = carry(inner, state.low, optax.tree.zeros_like(coordinates), rotation, due)
+        zeros_like_them = optax.tree.zeros_like(coordinates)
+        inner_state = carry(inner, state.low, zeros_like_them, rotation, due)
+        if guard is not None and carry not in FOLLOWING:
+            inner_state = guard.carried(inner, inner_state, state.low, zeros_like_them)
         steps, inner_state = inner.update(coordinates, inner_state, None, **extra_args)
         # Measured before the steps are used: put off to the end, it would keep every leaf's coordinates.
-        energies = gradient.energies(keys, *map(jax.tree.leaves, (projectors, coordinates)))
+        energies = [x.energy for x in seen]
         rows = zip(jax.tree.leaves(steps), energies, strict=True)
         rows = [jax.lax.optimization_barrier(row) for row in rows]
         steps = treedef.unflatten([step for step, _ in rows])
@@ -213,7 +217,7 @@ def _gradient(low: Any, views: Sequence[View], sketches: Sketches | None) -> Hel
     if sketches is not None:
         return Sketched(sketches, places_of(low), views)
     leaves = jax.tree.leaves(low)
-    return Held(leaves, [view.back(g) for g, view in zip(leaves, views, strict=True)], views)
+    return Held([view.back(g) for g, view in zip(leaves, views, strict=True)], views)
 
 
 def float32_zeros(tree: Any) -> Any:

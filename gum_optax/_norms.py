@@ -1,7 +1,10 @@
 """Norms that neither overflow nor underflow between 1e-30 and 1e30."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 # The largest number that a rule with second moments is fed: squares of more, summed, could overflow float32,
 # and an infinite second moment never comes back.
@@ -28,3 +31,21 @@ def norm(x: Float[Array, "*b m n"], axis: int | tuple[int, ...]) -> Float[Array,
 def frobenius(x: Float[Array, "*b m n"]) -> Float[Array, "*b 1 1"]:
     """`|x|_F` in float32."""
     return norm(x, (-2, -1))
+
+
+def is_finite(*arrays: Any) -> Bool[Array, ""]:
+    """Whether no number is NaN or infinite."""
+
+    def zero(x):
+        """A sum of zeros, or NaN; XLA would write out the booleans of `isfinite(x)`."""
+        # A pass of its own: fused with a sum that waits for more, it would make every step wait for that.
+        x = jax.lax.optimization_barrier(x)
+        total = jnp.sum(x - x)
+        if jnp.iscomplexobj(x):
+            total = total.real + total.imag
+        return total.astype(jnp.float32)
+
+    # The product of the sums with themselves is no chain of operations that XLA would fuse, once more
+    # each time, into all that asks whether the step is taken.
+    sums = jnp.stack([zero(x) for x in arrays] or [0.0])
+    return jnp.isfinite(jnp.dot(sums, sums))

@@ -50,12 +50,14 @@ def per_matrix(
 
         def one(*arrays_and_gradient):
             # Last, for it waits: each rule first adds it to its momentum, and the wait goes with that.
-            *old, g = arrays_and_gradient
+            yes, *old, g = arrays_and_gradient
             step, *new = update(count, g.astype(jnp.float32), *old)
-            return step, new if guard is None else guard.keep(new, old)
+            return step, new if guard is None else guard.keep_where(yes, new, old)
 
-        treedef = jax.tree.structure(updates)
-        results = treedef.flatten_up_to(map_in_turn(one, *arrays, updates))
+        leaves, treedef = jax.tree.flatten(updates)
+        accepted = [None] * len(leaves) if guard is None else guard.accepted(updates)
+        columns = [treedef.flatten_up_to(array) for array in arrays]
+        results = map_in_turn(one, accepted, *columns, leaves)
         steps = treedef.unflatten([step for step, _ in results])
         return steps, as_state(count, [row for _, row in results], treedef)
 

@@ -14,7 +14,7 @@ except ImportError:  # jax 0.9
 
 from ._checks import check_rule
 from ._subspace import MeanOf
-from ._trees import is_hole
+from ._trees import flat, is_hole, places_of
 
 
 class Question(NamedTuple):
@@ -71,10 +71,9 @@ class Asking:
     def check_untouched(self, updates: Any) -> None:
         """Which leaves must be, is known the second time."""
 
-    def finite_where(self, updates: Any) -> list[Any]:
-        """What is finite where the gradient of `updates` is."""
-        del updates
-        return []
+    def finite_where(self, updates: Any) -> dict[int, Any]:
+        """For each leaf, by its place, what is finite where its gradient is: as yet nothing."""
+        return dict.fromkeys(places_of(updates))
 
 
 class Answering:
@@ -109,24 +108,17 @@ class Answering:
                     " impossible)."
                 )
 
-    def finite_where(self, updates: Any) -> list[Any]:
-        # A number of G that is not finite leaves none finite in its column of `PᵀG`.
-        own = dict(zip(places_of(updates), jax.tree.leaves(updates), strict=True))
-        known = [answer for question, answer in self._answered if not own.keys().isdisjoint(question.places)]
-        return [x for place, x in own.items() if place not in self.places] + jax.tree.leaves(known)
+    def finite_where(self, updates: Any) -> dict[int, Any]:
+        # A number of G that is not finite leaves none finite in its column of `PᵀG`, which low-rank rules ask
+        # of every leaf, leaf by leaf.
+        known: dict[int, Any] = dict(zip(places_of(updates), jax.tree.leaves(updates), strict=True))
+        for question, answer in self._answered:
+            if isinstance(answer, list):
+                known |= {i: x for i, x in zip(question.places, answer, strict=True) if i in known}
+        return known
 
 
 Sketches = Asking | Answering
-
-
-def places_of(tree: Any) -> list[int]:
-    """The positions of a tree's leaves among all leaves, holes being places too."""
-    return [place for place, x in enumerate(_flat(tree)) if not is_hole(x)]
-
-
-def _flat(tree: Any) -> list[Any]:
-    """Leaves and holes."""
-    return jax.tree.leaves(tree, is_leaf=is_hole)
 
 
 def projected_update(
@@ -192,7 +184,7 @@ def projected_update(
     update = optax.with_extra_args_support(tx).update
     mean_of = _mean_over(loss, batches, params, (axes,) if isinstance(axes, str) else tuple(axes))
     treedef = jax.tree.structure(params, is_leaf=is_hole)
-    zeros = _flat(optax.tree.zeros_like(params))
+    zeros = flat(optax.tree.zeros_like(params))
 
     asking = Asking(lambda f: mean_of(lambda _, leaves: f(leaves)), zeros)
     update(treedef.unflatten(zeros), state, params, sketches=asking, **extra_args)
@@ -229,7 +221,7 @@ def _mean_over(loss: Any, batches: Any, params: Any, axes: tuple[str, ...]) -> C
 
     def gradient(batch):
         value, tree = jax.value_and_grad(loss)(own(params), batch)
-        return value, _flat(tree)
+        return value, flat(tree)
 
     only = gradient(jax.tree.map(lambda x: x[0], batches)) if count == 1 else None
 

@@ -23,7 +23,7 @@ Found = tuple[Float[Array, "*b m r"], Float[Array, "*b r r"]]
 
 def refreshed(
     find: SubspaceFinder,
-    due: Bool[Array, ""],
+    due: Sequence[Bool[Array, ""]],
     count: Int[Array, ""],
     keys: Key[Array, "leaves"],
     rows: Sequence[Row],
@@ -36,7 +36,7 @@ def refreshed(
 
     Args:
       find: the finder, or several that follow each other.
-      due: whether this step begins a period.
+      due: whether this step begins a period, for each leaf: not for one that does not step.
       count: steps before this one.
       keys: one a leaf.
       rows: the leaves.
@@ -47,12 +47,14 @@ def refreshed(
     for places in groups:
         members = [rows[place] for place in places]
         operands = keys[jnp.asarray(places)], phase, [(g, p) for g, _, p in members]
-        each = _each(finders, members)
+        dues = [due[place] for place in places]
+        each = functools.partial(_each(finders, members), dues)
         if len(members) > 1:
-            loop = functools.partial(jax.lax.cond, due, _in_turn(finders, members), _stayed)
-            results = rolled_but_on_tpu(loop, functools.partial(each, due), *operands)
+            flags = jnp.stack(dues)
+            loop = functools.partial(jax.lax.cond, flags.any(), _in_turn(finders, members, flags), _stayed)
+            results = rolled_but_on_tpu(loop, each, *operands)
         else:
-            results = each(due, *operands)
+            results = each(*operands)
         found |= dict(zip(places, results, strict=True))
     return [found[place] for place in range(len(rows))]
 
@@ -119,17 +121,17 @@ def _each(finders: Sequence[SubspaceFinder], rows: Sequence[Row]):
     # Jitted, so that a view is traced once for all leaves that share it.
     one_by = {view: jax.jit(functools.partial(one, view)) for _, view, _ in rows}
 
-    def each(due, keys, phase, operands):
+    def each(dues, keys, phase, operands):
         return [
             one_by[view](due, keys[i : i + 1], phase, [operand])
-            for i, ((_, view, _), operand) in enumerate(zip(rows, operands, strict=True))
+            for i, (due, (_, view, _), operand) in enumerate(zip(dues, rows, operands, strict=True))
         ]
 
     return each
 
 
-def _in_turn(finders: Sequence[SubspaceFinder], rows: Sequence[Row]):
-    """One leaf after the other, each by the finder of the phase."""
+def _in_turn(finders: Sequence[SubspaceFinder], rows: Sequence[Row], flags: Bool[Array, "leaves"]):
+    """One leaf after the other, each by the finder of the phase, where its flag is set."""
     views = [view for _, view, _ in rows]
 
     def found(keys, phase, operands):
@@ -139,12 +141,14 @@ def _in_turn(finders: Sequence[SubspaceFinder], rows: Sequence[Row]):
         batch = operands[0][1].shape[:-2]
 
         def one(turn):
-            place, key = turn
+            place, key, due = turn
             g, p = read(members, place, jnp.int32(0))
             block = key, g.reshape(*batch, *g.shape), p.reshape(*batch, *p.shape)
-            return jax.lax.switch(phase, [functools.partial(_found, find) for find in finders], *block)
+            branches = [functools.partial(_found, find) for find in finders]
+            which = jnp.where(due, phase, len(branches))
+            return jax.lax.switch(which, [*branches, lambda _, __, p: stayed([p])[0]], *block)
 
-        projectors, rotations = jax.lax.map(one, (jnp.arange(len(rows)), keys))
+        projectors, rotations = jax.lax.map(one, (jnp.arange(len(rows)), keys, flags))
         return unstacked(projectors, rotations)
 
     return found

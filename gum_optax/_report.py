@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Scalar
 
 from ._low_rank import LowRankState
-from ._routing import SkipNonFiniteState
+from ._skipping import SkipNonFiniteState
 from ._unbiased import SampledState
 
 _STATES = (LowRankState, SkipNonFiniteState)
@@ -34,12 +34,12 @@ def metrics(state: Any) -> dict[str, Scalar | Array]:
       - `refresh_count`: subspaces found so far, so periods begun;
       - `realised_fraction`: sampled blocks over the blocks of sampled groups, `γ/L`;
       - `sampled/64x256/0`: the block in that slot of that group, counted over the group's leaves;
-      - `skipped_steps`: steps skipped for a gradient that was not finite.
+      - `skipped_steps`: steps that some leaf has skipped, for a gradient that was not finite.
     """
     found: dict[str, Any] = {}
     for node in states_of(state):
         if isinstance(node, SkipNonFiniteState):
-            found["skipped_steps"] = node.skipped
+            found["skipped_steps"] = found.get("skipped_steps", 0) + node.skipped
         elif isinstance(node, LowRankState):
             if not jax.tree.leaves(node.projectors):
                 continue  # nothing is projected, so nothing is lost

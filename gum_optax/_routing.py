@@ -1,23 +1,21 @@
-"""Matrices to one rule, all other leaves to another, and no step on a gradient that is not finite."""
+"""Matrices to one rule, all other leaves to another."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
 
 from ._axis_names import with_axis_names
 from ._checks import check_number, check_rule, is_function
 from ._dimensions import WeightDimensionNumbers, dimension_numbers, views_of
-from ._guard import Guard
 from ._hidden import hidden_matrices
 from ._matrices import as_matrices
 from ._momentum import adam
-from ._projected import Sketches
 from ._scaling import scale_by_fans, scale_by_shape
-from ._trees import concrete, merge, split
+from ._skipping import skip_as_one, skip_leaves
+from ._trees import merge, split
 
 # From the dimension numbers of a tree to the transformation that scales its steps.
 Scaling = Callable[[Any], optax.GradientTransformation]
@@ -39,57 +37,6 @@ def by_constant(scale: Any) -> Scaling:
     """The same factor for every matrix."""
     check_number("scale", scale, at_least=0)
     return lambda dims: optax.scale(scale)
-
-
-class SkipNonFiniteState(NamedTuple):
-    """State of `skip_non_finite`."""
-
-    skipped: Int[Array, ""]  # steps skipped so far
-    inner: Any
-
-
-def _zero_if_finite(g: Any) -> Any:
-    """A sum of zeros, or NaN; XLA would write out the booleans of `isfinite(g)`."""
-    total = jnp.sum(g - g)
-    if jnp.iscomplexobj(g):
-        total = total.real + total.imag
-    return total.astype(jnp.float32)
-
-
-def skip_non_finite(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Skip a step whose gradient holds a NaN or an infinity: zero updates, inner's state as it was.
-
-    Unlike `optax.apply_if_finite` it never gives up and applies one, and it selects instead of
-    branching, so that state is still updated in place: that of rules that take the argument `guard`, as this
-    library's momentum, Adam and subspaces do; of others, such as `optax.adamw`, a CPU makes a copy. Updates
-    come back in the parameters' dtype.
-
-    The clock of the periods stops with the rest of the state, so that a skipped refresh comes a step
-    later. Under `vmap` over runs with their own gradients the clocks may therefore differ, and every
-    refresh is computed on every step.
-    """
-    inner = optax.with_extra_args_support(inner)
-
-    def init(params):
-        return SkipNonFiniteState(jnp.zeros((), jnp.int32), inner.init(concrete(params)))
-
-    def update(updates, state, params=None, *, sketches: Sketches | None = None, **extra_args):
-        if sketches is not None:
-            extra_args |= {"sketches": sketches}
-        own = jax.tree.leaves(updates) if sketches is None else sketches.finite_where(updates)
-        # A pass of its own: fused with a sum that waits for more, it would make every step wait for that.
-        own = jax.lax.optimization_barrier(own)
-        # The product of the sums with themselves is no chain of operations that XLA would fuse, once more
-        # each time, into all that asks whether the step is taken.
-        sums = jnp.stack([_zero_if_finite(g) for g in own] or [0.0])
-        finite = jnp.isfinite(jnp.dot(sums, sums))
-        guard = Guard(finite)
-        steps, new = inner.update(updates, state.inner, params, **extra_args | {"guard": guard})
-        like = updates if params is None else params
-        steps = jax.tree.map(lambda s, x: jnp.where(finite, s, 0).astype(jnp.result_type(x)), steps, like)
-        return steps, SkipNonFiniteState(state.skipped + ~finite, guard.keep(new, state.inner))
-
-    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def partitioned(
@@ -204,7 +151,8 @@ def matrices_and_others(
         )
         matrices = optax.chain(as_matrices(rule, dims, wide=wide), scaling(dims), descent)
         rest = optax.chain(at_least_float32(adam() if others_rule is None else others_rule), descent)
-        rules = {"matrices": matrices, "others": rest if others is None else others}
+        outer = rest if others is None else skip_as_one(others)
+        rules: dict[str, optax.GradientTransformation] = {"matrices": matrices, "others": outer}
         return partitioned(rules, lambda _: ["others" if entry is None else "matrices" for entry in entries])
 
     def init(params):
@@ -217,4 +165,4 @@ def matrices_and_others(
     def update(updates, state, params=None, **extra_args):
         return routed(updates).update(updates, state, params, **extra_args)
 
-    return with_axis_names(skip_non_finite(optax.GradientTransformationExtraArgs(init, update)))
+    return with_axis_names(skip_leaves(optax.GradientTransformationExtraArgs(init, update)))

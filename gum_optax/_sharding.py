@@ -75,16 +75,16 @@ def on_auto_axes(update: Callable[..., Any]) -> Callable[..., Any]:
         everywhere = NamedSharding(meshes[0], PartitionSpec())
         kept = []
 
-        def inside(updates, state, params, taken, extra_args):
-            inner = None if taken is None else Guard(taken)
+        def inside(updates, state, params, accepted, extra_args):
+            inner = None if accepted is None else Guard(*accepted)
             steps, new = update(updates, state, params, guard=inner, **extra_args)
             kept.extend(inner is not None and inner.has(x) for x in jax.tree.leaves(new))
             return steps, new
 
         out = jax.tree.map(lambda x: explicit_sharding(x) or everywhere, (updates, state))
-        taken = None if guard is None else guard.taken
+        accepted = None if guard is None else (guard.taken, guard.leaves)
         within = jax.sharding.auto_axes(inside, out_sharding=out)
-        steps, new = within(updates, state, params, taken, extra_args)  # pyright: ignore[reportCallIssue]
+        steps, new = within(updates, state, params, accepted, extra_args)  # pyright: ignore[reportCallIssue]
         if guard is not None:
             guard.as_kept([x for x, yes in zip(jax.tree.leaves(new), kept, strict=True) if yes])
         return steps, new

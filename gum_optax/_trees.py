@@ -17,6 +17,16 @@ def is_hole(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
 
 
+def places_of(tree: Any) -> list[int]:
+    """The positions of a tree's leaves among all leaves, holes being places too."""
+    return [place for place, x in enumerate(flat(tree)) if not is_hole(x)]
+
+
+def flat(tree: Any) -> list[Any]:
+    """Leaves and holes."""
+    return jax.tree.leaves(tree, is_leaf=is_hole)
+
+
 def concrete(tree: Any) -> Any:
     """Zeros in place of shapes: `init` reads no values, and so takes either, as optax's own do."""
 
@@ -54,6 +64,33 @@ def after(x: Array, result: Array) -> Array:
         return x + _zero(result).astype(x.dtype)
 
     return jax.lax.platform_dependent(x, result, cpu=waiting, default=lambda x, _: x)
+
+
+def always(x: Array) -> Array:
+    """True, which XLA does not know: of a number of `x`."""
+    number = x[(0,) * x.ndim]
+    return (number >= 0) | (number < 0) | jnp.isnan(number)
+
+
+def in_one(f: Callable[..., Any], start: Any, once: Array, *operands: Any) -> Any:
+    """`f(start, *operands)`, on a CPU one instruction, after which operands that it alone reads are free.
+
+    XLA's CPU scheduler goes breadth first, and so makes gradients much faster than a chain of instructions
+    uses them up. A conditional is one instruction, out of which XLA moves nothing, as it does out of a loop.
+    Elsewhere it would keep results from being fused into what reads them.
+
+    Args:
+      f: the function.
+      start: a tree as `f` returns.
+      once: true, which XLA must not know.
+    """
+
+    def branched(start, once, *operands):
+        return jax.lax.cond(once, f, lambda start, *_: start, start, *operands)
+
+    return jax.lax.platform_dependent(
+        start, once, *operands, cpu=branched, default=lambda start, _, *operands: f(start, *operands)
+    )
 
 
 def map_in_turn(f: Callable[..., Any], tree: Any, *others: Any) -> Any:

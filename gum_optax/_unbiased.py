@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from ._carries import restart
 from ._checks import check_fraction, check_function, check_integer, check_matrix_leaf, check_rule
 from ._dimensions import View, plain_view
+from ._guard import Guard
 from ._low_rank import Subspace, in_subspace
 from ._sampling import check_key, draw, key_data
 from ._sharding import zeros
@@ -172,9 +173,11 @@ def _sampled_steps(
             return SampledState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
         return SampledState(draws(key_data(key), jnp.zeros((), jnp.int32)), inner.init(fresh(params)))
 
-    def update(updates, state, params=None, *, told, **extra_args):
+    def update(updates, state, params=None, *, told, guard: Guard | None = None, **extra_args):
         del params
-        index = draws(told.key, told.count) if sampled else state.index
+        index = state.index
+        if sampled:
+            index = draws(told.key, told.count)
         leaves, views, projectors = map(jax.tree.leaves, (updates, told.views, told.projectors))
         fed = {}
         for name, group in sampled.items():
@@ -184,9 +187,16 @@ def _sampled_steps(
         slot_steps: Any = fed
         slots = state.slots
         if sampled:
-            slots = restart(inner, state.slots, fresh(updates), None, told.due)
+            empty = fresh(updates)
+            slots = restart(inner, state.slots, empty, None, told.due)
             at = {n: _slot_view(fed[n], views[group.places[0]]) for n, group in sampled.items()}
+            own = None if guard is None else _slot_guard(guard, updates, sampled, index)
+            if own is not None:
+                slots = own.carried(inner, slots, state.slots, empty)
+                extra_args |= {"guard": own}
             slot_steps, slots = inner.update(fed, slots, None, views=at, **extra_args)
+            if guard is not None and own is not None:
+                guard.as_kept([x for x in jax.tree.leaves(slots) if own.has(x)])
         overlay = {}
         for name, group in sampled.items():
             slot = holders(index[name], group.blocks)
@@ -206,6 +216,21 @@ def _sampled_steps(
         return steps, SampledState(index, slots)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def _slot_guard(guard: Guard, updates: Any, sampled: dict[str, Group], index: Any) -> Guard:
+    """Of the slots, each of which steps if the leaf does whose block it holds."""
+    if guard.leaves is None:
+        return Guard(guard.taken)
+    accepted = guard.accepted(updates)
+
+    def of_slots(name):
+        group = sampled[name]
+        flags = [jnp.full(size, accepted[i]) for i, size in zip(group.places, group.sizes, strict=True)]
+        return jnp.concatenate(flags)[index[name]]
+
+    # In the order of a dict's leaves.
+    return Guard(guard.taken, {i: of_slots(name) for i, name in enumerate(sorted(sampled))})
 
 
 def _slot_view(x: Float[Array, "k m n"], view: View) -> View:

@@ -45,13 +45,14 @@ def test_zero_gradients_give_zero_steps(make):
 @every_optimizer
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_gradient_that_is_not_finite_is_skipped_as_if_it_had_not_come(make, bad):
+    """All leaves at once here: the state after it is that before it, clocks included."""
     rng = np.random.default_rng(0)
     good = [{"w": g, "b": g[0, 0]} for g in sequence(rng, (5, 4, 7), 7)]
     poisoned = list(good)
-    for place, leaf in ((0, "w"), (4, "b"), (7, "w")):  # first step, within a period, at a refresh
-        spoilt = dict(good[min(place, 6)])
-        spoilt[leaf] = spoilt[leaf].copy()
-        spoilt[leaf].flat[1] = bad
+    for place in (0, 4, 7):  # first step, within a period, at a refresh
+        spoilt = {name: g.copy() for name, g in good[min(place, 6)].items()}
+        for leaf in spoilt.values():
+            leaf.flat[1] = bad
         poisoned.insert(place, spoilt)
     expected, reference = run(make(), good)
     updates, state = run(make(), poisoned)
@@ -65,13 +66,48 @@ def test_a_gradient_that_is_not_finite_is_skipped_as_if_it_had_not_come(make, ba
     jax.tree.map(np.testing.assert_array_equal, state.inner, reference.inner)
 
 
+@every_optimizer
+@pytest.mark.parametrize(("bad", "good"), ["ab", "ba"])
+def test_a_leaf_whose_gradient_is_not_finite_does_not_step_and_the_other_does(make, bad, good):
+    """The other matrix steps as if nothing had happened; the leaf's own state is as it was, to the bit."""
+    rng = np.random.default_rng(0)
+    gradients = [{"a": a, "b": b} for a, b in zip(*(sequence(rng, (2, 4, 7), 2) for _ in "ab"), strict=True)]
+    tx = make()
+    update = jax.jit(tx.update)
+    _, before = update(gradients[0], jax.jit(tx.init)(gradients[0]))
+    expected, _ = update(gradients[1], before)
+    steps, after = update(gradients[1] | {bad: np.full_like(gradients[1][bad], np.nan)}, before)
+    assert not steps[bad].any()
+    np.testing.assert_array_equal(steps[good], expected[good])
+    assert expected[bad].any()
+    assert int(go.metrics(after)["skipped_steps"]) == 1
+    found = zip(jax.tree_util.tree_leaves_with_path(after.inner), jax.tree.leaves(before.inner), strict=True)
+    for (path, x), y in found:
+        assert np.isfinite(x).all(), path
+        if x.ndim == 0 or f"'{bad}'" in jax.tree_util.keystr(path):  # counts are those of whole steps
+            np.testing.assert_array_equal(x, y, err_msg=str(path))
+
+
+@every_optimizer
+def test_wrapped_in_skip_non_finite_a_step_is_skipped_whole(make):
+    rng = np.random.default_rng(0)
+    good = [{"w": g, "b": g[0, 0]} for g in sequence(rng, (5, 4, 7), 2)]
+    bad = good[1] | {"b": np.full_like(good[1]["b"], np.nan)}
+    tx = go.skip_non_finite(make())
+    updates, state = run(tx, [good[0], bad])
+    assert not any(leaf.any() for leaf in jax.tree.leaves(updates[1]))
+    assert int(go.metrics(state)["skipped_steps"]) == 1
+    jax.tree.map(np.testing.assert_array_equal, state.inner, run(tx, [good[0]])[1].inner)
+
+
 @pytest.mark.parametrize("bad", [complex(0, np.nan), complex(np.inf, 0)])
 def test_a_complex_gradient_is_skipped_for_either_part(bad):
     params = {"kernel": jnp.ones((4, 6)), "phase": jnp.ones(3, jnp.complex64)}
     spoilt = params | {"phase": params["phase"].at[1].set(bad)}
     updates, state = run(EVERY["gum"](), [params, spoilt], params)
     assert updates[0]["phase"].any()
-    assert not any(leaf.any() for leaf in jax.tree.leaves(updates[1]))
+    assert updates[1]["kernel"].any()
+    assert not updates[1]["phase"].any()
     assert int(go.metrics(state)["skipped_steps"]) == 1
 
 
