@@ -86,6 +86,34 @@ def measure(tx: Any, shapes: Any, device: Any, *, keep_gradients: bool = False) 
     return report.temporaries / report.gradients
 
 
+def whole_step(tx: Any, width: int, layers: int, tokens: int = 64, device: Any = None) -> float:
+    """Temporaries of a whole training step over the gradients' bytes: forward, backward, update and apply.
+
+    The model is `x = tanh(x @ w)`, each layer a leaf of its own; parameters and state are donated.
+    Activations and gradients are among the temporaries.
+    """
+
+    def loss(params: Any, x: Any) -> Any:
+        for name in sorted(params):
+            x = jnp.tanh(x @ params[name]["kernel"])
+        return jnp.mean(x * x)
+
+    def step(params: Any, state: Any, x: Any) -> Any:
+        updates, state = tx.update(jax.grad(loss)(params, x), state, params)
+        return optax.apply_updates(params, updates), state
+
+    one = {"kernel": jax.ShapeDtypeStruct((width, width), jnp.float32)}
+    params = {f"layer_{i:02d}": one for i in range(layers)}
+    batch = jax.ShapeDtypeStruct((tokens, width), jnp.float32)
+    arguments = params, jax.eval_shape(tx.init, params), batch
+    if device is not None:
+        place = jax.sharding.SingleDeviceSharding(device)
+        arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments)
+    analysis = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile().memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes / (4 * layers * width**2)
+
+
 def table(found: dict[str, Any]) -> str:
     """One row an optimizer, one column a setting."""
     settings = list(dict.fromkeys(setting for row in found.values() for setting in row))

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from ._checks import check_function, check_integer
 from ._norms import frobenius, inverse, norm
 from ._orthogonalize import Orthogonalizer, newton_schulz, polar
-from ._trees import map_in_turn
+from ._trees import always, in_one, map_in_turn
 
 Normalizer = Callable[[Float[Array, "*b m n"]], Float[Array, "*b m n"]]
 
@@ -40,21 +40,28 @@ def sinkhorn(x: Float[Array, "*b m n"], rounds: int = 5, first: int = -1) -> Flo
     check_integer("rounds", rounds, at_least=1)
     second = -3 - first
     g = x.astype(jnp.float32)
-    # Rows, then columns, by their largest entry: squares are then safe from 1e-30 to 1e30.
-    row_unit = inverse(jnp.max(jnp.abs(g), axis=first, keepdims=True))
-    column_unit = inverse(jnp.max(jnp.abs(g * row_unit), axis=second, keepdims=True))
+    sizes = x.shape[first] ** 0.5, x.shape[second] ** 0.5
 
-    def one_round(_, scales):
-        _, column = scales
-        # Each sum has its own factors: one that both shared would be written out at the matrix's size.
-        squares = jnp.sum(jnp.square(g * column * row_unit), axis=first, keepdims=True)
-        row = row_unit * (x.shape[first] ** 0.5 * inverse(jnp.sqrt(squares)))
-        squares = jnp.sum(jnp.square(g * row * column_unit), axis=second, keepdims=True)
-        return row, column_unit * (x.shape[second] ** 0.5 * inverse(jnp.sqrt(squares)))
+    def scales(start, g):
+        # Rows, then columns, by their largest entry: squares are then safe from 1e-30 to 1e30.
+        row_unit = inverse(jnp.max(jnp.abs(g), axis=first, keepdims=True))
+        column_unit = inverse(jnp.max(jnp.abs(g * row_unit), axis=second, keepdims=True))
 
-    # A loop: unrolled, XLA would share more between the sums.
-    start = row_unit, jnp.ones_like(column_unit)
-    row, column = jax.lax.fori_loop(0, rounds, one_round, start)
+        def one_round(_, scales):
+            _, column = scales
+            # Each sum has its own factors: one that both shared would be written out at the matrix's size.
+            squares = jnp.sum(jnp.square(g * column * row_unit), axis=first, keepdims=True)
+            row = row_unit * (sizes[0] * inverse(jnp.sqrt(squares)))
+            squares = jnp.sum(jnp.square(g * row * column_unit), axis=second, keepdims=True)
+            return row, column_unit * (sizes[1] * inverse(jnp.sqrt(squares)))
+
+        # A loop: unrolled, XLA would share more between the sums.
+        return jax.lax.fori_loop(0, rounds, one_round, (row_unit, jnp.ones_like(column_unit)))
+
+    start = tuple(jax.lax.slice_in_dim(g, 0, 1, axis=axis % x.ndim) for axis in (first, second))
+    # A stack holds all layers' gradients, whatever is done to them.
+    is_stack = math.prod(x.shape[:-2]) > 1
+    row, column = scales(start, g) if is_stack else in_one(scales, start, always(g), g)
     return (g * row * column).astype(x.dtype)
 
 
