@@ -73,14 +73,13 @@ def test_the_lines_for_a_trainer_train(code, tmp_path, monkeypatch):
         jax.tree.map(np.testing.assert_array_equal, again, names["state"])
 
 
-def test_maxtexts_scanned_kernels_are_stacks_of_layers():
+def test_the_patterns_for_scanned_kernels_make_stacks_of_layers():
     names: dict = {}
     exec(TRAINERS[-1], names)
-    shapes = {"mlp": (16, 3, 32), "query": (16, 3, 4, 8), "out": (4, 3, 8, 16)}
-    params = {name: jnp.ones(shape) for name, shape in shapes.items()}
-    tx = go.galore_muon(1e-3, rank=2, weight_dimension_numbers={name: names[name] for name in shapes})
-    (projectors,) = [x.projectors for x in low_rank_states(tx.init(params))]
-    assert jax.tree.map(jnp.shape, projectors) == {"mlp": (3, 16, 2), "query": (3, 16, 2), "out": (3, 16, 2)}
+    shapes = {"mlp/up": (16, 3, 32), "query": (16, 3, 4, 8), "out": (4, 3, 8, 16)}
+    params = {f"decoder/{name}/kernel": jnp.ones(shape) for name, shape in shapes.items()}
+    (projectors,) = [x.projectors for x in low_rank_states(names["tx"].init(params))]
+    assert list(map(jnp.shape, jax.tree.leaves(projectors))) == [(3, 16, 2)] * 3
 
 
 def low_rank_states(state):

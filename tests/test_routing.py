@@ -268,6 +268,10 @@ def test_convolutions_of_equinox_and_pytorch_have_their_channels_first(dims):
     assert plain["conv_a/weight"] == Dims(axes, -2 - dims)
 
 
+class OwnLinear(eqx.nn.Linear):
+    """A layer of a model's own."""
+
+
 def test_layers_of_equinox_tell_fan_in_from_fan_out():
     keys = jax.random.split(jax.random.key(0), 4)
     model = {
@@ -276,10 +280,11 @@ def test_layers_of_equinox_tell_fan_in_from_fan_out():
         "table": eqx.nn.Embedding(11, 4, key=keys[2]),
         "norm": eqx.nn.LayerNorm((3, 5)),
         "stack": eqx.filter_vmap(lambda key: eqx.nn.Linear(4, 8, key=key))(keys),
+        "derived": OwnLinear(4, 8, key=keys[3]),
     }
     found = {path: x for path, x in entries(eqx.filter(model, eqx.is_inexact_array)).items() if x}
     assert set(found.values()) == {go.OUT_IN}
-    assert len(found) == 3 + 4 + 1
+    assert len(found) == 3 + 4 + 1 + 1
 
 
 @pytest.mark.parametrize(
@@ -339,6 +344,9 @@ def test_routers_are_matrices_and_one_argument_changes_that():
         "moe/gate/kernel": {"shape": [16, 4]},
         "mlp/gate_proj/kernel": {"shape": [16, 32]},
         "moe/experts/up": {"shape": [4, 16, 32]},
+        # Levanter's Qwen: only the names of axes tell.
+        "mlp/gate/weight": {"shape": [2, 4, 16], "axes": ["layers", "experts", "embed"]},
+        "mlp/up/weight": {"shape": [2, 4, 16, 32], "axes": ["layers", "experts", "embed", "mlp"]},
     }
     params = tree_of(leaves)
     assert all(entries(params).values())
@@ -346,6 +354,7 @@ def test_routers_are_matrices_and_one_argument_changes_that():
     assert {path for path, entry in found.items() if entry is None} == {
         "moe/router/kernel",
         "moe/gate/kernel",
+        "mlp/gate/weight",
     }
 
 

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import inspect
+import itertools
 import json
 import os
 import re
@@ -87,6 +88,24 @@ def test_gum_sees_the_matrices_of_the_model_and_the_loss_falls(trainer, whole):
     assert np.mean(losses[-2:]) < np.mean(losses[:2])
 
 
+# Every linear layer but the head.
+PROJECTED = {
+    "tunix": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+    "kauldron": {"query", "key", "value", "out", "up", "down"},
+    "maxtext": {"query", "key", "value", "out", "wi_0", "wi_1", "wo"},
+    "levanter": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+}
+
+
+def test_every_linear_layer_is_projected_by_default_and_nothing_else(trainer, whole):
+    names = [re.findall(r"\w+", path) for path in arrays(whole[0]) if "projectors" in path]
+    leaf = {"kernel", "weight", "w"}
+    found = [next(name for name, child in itertools.pairwise(path) if child in leaf) for path in names]
+    assert set(found) == PROJECTED[trainer]
+    layers = 2 if trainer == "tunix" else 1  # the others scan them, or have one
+    assert len(found) == layers * len(PROJECTED[trainer])
+
+
 def stopped_and_resumed(trainer, out, devices):
     """The records of a run in two goes, after a look at where the second one began; and what it printed."""
     train(trainer, out, steps=STEPS // 2, devices=devices)
@@ -116,16 +135,27 @@ def test_sharded_over_four_devices_and_resumed_it_is_the_same_run(trainer, whole
         assert any(is_sharded for path, (_, is_sharded) in arrays(printed).items() if kind in path), kind
 
 
-def levanter():
-    """The glue, and a function that makes the abstract parameters of a small model of Levanter's."""
+# Fields of small models of Levanter's, by the module and the name of their configuration.
+LEVANTER_MODELS = {
+    ("gpt2", "Gpt2Config"): {},
+    ("llama", "LlamaConfig"): {"intermediate_dim": 32, "num_kv_heads": 2},
+    ("mixtral", "MixtralConfig"): {
+        "intermediate_dim": 32, "num_kv_heads": 2, "n_routed_experts": 3, "num_experts_per_tok": 2
+    },
+    ("qwen3_moe", "Qwen3MoeConfig"): {"intermediate_dim": 32, "num_kv_heads": 2},
+}  # fmt: skip
+
+
+def levanter(module="mixtral", name="MixtralConfig"):
+    """The glue, and the abstract parameters of a small model of Levanter's."""
     pytest.importorskip("levanter")
     glue = importlib.import_module("gum_optax.trainers.levanter")
     import equinox as eqx
     import haliax as hax
-    from levanter.models.mixtral import MixtralConfig
 
-    sizes = {"hidden_dim": 16, "intermediate_dim": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
-    config = MixtralConfig(max_seq_len=8, n_routed_experts=3, num_experts_per_tok=2, **sizes)
+    fields = {"max_seq_len": 8, "hidden_dim": 16, "num_layers": 2, "num_heads": 4}
+    make = getattr(importlib.import_module(f"levanter.models.{module}"), name)
+    config = make(**fields, **LEVANTER_MODELS[module, name])
     model = eqx.filter_eval_shape(lambda: config.build(hax.Axis("vocab", 64), key=jax.random.PRNGKey(0)))
     return glue, eqx.filter(model, lambda x: hasattr(x, "shape"))
 
@@ -140,7 +170,7 @@ def test_levanter_builds_every_optimizer_of_the_library_as_a_call_of_it_would():
         assert config.__module__ == glue.__name__
         rank = {"rank": 4} if "rank" in inspect.signature(getattr(go, name)).parameters else {}
         built = config(weight_decay=0.0, max_grad_norm=None, **rank).build(10)
-        called = getattr(go, name)(lambda _: 0.0, **rank, weight_dimension_numbers=glue.linear_layers)
+        called = getattr(go, name)(lambda _: 0.0, **rank)
         ours, theirs = (jax.eval_shape(tx.init, params) for tx in (built, called))
         assert jax.tree.structure(ours) == jax.tree.structure(theirs), name
         assert [x.shape for x in jax.tree.leaves(ours)] == [x.shape for x in jax.tree.leaves(theirs)], name
@@ -157,22 +187,97 @@ def test_levanter_reads_a_configuration_by_name_with_the_numbers_of_the_signatur
 
 
 def test_levanter_experts_attention_and_routers_are_matrices_by_their_own_in_and_out():
-    glue, params = levanter()
-    numbers = glue.linear_layers(params)
+    _, params = levanter()
+    numbers = go.hidden_matrices(params)
     is_numbers = lambda x: isinstance(x, optax.contrib.MuonDimensionNumbers)  # noqa: E731
     found = jax.tree_util.tree_leaves_with_path(numbers, is_leaf=is_numbers)
     names = lambda path: tuple(re.findall(r"\.(\w+)", jax.tree_util.keystr(path))[-3:-1])  # noqa: E731
     sides = {names(path): tuple(dims) for path, dims in found}
     assert sides == {
-        ("self_attn", "q_proj"): ((4,), (1, 2, 3)),  # (layers, kv_head, q_heads_per_group, head_size, embed)
-        ("self_attn", "k_proj"): ((3,), (1, 2)),
-        ("self_attn", "v_proj"): ((3,), (1, 2)),
-        ("self_attn", "o_proj"): ((2, 3), (1,)),
-        ("block_sparse_moe", "gate"): ((2,), (1,)),
-        ("experts", "w1"): ((2,), (3,)),  # (layers, experts, embed, mlp)
-        ("experts", "w2"): ((2,), (3,)),
-        ("experts", "w3"): ((2,), (3,)),
+        ("self_attn", "q_proj"): (-1, (-4, -3, -2)),  # (layers, kv_head, q_heads_per_group, head_size, embed)
+        ("self_attn", "k_proj"): (-1, (-3, -2)),
+        ("self_attn", "v_proj"): (-1, (-3, -2)),
+        ("self_attn", "o_proj"): ((-2, -1), -3),
+        ("block_sparse_moe", "gate"): (-1, -2),
+        ("experts", "w1"): (-2, -1),  # (layers, experts, embed, mlp)
+        ("experts", "w2"): (-2, -1),
+        ("experts", "w3"): (-2, -1),
     }
+
+
+@pytest.mark.parametrize("config", LEVANTER_MODELS, ids=lambda config: config[0])
+def test_the_matrices_of_a_levanter_model_are_its_linear_layers_but_the_head(config):
+    """By `In` and `Out` of each layer, whose other axes are stacks; also where all else is masked away."""
+    _, params = levanter(*config)
+    import haliax as hax
+
+    is_linear = lambda x: isinstance(x, hax.nn.Linear | hax.nn.MoELinear)  # noqa: E731
+    wanted = {}
+    for path, layer in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_linear):
+        if is_linear(layer) and "lm_head" not in jax.tree_util.keystr(path):
+            names = [axis.name for axis in layer.weight.axes]
+            fans = (hax.axis.ensure_tuple(fan) for fan in (layer.In, layer.Out))
+            wanted[id(layer.weight.array)] = tuple({names.index(axis.name) for axis in fan} for fan in fans)
+    assert len(wanted) >= 4
+
+    def found(tree):
+        entries = jax.tree.structure(tree).flatten_up_to(go.hidden_matrices(tree))
+        pairs = zip(jax.tree.leaves(tree), entries, strict=True)
+        return {id(x): tuple(map(set, axes_of(entry, x.ndim))) for x, entry in pairs if entry is not None}
+
+    assert found(params) == wanted
+    masked = jax.tree.map(lambda x: x if id(x) in wanted else optax.MaskedNode(), params)
+    assert found(masked) == wanted
+
+
+def axes_of(entry, ndim):
+    """The reduction axes and the output axes, counted from the front."""
+    return [[axis % ndim for axis in (axes if isinstance(axes, tuple) else (axes,))] for axes in entry]
+
+
+def test_a_haliax_convolution_takes_its_whole_window_as_fan_in():
+    levanter()
+    import haliax as hax
+
+    In, Out = hax.Axis("in", 4), hax.Axis("out", 8)
+    make = lambda **kwargs: hax.nn.Conv.init(("x", "y"), In, Out, 3, key=jax.random.PRNGKey(0), **kwargs)  # noqa: E731
+    found = go.hidden_matrices({"a": make(), "b": make(groups=4)})
+    assert found["a"].weight.array == optax.contrib.MuonDimensionNumbers((-3, -2, -1), -4)
+    assert found["a"].bias.array is found["b"].weight.array is None
+
+
+@pytest.mark.parametrize("name", ["gum", "galore_muon", "muon"])
+def test_the_parts_of_a_haliax_weight_train_and_are_saved_as_three_weights_would_be(name, tmp_path):
+    levanter()
+    import equinox as eqx
+    import haliax as hax
+
+    Embed, Out, Flat = hax.Axis("embed", 16), hax.Axis("out", 12), hax.Axis("flat", 36)
+    make = lambda axis, seed: hax.nn.Linear.init(  # noqa: E731
+        Embed, axis, key=jax.random.PRNGKey(seed), use_bias=False
+    )
+    three, fused = {x: make(Out, seed) for seed, x in enumerate("qkv")}, {"qkv": make(Flat, 3)}
+
+    def fuse(tree):
+        whole = jnp.concatenate([tree[x].weight.array for x in "qkv"])
+        return jax.tree.map(lambda _: whole, fused)
+
+    rank = {} if name == "muon" else {"rank": 4}
+    parts = go.Parts((12, 12, 12), axis=0, numbers=go.OUT_IN)
+    whole = getattr(go, name)(0.1, **rank, weight_dimension_numbers={"*/weight": parts})
+    apart = getattr(go, name)(0.1, **rank)
+    state, wanted_state = whole.init(fuse(three)), apart.init(three)
+    structure = jax.tree.structure(state)
+    step, wanted_step = jax.jit(whole.update), jax.jit(apart.update)
+    for shift in (0.0, 1.0, 2.0):
+        gradients = jax.tree.map(lambda x, shift=shift: jnp.sin(9 * x + shift), three)
+        updates, state = step(fuse(gradients), state, fuse(three))
+        wanted, wanted_state = wanted_step(gradients, wanted_state, three)
+        np.testing.assert_allclose(updates["qkv"].weight.array, fuse(wanted)["qkv"].weight.array, atol=1e-6)
+        assert jax.tree.structure(state) == structure
+    eqx.tree_serialise_leaves(tmp_path / "state.eqx", state)
+    again = eqx.tree_deserialise_leaves(tmp_path / "state.eqx", jax.tree.map(jnp.zeros_like, state))
+    jax.tree.map(np.testing.assert_array_equal, again, state)
 
 
 def test_levanter_decays_what_its_own_optimizers_decay():

@@ -23,11 +23,20 @@ def _is_heads(name: str | None) -> bool:
     return name is not None and (name.lower() in _OF_HEADS or not _HEADS.isdisjoint(words(name)))
 
 
+def _counts_experts(name: str | None) -> bool:
+    return name is not None and not _EXPERTS.isdisjoint(words(name))
+
+
+def has_experts_as_features(leaf: Leaf) -> bool:
+    """Whether one side of its matrix is the experts, as of a router's."""
+    return bool(leaf.axes) and any(_counts_experts(leaf.axes[axis]) for axis in leaf.free)
+
+
 def stack_by_names(axes: tuple[str | None, ...]) -> tuple[int, ...]:
     """The axes that count layers or experts, as they are named; of a router's, experts are the output."""
     found = [i for i, name in enumerate(axes) if _is_stack(name)]
     if len(axes) - len(found) == 1:
-        found = [i for i in found if _EXPERTS.isdisjoint(words(axes[i] or ""))]
+        found = [i for i in found if not _counts_experts(axes[i])]
     return tuple(found)
 
 

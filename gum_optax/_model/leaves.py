@@ -125,8 +125,9 @@ def _path(path: Any) -> Path:
 
 
 def _is_module(x: Any) -> bool:
-    """A layer of Equinox or Haliax, which are nodes of a tree."""
-    return type(x).__module__.startswith(("equinox.nn", "haliax.nn")) and not is_box(x)
+    """A layer of Equinox or Haliax, or of a class derived from one; they are nodes of a tree."""
+    kinds = type(x).__mro__
+    return any(kind.__module__.startswith(("equinox.nn", "haliax.nn")) for kind in kinds) and not is_box(x)
 
 
 def _modules(tree: Any) -> dict[Path, Any]:

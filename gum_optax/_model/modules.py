@@ -1,13 +1,14 @@
 """Layers of Equinox and Haliax, whose kind tells the axes of their weights."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from .leaves import Leaf, Model, Reading, matrix
 
 
-def _is_kind(module: Any, name: str) -> bool:
-    return any(kind.__name__ == name for kind in type(module).__mro__)
+def _kind(module: Any) -> type:
+    """The library's class, of which a model's own may be derived."""
+    return next(k for k in type(module).__mro__ if k.__module__.startswith(("equinox.nn", "haliax.nn")))
 
 
 def layers(leaf: Leaf, model: Model) -> Reading | None:
@@ -16,29 +17,36 @@ def layers(leaf: Leaf, model: Model) -> Reading | None:
     module = leaf.module
     if module is None or len(leaf.shape) < 2:
         return None
-    why = f"{type(module).__module__.split('.')[0].capitalize()}'s {type(module).__name__}"
-    if _is_kind(module, "Embedding"):
+    kind = _kind(module)
+    library, name = kind.__module__.split(".")[0], kind.__name__
+    why = f"{library.capitalize()}'s {name}"
+    if name == "Embedding":
         return Reading(None, "embedding", why)
-    if "norm" in type(module).__name__.lower():
+    if "norm" in name.lower():
         return Reading(None, "vector", why)
     if hasattr(module, "In") and hasattr(module, "Out") and leaf.name == "weight":
-        return _haliax_linear(leaf, module, why)
-    if type(module).__module__.startswith("equinox") and leaf.name.startswith("weight"):
+        return _haliax(leaf, module, why)
+    if library == "equinox" and leaf.name.startswith("weight"):
         return _equinox(leaf, module, why)
     return None
 
 
 def _names(axes: Any) -> tuple[str, ...]:
-    """Of a Haliax axis or several."""
-    several = axes if isinstance(axes, Sequence) and not isinstance(axes, str) else (axes,)
+    """Of a Haliax axis, of several, or of a mapping from names to sizes."""
+    several = axes if isinstance(axes, Iterable) and not isinstance(axes, str) else (axes,)
     return tuple(axis if isinstance(axis, str) else axis.name for axis in several)
 
 
-def _haliax_linear(leaf: Leaf, module: Any, why: str) -> Reading | None:
-    sides = [[leaf.axes.index(x) for x in _names(side) if x in leaf.axes] for side in (module.In, module.Out)]
-    if not all(sides):
+def _haliax(leaf: Leaf, module: Any, why: str) -> Reading | None:
+    """From `In`, with the window of a convolution, to `Out`; all other axes are stacks."""
+    window = _names(getattr(module, "Spatial", ()))
+    fans = ((*_names(module.In), *window), _names(module.Out))
+    inputs, outputs = ([leaf.axes.index(name) for name in names if name in leaf.axes] for names in fans)
+    if not inputs or not outputs:
         return Reading(None, "vector", f"{why} with one side")
-    return matrix(leaf, sides[0], sides[1], why)
+    if window and leaf.shape[inputs[0]] == 1:
+        return Reading(None, "depthwise convolution", why)
+    return matrix(leaf, inputs, outputs, why)
 
 
 def _equinox(leaf: Leaf, module: Any, why: str) -> Reading | None:

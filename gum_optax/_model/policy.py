@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .attention import beside_its_bias, beside_its_other_side, by_name_and_size, einsums
-from .axes import by_axis_names, vocabulary_or_norm
+from .axes import by_axis_names, has_experts_as_features, vocabulary_or_norm
 from .convolutions import convolutions, square_windows
 from .kinds import (
     heads,
@@ -18,7 +18,7 @@ from .kinds import (
     vectors,
 )
 from .leaves import Leaf, Model, Reading, Rule, leaves_of, matrix
-from .lora import alike, factors
+from .lora import alike, factors, is_factor
 from .modules import layers
 from .stacks import with_stacks
 
@@ -80,6 +80,6 @@ def _with_two_sides(leaf: Leaf, reading: Reading) -> Reading:
         several = axes if isinstance(axes, tuple) else (axes,)
         if math.prod(leaf.shape[axis] for axis in several) == 1:
             return Reading(None, "vector", "a side of 1")
-    if is_router(leaf):
+    if is_router(leaf) or (has_experts_as_features(leaf) and not is_factor(leaf)):
         return reading._replace(kind="router", reason=f"a router: {reading.reason}")
     return reading

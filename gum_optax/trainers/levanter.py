@@ -2,6 +2,7 @@
 
 Each has a field for every number in its optimizer's signature, beside those that all of Levanter's optimizers
 have (`learning_rate`, `weight_decay`, `warmup`, `lr_schedule`, ...). Importing this module registers them.
+Haliax's layers say which axes of a weight are its fan-in and fan-out.
 """
 
 import dataclasses
@@ -9,11 +10,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import haliax as hax
 import jax
 import optax
 from levanter.optim.config import OptimizerConfig
-from optax.contrib import MuonDimensionNumbers
 
 import gum_optax
 
@@ -21,28 +20,6 @@ import gum_optax
 _FIELD_TYPES: dict[Any, Any] = {kind: kind for kind in (int, float, bool, float | None)} | {
     int | jax.Array: int
 }
-
-
-def _is_linear(node: Any) -> bool:
-    return isinstance(node, hax.nn.Linear | hax.nn.MoELinear)
-
-
-def linear_layers(params: Any) -> Any:
-    """Dimension numbers by Haliax's names: `In` and `Out` of each linear layer but the head.
-
-    All other axes of a weight are stacks: scanned layers, experts.
-    """
-
-    def entries(path, node):
-        leaves = jax.tree.leaves(node)
-        if not _is_linear(node) or "lm_head" in jax.tree_util.keystr(path):
-            return [None] * len(leaves)
-        names = [axis.name for axis in node.weight.axes]
-        sides = [tuple(names.index(x.name) for x in hax.axis.ensure_tuple(s)) for s in (node.In, node.Out)]
-        return [MuonDimensionNumbers(*sides) if leaf is node.weight.array else None for leaf in leaves]
-
-    nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_linear)
-    return jax.tree.structure(params).unflatten([entry for pair in nodes for entry in entries(*pair)])
 
 
 def config_of(
@@ -71,7 +48,6 @@ def config_of(
             **{p.name: getattr(self, p.name) for p in own},
             weight_decay=self.weight_decay,
             weight_decay_mask=self.build_weight_decay_mask(),
-            weight_dimension_numbers=linear_layers,
         )
         if self.max_grad_norm is None:
             return tx

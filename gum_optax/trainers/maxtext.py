@@ -13,8 +13,8 @@ def install(optimizer: Callable[..., optax.GradientTransformation], **arguments:
     """Make MaxText train with `optimizer(learning_rate, **arguments)`, whatever `opt_type` says.
 
     Call it before MaxText's `train.main`. The learning rate is MaxText's schedule; weight decay is
-    `adam_weight_decay` under `adamw_mask`, unless `arguments` say otherwise. The dimension numbers are
-    MaxText's own for Muon, which know where its scans put the layers.
+    `adam_weight_decay` under `adamw_mask`, unless `arguments` say otherwise. The matrices are read from the
+    names of the variables' axes, which also say where a scan puts the layers.
 
     Args:
       optimizer: one of this library, `gum_optax.gum` for instance, or a function with their arguments.
@@ -25,10 +25,9 @@ def install(optimizer: Callable[..., optax.GradientTransformation], **arguments:
         `trainable_parameters_mask`, which only MaxText's own optimizers do.
     """
     from maxtext.optimizers import optimizers  # here: what it imports depends on the environment's variables
-    from maxtext.utils.muon_utils import get_muon_weight_dimension_numbers
 
     def get_optimizer(config, learning_rate_schedule, model=None, mesh=None):
-        del mesh
+        del model, mesh
         for name in _WRAPPERS:
             if getattr(config, name, None):
                 raise ValueError(
@@ -39,7 +38,6 @@ def install(optimizer: Callable[..., optax.GradientTransformation], **arguments:
             "weight_decay": config.adam_weight_decay,
             "weight_decay_mask": optimizers.get_adamw_mask(config),
         }
-        dims = None if model is None else get_muon_weight_dimension_numbers(model, config)
-        return optimizer(learning_rate_schedule, **{**decay, "weight_dimension_numbers": dims, **arguments})
+        return optimizer(learning_rate_schedule, **{**decay, **arguments})
 
     optimizers.get_optimizer = get_optimizer
