@@ -235,7 +235,7 @@ def axes_of(entry, ndim):
     return [[axis % ndim for axis in (axes if isinstance(axes, tuple) else (axes,))] for axes in entry]
 
 
-def test_a_haliax_convolution_takes_its_whole_window_as_fan_in():
+def test_a_convolution_of_levanter_takes_its_whole_window_as_fan_in():
     levanter()
     import haliax as hax
 
@@ -247,7 +247,7 @@ def test_a_haliax_convolution_takes_its_whole_window_as_fan_in():
 
 
 @pytest.mark.parametrize("name", ["gum", "galore_muon", "muon"])
-def test_the_parts_of_a_haliax_weight_train_and_are_saved_as_three_weights_would_be(name, tmp_path):
+def test_the_parts_of_a_levanter_weight_train_and_are_saved_as_three_weights_would_be(name, tmp_path):
     levanter()
     import equinox as eqx
     import haliax as hax
