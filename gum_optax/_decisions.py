@@ -7,10 +7,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ._axis_names import is_box
 from ._dimensions import Entry, WeightDimensionNumbers, is_patterns, leaf_names, matching
 from ._hidden import RoutingWarning, decided
 from ._listening import listener
 from ._model.leaves import Reading
+
+
+# The latest decisions about trees with names of axes, for an optimizer that is made anew for every update, as
+# `optax.inject_hyperparams` makes it: by the user's word and the tree's paths and shapes.
+_LATEST: dict[Any, tuple[WeightDimensionNumbers, list[Entry]]] = {}
+_MOST = 64
 
 
 class Decisions:
@@ -29,13 +36,24 @@ class Decisions:
         """Of parameters, with all that their library says of them."""
         entries: list[Entry] = [reading.entry for reading in decided(self.spec, params)]
         if entries:
-            self._kept[_signature(params)] = entries
+            signature = _signature(params)
+            self._kept[signature] = entries
+            if any(map(is_box, jax.tree.leaves(params, is_leaf=is_box))):
+                # With the user's word itself, so that no other takes its id.
+                _LATEST[id(self.spec), signature] = self.spec, entries
+                if len(_LATEST) > _MOST:
+                    _LATEST.pop(next(iter(_LATEST)))
         return entries
 
     def of(self, tree: Any) -> list[Entry]:
         """Of parameters or gradients."""
-        kept = self._kept.get(_signature(tree))
-        return [reading.entry for reading in decided(self.spec, tree)] if kept is None else kept
+        signature = _signature(tree)
+        if signature in self._kept:
+            return self._kept[signature]
+        is_named = any(map(is_box, jax.tree.leaves(tree, is_leaf=is_box)))
+        if not is_named and (id(self.spec), signature) in _LATEST:
+            return _LATEST[id(self.spec), signature][1]
+        return [reading.entry for reading in decided(self.spec, tree)]
 
     def told_at_init(self, init: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """`init`, which warns of what is in doubt, once, or tells who listens."""

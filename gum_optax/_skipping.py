@@ -85,9 +85,10 @@ def skip_non_finite(inner: optax.GradientTransformation) -> optax.GradientTransf
     library's momentum, Adam and subspaces do; of others, such as `optax.adamw`, a CPU makes a copy. Updates
     come back in the parameters' dtype.
 
-    The clock of the periods stops with the rest of the state, so that a skipped refresh comes a step
-    later. Under `vmap` over runs with their own gradients the clocks may therefore differ, and every
-    refresh is computed on every step.
+    The clock of the periods, and that of a schedule within `inner`, stop with the rest of the state, so that
+    a skipped refresh comes a step later; a schedule outside, as `optax.inject_hyperparams` has it, goes on.
+    Under `vmap` over runs with their own gradients the clocks may therefore differ, and every refresh is
+    computed on every step.
     """
     return _skipping(_whole, inner)
 

@@ -82,8 +82,7 @@ def orthonormalize(
     condition of `Y` by up to 1e3, a second one by 1e3/√r: one is enough for 1e6, three for 1/eps.
     A clean pass, without a shift, leaves a defect of that condition squared times eps, a second one rounding.
     """
-    r = y.shape[-1]
-    eye = jnp.broadcast_to(jnp.eye(r, dtype=y.dtype), (*y.shape[:-2], r, r))
+    eye = jnp.eye(y.shape[-1], dtype=y.dtype)[(None,) * (y.ndim - 2)]
 
     def one_pass(y, shift):
         gram = exact_matmul(y.mT, y)
@@ -115,8 +114,7 @@ def svd_subspace(
     complete = previous.shape[-1] > gradient.shape[-1]
 
     def top(g):
-        u, _, _ = jnp.linalg.svd(g.astype(jnp.float32), full_matrices=complete)
-        return u[..., : previous.shape[-1]]
+        return jnp.linalg.svd(g.astype(jnp.float32), full_matrices=complete)[0][..., : previous.shape[-1]]
 
     return one_by_one_on_cpu(top, gradient)
 

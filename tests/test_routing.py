@@ -118,10 +118,15 @@ class Scanned(nnx.Module):
         return sum(x @ self.up[:, i] for i in range(5))
 
 
-def test_flax_nnx_trains_by_the_names_that_only_init_sees():
+@pytest.mark.parametrize(
+    "make",
+    [go.muon, optax.inject_hyperparams(go.muon, static_args=("orthogonalizer",))],
+    ids=["muon", "inject_hyperparams"],
+)
+def test_flax_nnx_trains_by_the_names_that_only_init_sees(make):
     """`nnx.Optimizer` gives `update` arrays without their variables."""
     model = Scanned()
-    optimizer = nnx.Optimizer(model, go.muon(1.0, momentum=0.0, orthogonalizer=go.polar), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, make(1.0, momentum=0.0, orthogonalizer=go.polar), wrt=nnx.Param)
     before = model.up[...]
     x = jnp.asarray(np.random.default_rng(0).normal(size=(20, 6)), jnp.float32)
 
