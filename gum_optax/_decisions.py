@@ -13,7 +13,6 @@ from ._hidden import RoutingWarning, decided
 from ._listening import listener
 from ._model.leaves import Reading
 
-
 # The latest decisions about trees with names of axes, for an optimizer that is made anew for every update, as
 # `optax.inject_hyperparams` makes it: by the user's word and the tree's paths and shapes.
 _LATEST: dict[Any, tuple[WeightDimensionNumbers, list[Entry]]] = {}
