@@ -1,7 +1,8 @@
 """Shardings that rules are told: which side to project, and over what to spread an orthogonalization."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, NamedSharding
@@ -33,7 +34,8 @@ def with_shardings(
     return _WithShardings({names_of(path): x for path, x in leaves}, weight_dimension_numbers)
 
 
-class _WithShardings(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _WithShardings:
     """What `with_shardings` gives: a function of the parameters."""
 
     shardings: dict[tuple[str, ...], Any]  # by the names along a leaf's path

@@ -55,7 +55,7 @@ def per_matrix(
             return step, new if guard is None else guard.keep_where(yes, new, old)
 
         leaves, treedef = jax.tree.flatten(updates)
-        accepted = [None] * len(leaves) if guard is None else guard.accepted(updates)
+        accepted = [True] * len(leaves) if guard is None else guard.accepted(updates)
         columns = [treedef.flatten_up_to(array) for array in arrays]
         results = map_in_turn(one, accepted, *columns, leaves)
         steps = treedef.unflatten([step for step, _ in results])

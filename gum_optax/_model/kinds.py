@@ -72,8 +72,10 @@ def tokens(leaf: Leaf, model: Model) -> Reading | None:
     """Positions, register and class tokens, latents: rows that no input chooses."""
     del model
     own = words(leaf.name)
-    is_token = not _TOKEN_WORDS.isdisjoint(own) and leaf.name.lower() not in KERNELS
-    return Reading(None, "token", "tokens or positions by name") if is_token else None
+    if _TOKEN_WORDS.isdisjoint(own) or leaf.name.lower() in KERNELS:
+        return None
+    kind = "embedding" if _is_embedding(leaf.name) else "token"
+    return Reading(None, kind, "tokens or positions by name")
 
 
 def is_router(leaf: Leaf) -> bool:
