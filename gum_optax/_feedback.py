@@ -13,7 +13,7 @@ from ._orthogonalize import Orthogonalizer, newton_schulz
 from ._per_matrix import per_matrix
 from ._products import exact_matmul
 from ._sharding import placed, zeros
-from ._subspace import lift, orthonormalize, project, regularized
+from ._subspace import lift, orthonormal_or, orthonormalize, project, regularized
 
 _EPS = float(jnp.finfo(jnp.float32).eps)
 # What a completing column of Dion's P sees of M, in units of eps |M|: the floor, over a column of Y of norm
@@ -153,6 +153,9 @@ def _completed(y: Array) -> Array:
     """`orth(Y)`, completed by columns of an identity where `Y` has not the rank.
 
     They come in at float32's last bit, so that they do not tilt what `Y` has, and so in three shifted passes.
+    Where rounding defeats those, the identity's columns take the place of all: nothing is lost, for what a
+    step does not take stays in the momentum.
     """
     start = jnp.broadcast_to(jnp.eye(*y.shape[-2:], dtype=y.dtype), y.shape)
-    return orthonormalize(regularized(y * inverse(frobenius(y)), start, _EPS), shifted_passes=3)
+    q = orthonormalize(regularized(y * inverse(frobenius(y)), start, _EPS), shifted_passes=3)
+    return orthonormal_or(q, start)

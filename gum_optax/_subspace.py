@@ -213,13 +213,13 @@ def _from_sketch(mean_of: MeanOf, key: Any, p: Any, iterations: int = 1) -> Any:
 
     y = mean_of(lambda g: jax.tree.map(sketch, key, p, g))
     start = _replaced(p, y, iterations, _FLOOR_OF_A_SKETCH)
-    return _iterated(mean_of, jax.tree.map(_orthonormal_or, start, p), iterations)
+    return _iterated(mean_of, jax.tree.map(orthonormal_or, start, p), iterations)
 
 
-def _orthonormal_or(q: Float[Array, "*b m r"], p: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:
-    """`Q` where its columns are unit vectors, else `P`; NaN are none."""
+def orthonormal_or(q: Float[Array, "*b m r"], p: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:
+    """`Q` where its columns are unit vectors, else `P`; NaN, which a CPU's maximum may pass over, are none."""
     defects = jnp.abs(jnp.sum(q * q, axis=-2, keepdims=True) - 1)
-    return jnp.where(jnp.max(defects, axis=-1, keepdims=True) < _DEFECT_OF_A_START, q, p)
+    return jnp.where(jnp.all(defects < _DEFECT_OF_A_START, axis=-1, keepdims=True), q, p)
 
 
 def count_sketch(key: PRNGKeyArray, n: int, r: int) -> Float[Array, "n r"]:
