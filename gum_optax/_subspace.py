@@ -217,7 +217,7 @@ def _from_sketch(mean_of: MeanOf, key: Any, p: Any, iterations: int = 1) -> Any:
 
 
 def orthonormal_or(q: Float[Array, "*b m r"], p: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:
-    """`Q` where its columns are unit vectors, else `P`; NaN, which a CPU's maximum may pass over, are none."""
+    """`Q` where its columns are unit vectors, else `P`; NaN, which a CPU's maximum passes over, are none."""
     defects = jnp.abs(jnp.sum(q * q, axis=-2, keepdims=True) - 1)
     return jnp.where(jnp.all(defects < _DEFECT_OF_A_START, axis=-1, keepdims=True), q, p)
 
