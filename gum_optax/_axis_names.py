@@ -88,6 +88,11 @@ def is_box(x: Any) -> bool:
     return _kind(x) is not None
 
 
+def has_boxes(tree: Any) -> bool:
+    """Whether a leaf of the tree is in one."""
+    return any(map(is_box, jax.tree.leaves(tree, is_leaf=is_box)))
+
+
 def unbox(x: Any) -> tuple[Any, tuple[str | None, ...]]:
     """A box's content, and the names of its axes; none where it has not as many as axes."""
     kind = _kind(x)
@@ -212,7 +217,7 @@ def with_axis_names(tx: optax.GradientTransformation) -> optax.GradientTransform
 
     def update(updates, state, params=None, **extra_args):
         outside, like = jax.tree.structure(state), updates if params is None else params
-        if any(map(is_box, jax.tree.leaves(like, is_leaf=is_box))):
+        if has_boxes(like):
             # With the boxes that `tx` would have made: a box of other names, or none, is another tree.
             inside = jax.eval_shape(tx.init, like)
             state = jax.tree.structure(inside).unflatten(jax.tree.leaves(state))

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._axis_names import is_box
+from ._axis_names import has_boxes
 from ._dimensions import Entry, WeightDimensionNumbers, is_patterns, leaf_names, matching
 from ._hidden import RoutingWarning, decided
 from ._listening import listener
@@ -37,7 +37,7 @@ class Decisions:
         if entries:
             signature = _signature(params)
             self._kept[signature] = entries
-            if any(map(is_box, jax.tree.leaves(params, is_leaf=is_box))):
+            if has_boxes(params):
                 # With the user's word itself, so that no other takes its id.
                 _LATEST[id(self.spec), signature] = self.spec, entries
                 if len(_LATEST) > _MOST:
@@ -49,8 +49,7 @@ class Decisions:
         signature = _signature(tree)
         if signature in self._kept:
             return self._kept[signature]
-        is_named = any(map(is_box, jax.tree.leaves(tree, is_leaf=is_box)))
-        if not is_named and (id(self.spec), signature) in _LATEST:
+        if not has_boxes(tree) and (id(self.spec), signature) in _LATEST:
             return _LATEST[id(self.spec), signature][1]
         return [reading.entry for reading in decided(self.spec, tree)]
 
