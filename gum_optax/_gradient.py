@@ -13,7 +13,7 @@ from ._norms import inverse
 from ._products import exact_matmul
 from ._projected import Sketches
 from ._refresh import Found, refreshed, refreshed_by_means, stayed
-from ._slots import Group, map_blocks
+from ._slots import Group, map_blocks, map_held_blocks
 from ._subspace import SubspaceFinder, project
 
 
@@ -69,9 +69,15 @@ class Held(NamedTuple):
     ) -> list[Seen]:
         """New projectors where they are due, and coordinates."""
         rows = list(zip(self.stored, self.views, projectors, strict=True))
-        found = refreshed(find, [due & yes for yes in accepted], count, keys, rows)
-        pairs = zip(self.stored, self.views, found, strict=True)
-        return [_seen(view.of(g), g, *pair) for g, view, pair in pairs]
+        seen = refreshed(find, due, count, keys, rows, _seen)
+        # A leaf that does not step keeps its projector; what else was made of its gradient is not used.
+        return [
+            new._replace(
+                projector=jnp.where(yes, new.projector, p),
+                rotation=jnp.where(yes, new.rotation, stayed([p])[0][1]),
+            )
+            for new, yes, p in zip(seen, accepted, projectors, strict=True)
+        ]
 
     def fed(
         self, feed: Feed, group: Group, index: Int[Array, "k"], projectors: Sequence[Array]
@@ -81,7 +87,11 @@ class Held(NamedTuple):
             ((self.stored[i], self.views[i]), (projectors[i], plain_view(projectors[i])))
             for i in group.places
         ]
-        return map_blocks(feed, members, index, group)
+        one_by_one = map_held_blocks if set(group.sizes) == {1} else map_blocks
+        return jax.lax.platform_dependent(
+            cpu=lambda: one_by_one(feed, members, index, group),
+            default=lambda: map_blocks(feed, members, index, group),
+        )
 
 
 class Sketched(NamedTuple):
@@ -112,8 +122,8 @@ class Sketched(NamedTuple):
         self, find: Any, due: Sequence[Any], count: Any, keys: Any, projectors: Sequence[Array]
     ) -> list[Found]:
         def make(mean_of):
-            def of_seen(f):
-                return mean_of(lambda stored: f(self._matrices(stored)))
+            def of_seen(f, *operands):
+                return mean_of(lambda stored: f(self._matrices(stored), *operands))
 
             return refreshed_by_means(find, jnp.any(jnp.asarray(due)), count, list(keys), of_seen, projectors)
 

@@ -141,7 +141,7 @@ def in_subspace(
         leaves, treedef = jax.tree.flatten(low)
         views, _ = split_by_shape(views_beside(updates, views))
         gradient = _gradient(low, jax.tree.leaves(views), sketches)
-        due = state.count % period == 0
+        due = jax.lax.rem(state.count, jnp.asarray(period, state.count.dtype)) == 0
         accepted = [jnp.asarray(True)] * len(leaves)
         if guard is not None:
             due, accepted = guard.due(due), guard.accepted(low)

@@ -61,7 +61,7 @@ def sinkhorn(x: Float[Array, "*b m n"], rounds: int = 5, first: int = -1) -> Flo
     start = tuple(jax.lax.slice_in_dim(g, 0, 1, axis=axis % x.ndim) for axis in (first, second))
     # A stack holds all layers' gradients, whatever is done to them.
     is_stack = math.prod(x.shape[:-2]) > 1
-    row, column = scales(start, g) if is_stack else in_one(scales, start, always(g), g)
+    row, column = scales(start, g) if is_stack else in_one(scales, always(g), start, g)
     return (g * row * column).astype(x.dtype)
 
 

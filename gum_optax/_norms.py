@@ -45,6 +45,8 @@ def is_finite(*arrays: Any) -> Bool[Array, ""]:
             total = total.real + total.imag
         return total.astype(jnp.float32)
 
+    if len(arrays) == 1:
+        return jnp.isfinite(zero(*arrays))
     # The product of the sums with themselves is no chain of operations that XLA would fuse, once more
     # each time, into all that asks whether the step is taken.
     sums = jnp.stack([zero(x) for x in arrays] or [0.0])

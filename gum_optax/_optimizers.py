@@ -48,7 +48,7 @@ def galore_muon(
       rank: `r`; matrices with `m <= rank` run plain Muon.
       period: `K`; 200 as in GaLore.
       key: an integer seed or a JAX key, for finders that draw.
-      find_subspace: `track_subspace` (the default: `sketched_subspace` at first, then a step of
+      find_subspace: `track_subspace` (the default: two power steps at first, then one step of
         `subspace_iteration` at each refresh), `svd_subspace` (the paper's).
       momentum, momentum_dtype, orthogonalizer, consistent_rms, weight_decay, weight_decay_mask,
         weight_dimension_numbers, others: as in `muon`.

@@ -37,6 +37,7 @@ def inverse_factor(gram: Float[Array, "*b r r"]) -> Float[Array, "*b r r"]:
 
     def inverse(a):
         eye = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
-        return jax.scipy.linalg.solve_triangular(jnp.linalg.cholesky(a), eye, lower=True)
+        factor = jax.lax.linalg.cholesky(a, symmetrize_input=False)
+        return jax.lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
 
     return one_by_one_on_cpu(inverse, gram)

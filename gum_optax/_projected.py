@@ -148,18 +148,17 @@ def projected_update(
     microbatch and device projects its own `Gᵢ`, and only results are added up:
 
         every step      R = mean(Pᵀ Gᵢ),   and the γ sampled blocks of mean(Gᵢ)
-        every K steps   C = mean(Pᵀ Gᵢ),   Y = mean(Gᵢ Cᵀ),   P ← orthonormalize(Y)
-        before that, the first time     Y = mean(Gᵢ S),   P ← orthonormalize(Y)
+        every K steps   C = mean(Pᵀ Gᵢ),   Y = mean(Gᵢ Cᵀ),   P ← orthonormalize(Y)   (twice, at first)
 
-    `(r + 1) n + γ/L m n` numbers a block and a step (one row is for the energy outside), `r (m + n)` more a
-    power step and `r m` a sketch, in place of `m n`. Leaves that are not projected are averaged whole. The
-    result is that of
+    `(r + 1) n + γ/L m n` numbers a block and a step (one row is for the energy outside), and `r (m + n)` more
+    a power step, in place of `m n`. Leaves that are not projected are averaged whole. The result is that of
 
         tx.update(mean(grad(loss)(params, batch)), state, params)
 
-    up to the rounding of sums, where `find_subspace` is made of sketches and power steps (`track_subspace`,
-    the default; `sketched_subspace`; `subspace_iteration`) or of neither (`random_subspace`). With several
-    microbatches the gradients are computed once more for each mean of a refresh.
+    up to the rounding of sums. `find_subspace` reads the gradient through products (`track_subspace`, the
+    default; `sketched_subspace`; `subspace_iteration`) or not at all (`random_subspace`). Any other finder,
+    `svd_subspace` and your own among them, is given the mean gradient itself, which then exists at refreshes
+    only. With several microbatches the gradients are computed once more for each mean of a refresh.
     `metrics(state)["captured_energy"]` is then an estimate: the energy outside is that of one random
     combination of rows, right in the mean.
 
@@ -189,7 +188,6 @@ def projected_update(
       ValueError: `batches` is empty or its leaves count different microbatches; a transformation before the
         rule changes the gradient, or runs the rule in a conditional; a `residual` other than `drop`, which
         needs all of it; Explicit mesh axes outside of a `shard_map`.
-      TypeError: the finder needs all of it (`svd_subspace`, `randomized_svd`, one of your own).
     """
     check_rule("tx", tx)
     update = optax.with_extra_args_support(tx).update

@@ -33,7 +33,10 @@ def _by_leaf(updates: Any, sketches: Sketches | None) -> Guard:
     else:
         known = sketches.finite_where(updates)
     leaves = {place: is_finite(*jax.tree.leaves(x)) for place, x in known.items()}
-    return Guard(jnp.all(jnp.stack([jnp.asarray(True), *leaves.values()])), leaves)
+    # The barrier keeps XLA from repeating the conjunction in each of the few numbers that wait for all
+    # leaves.
+    taken = jax.lax.optimization_barrier(jnp.all(jnp.stack([jnp.asarray(True), *leaves.values()])))
+    return Guard(taken, leaves)
 
 
 def _skipping(guard_of: Any, inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

@@ -126,6 +126,44 @@ def map_blocks(
     return rolled_but_on_tpu(functools.partial(jax.lax.map, one), unrolled, index)
 
 
+def map_held_blocks(
+    f: Callable[..., Float[Array, "m n"]], members: Sequence[Member], index: Int[Array, "k"], group: Group
+) -> Float[Array, "k m n"]:
+    """`map_blocks` for a CPU and leaves of one block each, whose first arrays need not be in memory together.
+
+    Each gradient is copied into its slot as soon as the backward pass has made it. `map_blocks` would read
+    the slots' gradients at once, when all of them are in memory.
+    """
+    first = [member[0] for member in members]
+    slots = holders(index, group.blocks)
+    rows, columns = group.shape
+    # With one slot, XLA would fuse all writes into one that waits for all gradients; an extra row prevents
+    # that.
+    one_more = int(group.slots == 1)
+    held = jnp.zeros((group.slots * rows + one_more, columns), jnp.float32)
+    for place in reversed(range(len(first))):  # the backward pass begins with the last layers
+        leaf, view = first[place]
+        at = slots[place].astype(jnp.uint32) * rows  # anywhere for -1
+        before = jax.lax.dynamic_slice_in_dim(held, at, rows)
+        block = view.of(leaf).reshape(group.shape).astype(jnp.float32)
+        now = jnp.where(slots[place] < 0, before, block)
+        held = jax.lax.dynamic_update_slice_in_dim(held, now, at, 0)
+    others = [member[1:] for member in members]
+
+    def one(slot, held):
+        block = jax.lax.dynamic_slice_in_dim(held, slot * rows, rows)
+        found = f(block, *read(others, index[slot], jnp.int32(0)))
+        return jax.lax.dynamic_update_slice_in_dim(held, found, slot * rows, 0)
+
+    held = jax.lax.fori_loop(0, group.slots, one, held)
+    return held[: len(held) - one_more].reshape(group.slots, rows, columns)
+
+
+def _row(values: Float[Array, "k *block"], number: Int[Array, ""]) -> Float[Array, "*block"]:
+    """One of them, or any where the number is -1; unsigned, so that XLA does not count that from the end."""
+    return jax.lax.dynamic_index_in_dim(values, number.astype(jnp.uint32), keepdims=False)
+
+
 def holders(index: Int[Array, "k"], blocks: int) -> Int[Array, "blocks"]:
     """The number of the slot that holds each block, -1 where none does."""
     return jnp.full(blocks, -1, jnp.int32).at[index].set(jnp.arange(len(index), dtype=jnp.int32))
@@ -137,7 +175,7 @@ def put(
     """`leaf`, with `values[slots[i]]` in place of its block `i` where that is not -1."""
     if len(slots) == 1:
         # A choice and no branch: it is made where the leaf is next read.
-        held = values[slots[0]].reshape(leaf.shape).astype(leaf.dtype)
+        held = _row(values, slots[0]).reshape(leaf.shape).astype(leaf.dtype)
         return jnp.where(slots[0] < 0, leaf, held)
     if len(values) > _FEW:
         return _in_turn(leaf, values, slots)

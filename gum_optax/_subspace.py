@@ -17,16 +17,43 @@ SubspaceFinder = Callable[
     [PRNGKeyArray, Float[Array, "*b m n"], Float[Array, "*b m r"]], Float[Array, "*b m r"]
 ]
 
-# Of a gradient that nobody holds: from a linear function of it to the mean of that (see `projected_update`).
-MeanOf = Callable[[Callable[[Any], Any]], Any]
+# `(f, *operands) -> f(gradients, *operands)`, its mean over microbatches: `f` is linear in the gradients, a
+# list with an entry for each leaf.
+MeanOf = Callable[..., Any]
+
+# The same finder for all leaves at once: (mean_of, keys, previous, ...) -> projectors, a list each.
+LinearForm = Callable[..., Any]
+
+
+def with_linear_form(form: LinearForm) -> Callable[[Any], Any]:
+    """Marks a finder that sees the gradient through linear functions only, and says how."""
+
+    def mark(find):
+        find.linear_form = form
+        return find
+
+    return mark
+
+
+def linear_form(find: SubspaceFinder) -> functools.partial[Any]:
+    """How a finder, which may be a `functools.partial`, sees the gradient: as it says, or all of it."""
+    bound = functools.partial(find)  # takes a partial apart
+
+    def of_the_whole(mean_of, keys, previous, **keywords):
+        return [
+            bound.func(*leaf, **keywords) for leaf in zip(keys, mean_of(lambda g: g), previous, strict=True)
+        ]
+
+    form = getattr(bound.func, "linear_form", of_the_whole)
+    return functools.partial(form, **bound.keywords)
+
 
 # Cholesky-QR squares the condition number, so float32 needs a shift on the first pass and two clean
-# passes after it: orthonormal to rounding up to condition 1e6 (Fukaya et al., shifted CholeskyQR3). One clean
-# pass leaves 1e-2 at worst (the shifted pass leaves a condition of 1e2, and 1e2² √r eps is that): enough for
-# the start of another power step, whose result has two again.
+# passes after it: orthonormal to rounding up to condition 1e6 (Fukaya et al., shifted CholeskyQR3).
 _SHIFT = 1e-6
 _CLEAN_PASSES = 2
-_CLEAN_PASSES_BETWEEN = 1
+# Power steps by default (Halko et al., arXiv 0909.4061, section 4.5: one or two).
+ITERATIONS = 2
 # How much of the previous subspace a power step keeps: directions that G does not see (rank-deficient, zero)
 # have nothing else. Bounds the condition of `Y = G GᵀP + δ P` by 1e5, for `PᵀY ≥ δ I`.
 _FLOOR = 1e-5
@@ -86,7 +113,7 @@ def orthonormalize(
 
     def one_pass(y, shift):
         gram = exact_matmul(y.mT, y)
-        gram = gram + shift * jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None] * eye
+        gram = gram + shift * jnp.sum(gram * eye, axis=(-2, -1), keepdims=True) * eye
         return exact_matmul(y, inverse_factor(gram).mT), None
 
     # A loop, not unrolled: every leaf has one, and XLA compiles each.
@@ -119,11 +146,31 @@ def svd_subspace(
     return one_by_one_on_cpu(top, gradient)
 
 
+def _of(gradient: Any, f: Callable[..., Any], *operands: Any) -> Any:
+    """The mean over one gradient."""
+    return f(gradient, *operands)
+
+
+def power_steps(mean_of: MeanOf, keys: Any, p: Any, iterations: Any = ITERATIONS) -> Any:
+    """`subspace_iteration` of all leaves that share their means. `iterations` may be traced."""
+    del keys
+
+    def replaced(p, y):
+        squares = jnp.sum(y * y, axis=(-2, -1), keepdims=True)
+        return orthonormalize(regularized(y * inverse(jnp.sqrt(squares)), p))
+
+    def step(_, p):
+        return jax.tree.map(replaced, p, _power_step(mean_of, p))
+
+    return jax.lax.fori_loop(0, iterations, step, p)
+
+
+@with_linear_form(power_steps)
 def subspace_iteration(
     key: PRNGKeyArray,
     gradient: Float[Array, "*b m n"],
     previous: Float[Array, "*b m r"],
-    iterations: int = 2,
+    iterations: int = ITERATIONS,
 ) -> Float[Array, "*b m r"]:
     """Warm-started power steps from the previous subspace.
 
@@ -136,47 +183,42 @@ def subspace_iteration(
       key: unused.
       gradient: `(*, m, n)`.
       previous: `(*, m, r)`, orthonormal columns, the start.
-      iterations: power steps; one follows a slowly moving subspace, from nothing it takes two or three
-        (see `sketched_subspace`).
+      iterations: power steps; one follows a slowly moving subspace, from nothing it takes two or three.
     """
-    del key
-    return _iterated(lambda f: f(gradient), previous, iterations)
-
-
-def _iterated(mean_of: MeanOf, p: Any, iterations: int = 2) -> Any:
-    """`subspace_iteration` of a leaf, or of all that share their means."""
-    # Unrolled: a loop would hold a gradient that is stored the other way round as a copy.
-    for left in reversed(range(iterations)):
-        p = _replaced(p, _power_step(mean_of, p), left)
-    return p
-
-
-def _replaced(p: Any, y: Any, left: int, floor: float = _FLOOR) -> Any:
-    """`orthonormalize(Y / |Y| + δ P)`, to rounding where no power steps are left."""
-    clean_passes = _CLEAN_PASSES_BETWEEN if left else _CLEAN_PASSES
-
-    def replaced(p, y):
-        return orthonormalize(regularized(_to_norm_one(y), p, floor), clean_passes=clean_passes)
-
-    return jax.tree.map(replaced, p, y)
+    return power_steps(functools.partial(_of, gradient), key, previous, iterations)
 
 
 def _power_step(mean_of: MeanOf, p: Any) -> Any:
-    """`G GᵀP` of some scale; zero where that is zero."""
-    coordinates = mean_of(lambda g: jax.tree.map(project, p, g))
+    """`G GᵀP` of some scale, of norm at least `1/√r`; zero where that is zero."""
+    coordinates = mean_of(lambda g, p: jax.tree.map(project, p, g), p)
     # Scales are divided out on the small side: G itself is read twice and never copied.
-    small = jax.tree.map(_to_largest_one, coordinates)
-    return mean_of(lambda g: jax.tree.map(lambda g, c: g @ c.mT, g, small))
-
-
-def _to_largest_one(x: Float[Array, "*b r n"]) -> Float[Array, "*b r n"]:
-    return x * inverse(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True))
+    by = jax.tree.map(lambda c: inverse(jnp.max(jnp.abs(c), axis=(-2, -1), keepdims=True)), coordinates)
+    small = jax.tree.map(jnp.multiply, coordinates, by)
+    y = mean_of(lambda g, c: jax.tree.map(lambda g, c: g @ c.mT, g, c), small)
+    # `Pᵀ Y` has a trace of at least one now, so that nothing underflows.
+    return jax.tree.map(jnp.multiply, y, by)
 
 
 def _to_norm_one(x: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:
     return x * inverse(frobenius(x))
 
 
+def _from_sketch(mean_of: MeanOf, keys: Any, p: Any, iterations: int = 1) -> Any:
+    """`sketched_subspace` of all leaves that share their means."""
+
+    def sketch(key, p, g):
+        s = count_sketch(key, g.shape[-1], p.shape[-1])
+        # One a block: for one that all share, a CPU copies a leaf that is stored the other way round.
+        return g @ jnp.broadcast_to(s, (*g.shape[:-2], *s.shape))
+
+    def start(p, y):
+        return orthonormal_or(orthonormalize(regularized(_to_norm_one(y), p, _FLOOR_OF_A_SKETCH)), p)
+
+    y = mean_of(lambda g: jax.tree.map(sketch, keys, p, g))
+    return power_steps(mean_of, keys, jax.tree.map(start, p, y), iterations)
+
+
+@with_linear_form(_from_sketch)
 def sketched_subspace(
     key: PRNGKeyArray,
     gradient: Float[Array, "*b m n"],
@@ -200,20 +242,7 @@ def sketched_subspace(
     References:
       Halko et al., arXiv 0909.4061, Algorithm 4.4; the sketch of Clarkson and Woodruff, arXiv 1207.6365.
     """
-    return _from_sketch(lambda f: f(gradient), key, previous, iterations)
-
-
-def _from_sketch(mean_of: MeanOf, key: Any, p: Any, iterations: int = 1) -> Any:
-    """`sketched_subspace` of a leaf, or of all that share their means."""
-
-    def sketch(key, p, g):
-        s = count_sketch(key, g.shape[-1], p.shape[-1])
-        # One a block: for one that all share, a CPU copies a leaf that is stored the other way round.
-        return g @ jnp.broadcast_to(s, (*g.shape[:-2], *s.shape))
-
-    y = mean_of(lambda g: jax.tree.map(sketch, key, p, g))
-    start = _replaced(p, y, iterations, _FLOOR_OF_A_SKETCH)
-    return _iterated(mean_of, jax.tree.map(orthonormal_or, start, p), iterations)
+    return _from_sketch(functools.partial(_of, gradient), key, previous, iterations)
 
 
 def orthonormal_or(q: Float[Array, "*b m r"], p: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:
@@ -252,12 +281,18 @@ def randomized_svd(
     m, r = previous.shape[-2:]
     columns = min(m, r + oversampling)
     q = orthonormalize(jax.random.normal(key, (*previous.shape[:-1], columns), jnp.float32))
-    q = _iterated(lambda f: f(gradient), q, power_iterations)
+    q = subspace_iteration(key, gradient, q, power_iterations)
     b = _to_norm_one(project(q, gradient))
     v = one_by_one_on_cpu(lambda a: jnp.linalg.eigh(a)[1], exact_matmul(b, b.mT))  # ascending
     return exact_matmul(q, v[..., ::-1][..., :r])
 
 
+def _random(mean_of: MeanOf, keys: Any, p: Any) -> Any:
+    del mean_of
+    return jax.tree.map(lambda key, p: random_subspace(key, p, p), keys, p)
+
+
+@with_linear_form(_random)
 def random_subspace(
     key: PRNGKeyArray, gradient: Float[Array, "*b m n"], previous: Float[Array, "*b m r"]
 ) -> Float[Array, "*b m r"]:
@@ -268,30 +303,6 @@ def random_subspace(
     """
     del gradient
     return orthonormalize(jax.random.normal(key, previous.shape, jnp.float32))
-
-
-def by_means(find: SubspaceFinder) -> Callable[[list[PRNGKeyArray], MeanOf, list[Array]], list[Array]]:
-    """A finder for gradients that nobody holds: `(keys, mean_of, previous) -> projectors`, an entry a leaf.
-
-    All leaves take each mean at once.
-
-    Raises:
-      TypeError: the finder needs the gradients themselves.
-    """
-    bound = functools.partial(find)  # which takes a partial apart
-    if bound.func is subspace_iteration:
-        return lambda keys, mean_of, previous: _iterated(mean_of, previous, **bound.keywords)
-    if bound.func is sketched_subspace:
-        return lambda keys, mean_of, previous: _from_sketch(mean_of, keys, previous, **bound.keywords)
-    if bound.func is random_subspace:
-        return lambda keys, mean_of, previous: [
-            random_subspace(k, p, p) for k, p in zip(keys, previous, strict=True)
-        ]
-    name = getattr(bound.func, "__name__", repr(bound.func))
-    raise TypeError(
-        f"{name} needs the whole gradient, which projected_update never forms;"
-        " pass find_subspace=gum_optax.track_subspace, or another of sketches and power steps."
-    )
 
 
 def first_subspace(key: PRNGKeyArray, g: Float[Array, "*b m n"], rank: int) -> Float[Array, "*b m r"]:

@@ -72,8 +72,8 @@ def always(x: Array) -> Array:
     return (number >= 0) | (number < 0) | jnp.isnan(number)
 
 
-def in_one(f: Callable[..., Any], start: Any, once: Array, *operands: Any) -> Any:
-    """`f(start, *operands)`, on a CPU one instruction, after which operands that it alone reads are free.
+def in_one(f: Callable[..., Any], once: Array, *operands: Any) -> Any:
+    """`f(*operands)`, on a CPU one instruction, after which operands that it alone reads are free.
 
     XLA's CPU scheduler goes breadth first, and so makes gradients much faster than a chain of instructions
     uses them up. A conditional is one instruction, out of which XLA moves nothing, as it does out of a loop.
@@ -81,16 +81,21 @@ def in_one(f: Callable[..., Any], start: Any, once: Array, *operands: Any) -> An
 
     Args:
       f: the function.
-      start: a tree as `f` returns.
       once: true, which XLA must not know.
+      operands: of `f`.
     """
 
-    def branched(start, once, *operands):
-        return jax.lax.cond(once, f, lambda start, *_: start, start, *operands)
+    def never(*operands):
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(f, *operands))
 
-    return jax.lax.platform_dependent(
-        start, once, *operands, cpu=branched, default=lambda start, _, *operands: f(start, *operands)
-    )
+    def branched(once, *operands):
+        return jax.lax.cond(once, f, never, *operands)
+
+    def plain(once, *operands):
+        del once
+        return f(*operands)
+
+    return jax.lax.platform_dependent(once, *operands, cpu=branched, default=plain)
 
 
 def map_in_turn(f: Callable[..., Any], tree: Any, *others: Any) -> Any:

@@ -21,7 +21,7 @@ from ._sharding import zeros
 from ._slots import Group, groups_of, holders, put
 from ._subspace import SubspaceFinder, lift, outside, project
 from ._switch import track_subspace
-from ._trees import is_hole, map_in_turn, map_with_place, split, unknown
+from ._trees import in_one, is_hole, map_in_turn, map_with_place, split, unknown
 
 
 class Weights(NamedTuple):
@@ -177,7 +177,7 @@ def _sampled_steps(
         del params
         index = state.index
         if sampled:
-            index = draws(told.key, told.count)
+            index = in_one(draws, told.count >= 0, told.key, told.count)
         leaves, views, projectors = map(jax.tree.leaves, (updates, told.views, told.projectors))
         fed = {}
         for name, group in sampled.items():
@@ -206,13 +206,16 @@ def _sampled_steps(
 
         @jax.jit  # traced once for all leaves of a shape
         def laid_over(p, s, values, held):
-            return put(lift(p, s), values, held)
+            lifted = lift(p, s)
+            return lifted, put(lifted, values, held)
 
         def step(place, p, s):
-            return laid_over(p, s, *overlay[place]) if place in overlay else lift(p, s)
+            """`P S`, for which the next leaf waits, and the step."""
+            return laid_over(p, s, *overlay[place]) if place in overlay else (lift(p, s),) * 2
 
         places = map_with_place(lambda place, _: place, updates)
-        steps = map_in_turn(step, places, told.projectors, told.steps)
+        pairs = map_in_turn(step, places, told.projectors, told.steps)
+        steps = jax.tree.map(lambda _, pair: pair[1], updates, pairs)
         return steps, SampledState(index, slots)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
