@@ -16,7 +16,7 @@ import speed
 from results import Results
 
 import gum_optax as go
-from gum_optax._full_rank import muon_rule
+from gum_optax._transforms.scale_by_muon import muon_rule
 
 GUARDS = {
     "alone": lambda tx: tx,

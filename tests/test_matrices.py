@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from optax.contrib import MuonDimensionNumbers as Dims
 
 import gum_optax as go
-from gum_optax._dimensions import LAST_TWO, names_of
+from gum_optax._matrices.dimension_numbers import LAST_TWO, names_of
 
 from helpers import muon_rule, run
 

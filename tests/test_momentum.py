@@ -8,8 +8,8 @@ import optax
 import pytest
 
 import gum_optax as go
-from gum_optax._guard import Guard
-from gum_optax._momentum import adam, average, heavy_ball, round_stochastically
+from gum_optax._core.guard import Guard
+from gum_optax._transforms.momentum import adam, average, heavy_ball, round_stochastically
 
 from helpers import run, sequence
 

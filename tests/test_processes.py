@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gum_optax._sampling import key_data
+from gum_optax._core.keys import key_data
 
 HERE = Path(__file__).parent
 

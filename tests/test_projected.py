@@ -16,8 +16,8 @@ try:
     from jax.extend.core import jaxprs_in_params
 except ImportError:  # jax 0.9
     from jax.core import jaxprs_in_params
-from gum_optax._dimensions import plain_view
-from gum_optax._gradient import Sketched
+from gum_optax._lowrank.gradient import Sketched
+from gum_optax._matrices.view import plain_view
 
 from helpers import LOW_RANK
 

@@ -18,8 +18,8 @@ from flax.core import meta
 from optax.contrib import MuonDimensionNumbers as Dims
 
 import gum_optax as go
-from gum_optax._decisions import Decisions
-from gum_optax._dimensions import leaf_names
+from gum_optax._matrices.decisions import Decisions
+from gum_optax._matrices.dimension_numbers import leaf_names
 
 from helpers import run
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gum_optax as go
-from gum_optax._sampling import key_data, streams
+from gum_optax._core.keys import key_data, streams
 
 from helpers import AMPLIFIED, muon_rule, run
 

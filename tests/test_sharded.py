@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, SingleDeviceShar
 from jax.sharding import PartitionSpec as P
 
 import gum_optax as go
-from gum_optax import _layouts
+from gum_optax._matrices import with_shardings
 
 from helpers import CORE, OPTIMIZERS
 
@@ -256,7 +256,7 @@ def test_a_matrix_without_a_sharding_is_named(mesh):
 
 
 def untold(params, entries):
-    return _layouts.untold_shardings(params, list(entries.values()))
+    return with_shardings.untold_shardings(params, list(entries.values()))
 
 
 def test_leaves_whose_auto_shardings_the_optimizer_was_not_told_are_named():

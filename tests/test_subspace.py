@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gum_optax as go
-from gum_optax._subspace import count_sketch, orthonormalize, outside
-from gum_optax._switch import finders_of
+from gum_optax._linalg.orthonormal import orthonormalize, outside
+from gum_optax._lowrank.finders import count_sketch
+from gum_optax._lowrank.switch import finders_of
 
 from helpers import sequence
 

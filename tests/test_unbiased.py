@@ -7,8 +7,9 @@ import optax
 import pytest
 
 import gum_optax as go
-from gum_optax import _slots
-from gum_optax._dimensions import LAST_TWO, view_of
+from gum_optax._lowrank import slots
+from gum_optax._matrices.dimension_numbers import LAST_TWO
+from gum_optax._matrices.view import view_of
 
 from helpers import muon_rule
 
@@ -133,7 +134,7 @@ def test_slots_are_written_back_the_same_by_choice_and_in_turn(held):
     expected = leaf.reshape(6, 4, 5).copy()
     for block, slot in enumerate(held):
         expected[block] = values[slot] if slot >= 0 else expected[block]
-    for put in (_slots._by_choice, _slots._in_turn):
+    for put in (slots._by_choice, slots._in_turn):
         found = put(jnp.asarray(leaf), jnp.asarray(values), jnp.asarray(held))
         np.testing.assert_array_equal(found, np.float32(expected).reshape(leaf.shape))
 
@@ -143,7 +144,7 @@ def test_slots_are_written_back_the_same_by_choice_and_in_turn(held):
 def test_a_slot_is_written_back_to_a_single_matrix(held, shape):
     rng = np.random.default_rng(2)
     leaf, values = rng.standard_normal(shape), rng.standard_normal((3, 4, 5))
-    found = _slots.put(jnp.asarray(leaf), jnp.asarray(values), jnp.asarray([held]))
+    found = slots.put(jnp.asarray(leaf), jnp.asarray(values), jnp.asarray([held]))
     np.testing.assert_array_equal(found, np.float32(leaf if held < 0 else values[held].reshape(shape)))
 
 
@@ -155,5 +156,5 @@ def test_a_slot_reads_its_block_of_stacks_of_single_matrices_and_of_both(sizes):
     members = [((jnp.asarray(x), view),) for x, view in zip(leaves, views, strict=True)]
     for place, x in enumerate(leaves):
         for number in range(len(x)):
-            (block,) = _slots.read(members, jnp.int32(place), jnp.int32(number))
+            (block,) = slots.read(members, jnp.int32(place), jnp.int32(number))
             np.testing.assert_array_equal(block, x[number].T)
