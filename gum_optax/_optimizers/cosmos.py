@@ -129,6 +129,8 @@ def cosmos(
     References:
       Liu et al., COSMOS, arXiv 2502.17410, Algorithm 1.
     """
-    rule = cosmos_rule(rank, ratio, b1, b2, eps, orthogonalizer or newton_schulz, key)
+    rule = cosmos_rule(
+        rank, ratio, b1, b2, eps, newton_schulz if orthogonalizer is None else orthogonalizer, key
+    )
     shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
     return matrices_and_others(rule, learning_rate, by_constant(ratio), *shared)

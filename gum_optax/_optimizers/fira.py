@@ -57,7 +57,7 @@ def fira(
         adam_rule(b1, b2, eps),
         rank,
         period,
-        find_subspace=find_subspace or track_subspace,
+        find_subspace=track_subspace if find_subspace is None else find_subspace,
         residual=optax.chain(scale_as_inside(), limit_norm_growth(norm_growth)),
         key=key,
     )

@@ -57,9 +57,9 @@ def frugal(
         adam_rule(b1, b2, eps),
         rank,
         period,
-        find_subspace=find_subspace or track_subspace,
+        find_subspace=track_subspace if find_subspace is None else find_subspace,
         carry=restart,
-        residual=residual or normalize(jnp.sign),
+        residual=normalize(jnp.sign) if residual is None else residual,
         key=key,
     )
     shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)

@@ -59,7 +59,7 @@ def galore_muon(
         muon_rule(momentum, orthogonalizer, dtype=momentum_dtype, together=True),
         rank,
         period,
-        find_subspace=find_subspace or track_subspace,
+        find_subspace=track_subspace if find_subspace is None else find_subspace,
         key=key,
     )
     shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
@@ -105,7 +105,7 @@ def galore(
     References:
       Zhao et al., GaLore, arXiv 2403.03507, Algorithm 2.
     """
-    finder = find_subspace or track_subspace
+    finder = track_subspace if find_subspace is None else find_subspace
     rule = low_rank(adam_rule(b1, b2, eps), rank, period, find_subspace=finder, key=key)
     shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
     return matrices_and_others(rule, learning_rate, by_constant(scale), *shared)

@@ -58,7 +58,9 @@ def golore(
         adam_rule(b1, b2, eps),
         rank,
         period,
-        find_subspace=switch_subspace(random_after, find_subspace or track_subspace, random_subspace),
+        find_subspace=switch_subspace(
+            random_after, track_subspace if find_subspace is None else find_subspace, random_subspace
+        ),
         carry=rotate_first_moment,
         key=key,
     )

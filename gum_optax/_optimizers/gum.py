@@ -66,8 +66,8 @@ def gum(
         rank,
         period,
         full_rank_fraction,
-        find_subspace=find_subspace or track_subspace,
-        compensation=compensation or complement,
+        find_subspace=track_subspace if find_subspace is None else find_subspace,
+        compensation=complement if compensation is None else compensation,
         key=key,
     )
     shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)

@@ -65,9 +65,11 @@ def scion(
     momentum = check_number("momentum", momentum, at_least=0, below=1)
     radius = check_number("radius", radius, at_least=0)
     edge_radius = check_number("edge_radius", edge_radius, at_least=0)
-    hidden = check_function("lmo", lmo or spectral_lmo, "gum_optax.spectral_lmo")
-    table = check_function("embedding_lmo", embedding_lmo or sign_lmo, "gum_optax.sign_lmo")
-    head = check_function("head_lmo", head_lmo or sign_lmo, "gum_optax.sign_lmo")
+    hidden = check_function("lmo", spectral_lmo if lmo is None else lmo, "gum_optax.spectral_lmo")
+    table = check_function(
+        "embedding_lmo", sign_lmo if embedding_lmo is None else embedding_lmo, "gum_optax.sign_lmo"
+    )
+    head = check_function("head_lmo", sign_lmo if head_lmo is None else head_lmo, "gum_optax.sign_lmo")
     steepest: dict[str, optax.GradientTransformation] = {
         "tables": optax.chain(_of_matrices(table), optax.scale(edge_radius)),
         "heads": optax.chain(_of_matrices(outputs_first(head)), optax.scale(edge_radius)),

@@ -65,16 +65,16 @@ def sumo(
     """
     check_number("norm_growth", norm_growth, at_least=1)
     inner = optax.chain(
-        muon_rule(momentum, orthogonalizer or polar, dtype=momentum_dtype),
+        muon_rule(momentum, polar if orthogonalizer is None else orthogonalizer, dtype=momentum_dtype),
         limit_norm_growth(norm_growth),
     )
     rule = low_rank(
         inner,
         rank,
         period,
-        find_subspace=find_subspace or randomized_svd,
+        find_subspace=randomized_svd if find_subspace is None else find_subspace,
         carry=rotate,
-        residual=residual or add_raw,
+        residual=add_raw if residual is None else residual,
         key=key,
     )
     shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)

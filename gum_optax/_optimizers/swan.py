@@ -41,7 +41,9 @@ def swan(
       Ma et al., SWAN, arXiv 2412.13148, Algorithm 1.
     """
     express = functools.partial(newton_schulz, coefficients=POLAR_EXPRESS)
-    method = check_function("orthogonalizer", orthogonalizer or express, "gum_optax.polar")
+    method = check_function(
+        "orthogonalizer", express if orthogonalizer is None else orthogonalizer, "gum_optax.polar"
+    )
     normalizer = multi_norm((standardize_rows, functools.partial(whiten, method=method)))
     rule = normalize_in_turn(outputs_first(normalizer))
     shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)

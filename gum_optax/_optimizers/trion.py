@@ -123,6 +123,6 @@ def trion(
     References:
       Modoranu et al., arXiv 2505.17967, Algorithm 2.
     """
-    rule = trion_rule(rank, momentum, orthogonalizer or newton_schulz)
+    rule = trion_rule(rank, momentum, newton_schulz if orthogonalizer is None else orthogonalizer)
     shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
     return matrices_and_others(rule, learning_rate, by_shape(consistent_rms), *shared)

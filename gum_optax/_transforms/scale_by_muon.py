@@ -19,5 +19,9 @@ def muon_rule(
     together: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Muon's rule: `R ← β R + G,  step = NS(R)`, the heavy ball kept in `dtype`."""
-    method = check_function("orthogonalizer", orthogonalizer or fastest_newton_schulz, "gum_optax.polar")
+    method = check_function(
+        "orthogonalizer",
+        fastest_newton_schulz if orthogonalizer is None else orthogonalizer,
+        "gum_optax.polar",
+    )
     return optax.chain(heavy_ball(momentum, nesterov, dtype), orthogonalize(method, together=together))

@@ -13,7 +13,7 @@ import pytest
 
 from gum_optax._core.keys import key_data
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent.parent
 
 # Restores the checkpoint of two processes on meshes of one, and compares it with what they gathered.
 RESTORE = """

@@ -93,10 +93,10 @@ def digest(name, key=0):
 def test_processes_agree_to_the_bit_whatever_seeds_their_hashes():
     """A hash of a name, as of a leaf's path, must be the same in every process."""
     code = "import test_determinism as t; print(t.digest('gum'), t.digest('gum', 1))"
-    here = Path(__file__).parent
+    here = Path(__file__).resolve().parent
     found = []
     for seed in ("1", "2"):
-        env = os.environ | {"PYTHONHASHSEED": seed}
+        env = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)}
         done = subprocess.run([sys.executable, "-c", code], cwd=here, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         found.append(done.stdout.split())

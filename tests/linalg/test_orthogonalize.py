@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gum_optax as go
+from gum_optax._linalg.newton_schulz import POLAR_EXPRESS_MINIMAX
 
 from helpers import AMPLIFIED
 from oracles import jordan, msign
@@ -144,7 +145,7 @@ def test_polar_express_rows_are_minimax_each_on_the_range_that_the_row_before_le
     The listing fits row k on [max(l, u/41.5), u] ("cushion" 0.02407) and centres it at 1 over [l, u];
     from the fourth row on l exceeds the cushion, so there the ends are l and u themselves.
     """
-    table = np.asarray(go._orthogonalize._POLAR_EXPRESS_MINIMAX)
+    table = np.asarray(POLAR_EXPRESS_MINIMAX)
     low, high = 1e-3, 1.0
     for row, (a, b, c) in enumerate(table):
         fitted_low = max(low, 0.02407327424182761 * high)

@@ -1,7 +1,7 @@
 """optax's own suites, which ship in its wheel, over every optimizer of this library, unchanged.
 
 They use 2 × 2 matrices and vectors: what low rank does, the other tests see. By default only GUM runs;
-`pytest -n 2 -m long tests/test_optax_suites.py` runs all others.
+`pytest -n 2 -m long tests/optimizers/test_optax_suites.py` runs all others.
 """
 
 import functools
@@ -133,7 +133,7 @@ def test_dtypes_of_gradients_and_parameters_may_differ_under_multi_steps(name):
 )
 def test_types_carry_shardings_on_explicit_axes(names):
     command = [sys.executable, "optax_sharding_suite.py", *names]
-    here = Path(__file__).parent
+    here = Path(__file__).resolve().parent.parent
     done = subprocess.run(command, cwd=here, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.split()) == 2 * 3 * len(names)

@@ -22,7 +22,7 @@ from gum_optax._matrices import with_shardings
 
 from helpers import CORE, OPTIMIZERS
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE.parent / "benchmarks"))
 
 import cost_model  # noqa: E402

@@ -1,6 +1,6 @@
 """Any tree, any dimension numbers, any arguments: a clear error or a right step, never a crash or a NaN.
 
-`pytest -m long -s tests/test_fuzz.py` tries many more, and prints how many.
+`pytest -m long -s tests/optimizers/test_fuzz.py` tries many more, and prints how many.
 """
 
 import math
