@@ -139,8 +139,3 @@ PUBLIC = [name for name, x in vars(go).items() if not name.startswith("_") and n
 def test_every_public_name_has_a_docstring(name):
     thing = getattr(go, name)
     assert not callable(thing) or (thing.__doc__ or "").strip(), name
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "gum_optax").glob("*.py")), ids=lambda path: path.name)
-def test_modules_end_before_300_lines(path):
-    assert len(path.read_text().splitlines()) < 300
