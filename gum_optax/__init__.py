@@ -1,24 +1,44 @@
 """Memory-efficient matrix optimizers for JAX, as compositions of optax transformations."""
 
-from ._core.keys import draw as draw
-from ._linalg.newton_schulz import JORDAN as JORDAN
-from ._linalg.newton_schulz import POLAR_EXPRESS as POLAR_EXPRESS
-from ._linalg.newton_schulz import fastest_newton_schulz as fastest_newton_schulz
-from ._linalg.newton_schulz import gram_newton_schulz as gram_newton_schulz
-from ._linalg.newton_schulz import newton_schulz as newton_schulz
-from ._linalg.normalizers import column_lmo as column_lmo
-from ._linalg.normalizers import multi_norm as multi_norm
-from ._linalg.normalizers import row_lmo as row_lmo
-from ._linalg.normalizers import sign_lmo as sign_lmo
-from ._linalg.normalizers import sinkhorn as sinkhorn
-from ._linalg.normalizers import spectral_lmo as spectral_lmo
-from ._linalg.normalizers import standardize_rows as standardize_rows
-from ._linalg.normalizers import unit_columns as unit_columns
-from ._linalg.normalizers import unit_frobenius as unit_frobenius
-from ._linalg.normalizers import unit_rows as unit_rows
-from ._linalg.normalizers import whiten as whiten
-from ._linalg.polar import polar as polar
-from ._linalg.polar import polar_by_products as polar_by_products
+import typing as _typing
+import warnings as _warnings
+
+# Optimizers, and what all of them share.
+from ._optimizers.cosmos import CosmosState as CosmosState
+from ._optimizers.cosmos import cosmos as cosmos
+from ._optimizers.cosmos import scale_by_cosmos as scale_by_cosmos
+from ._optimizers.dion import DionState as DionState
+from ._optimizers.dion import dion as dion
+from ._optimizers.dion import scale_by_dion as scale_by_dion
+from ._optimizers.fira import fira as fira
+from ._optimizers.frugal import frugal as frugal
+from ._optimizers.galore import galore as galore
+from ._optimizers.galore import galore_muon as galore_muon
+from ._optimizers.golore import golore as golore
+from ._optimizers.gum import gum as gum
+from ._optimizers.matrix_optimizer import matrix_optimizer as matrix_optimizer
+from ._optimizers.muon import muon as muon
+from ._optimizers.scion import scion as scion
+from ._optimizers.sinkgd import sinkgd as sinkgd
+from ._optimizers.sumo import sumo as sumo
+from ._optimizers.swan import swan as swan
+from ._optimizers.trion import TrionState as TrionState
+from ._optimizers.trion import dct_columns as dct_columns
+from ._optimizers.trion import trion as trion
+from ._optimizers.trion import scale_by_trion as scale_by_trion
+
+# What can be said of a state.
+from ._state.describe import Description as Description
+from ._state.describe import LeafDescription as LeafDescription
+from ._state.describe import describe as describe
+from ._state.memory import LeafMemory as LeafMemory
+from ._state.memory import MemoryReport as MemoryReport
+from ._state.memory import memory_report as memory_report
+from ._state.metrics import metrics as metrics
+from ._state.restore import check_state as check_state
+from ._state.restore import convert_state as convert_state
+
+# A rule in a subspace.
 from ._lowrank.finders import random_subspace as random_subspace
 from ._lowrank.finders import randomized_svd as randomized_svd
 from ._lowrank.finders import sketched_subspace as sketched_subspace
@@ -41,6 +61,20 @@ from ._lowrank.unbiased import Weights as Weights
 from ._lowrank.unbiased import complement as complement
 from ._lowrank.unbiased import low_variance as low_variance
 from ._lowrank.unbiased import unbiased_low_rank as unbiased_low_rank
+
+# Rules over full matrices.
+from ._transforms.normalize import normalize as normalize
+from ._transforms.orthogonalize import orthogonalize as orthogonalize
+from ._transforms.scale_by_muon import scale_by_muon as scale_by_muon
+from ._transforms.scaling import LimitNormGrowthState as LimitNormGrowthState
+from ._transforms.scaling import fan_ratio as fan_ratio
+from ._transforms.scaling import limit_norm_growth as limit_norm_growth
+from ._transforms.scaling import scale_by_shape as scale_by_shape
+from ._transforms.scaling import shape_factor as shape_factor
+from ._transforms.skip_non_finite import SkipNonFiniteState as SkipNonFiniteState
+from ._transforms.skip_non_finite import skip_non_finite as skip_non_finite
+
+# A model's leaves seen as matrices.
 from ._matrices.as_matrices import as_matrices as as_matrices
 from ._matrices.dimension_numbers import CONV_HWIO as CONV_HWIO
 from ._matrices.dimension_numbers import CONV_OIHW as CONV_OIHW
@@ -52,45 +86,52 @@ from ._matrices.dimension_numbers import Parts as Parts
 from ._matrices.hidden_matrices import RoutingWarning as RoutingWarning
 from ._matrices.hidden_matrices import hidden_matrices as hidden_matrices
 from ._matrices.with_shardings import with_shardings as with_shardings
+
+# Where arrays live.
 from ._mesh.axis_names import with_axis_names as with_axis_names
 from ._mesh.state_shardings import check_processes_agree as check_processes_agree
 from ._mesh.state_shardings import state_shardings as state_shardings
-from ._optimizers.cosmos import CosmosState as CosmosState
-from ._optimizers.cosmos import cosmos as cosmos
-from ._optimizers.cosmos import cosmos_rule as cosmos_rule
-from ._optimizers.dion import DionState as DionState
-from ._optimizers.dion import dion as dion
-from ._optimizers.dion import dion_rule as dion_rule
-from ._optimizers.fira import fira as fira
-from ._optimizers.frugal import frugal as frugal
-from ._optimizers.galore import galore as galore
-from ._optimizers.galore import galore_muon as galore_muon
-from ._optimizers.golore import golore as golore
-from ._optimizers.gum import gum as gum
-from ._optimizers.muon import muon as muon
-from ._optimizers.scion import scion as scion
-from ._optimizers.sinkgd import sinkgd as sinkgd
-from ._optimizers.sumo import sumo as sumo
-from ._optimizers.swan import swan as swan
-from ._optimizers.trion import TrionState as TrionState
-from ._optimizers.trion import dct_columns as dct_columns
-from ._optimizers.trion import trion as trion
-from ._optimizers.trion import trion_rule as trion_rule
-from ._state.describe import Description as Description
-from ._state.describe import LeafDescription as LeafDescription
-from ._state.describe import describe as describe
-from ._state.memory import LeafMemory as LeafMemory
-from ._state.memory import MemoryReport as MemoryReport
-from ._state.memory import memory_report as memory_report
-from ._state.metrics import metrics as metrics
-from ._state.restore import check_state as check_state
-from ._state.restore import convert_state as convert_state
-from ._transforms.normalize import normalize as normalize
-from ._transforms.orthogonalize import orthogonalize as orthogonalize
-from ._transforms.scaling import LimitNormGrowthState as LimitNormGrowthState
-from ._transforms.scaling import limit_norm_growth as limit_norm_growth
-from ._transforms.scaling import scale_by_shape as scale_by_shape
-from ._transforms.skip_non_finite import SkipNonFiniteState as SkipNonFiniteState
-from ._transforms.skip_non_finite import skip_non_finite as skip_non_finite
+
+# Functions of arrays.
+from ._linalg.newton_schulz import JORDAN as JORDAN
+from ._linalg.newton_schulz import POLAR_EXPRESS as POLAR_EXPRESS
+from ._linalg.newton_schulz import fastest_newton_schulz as fastest_newton_schulz
+from ._linalg.newton_schulz import gram_newton_schulz as gram_newton_schulz
+from ._linalg.newton_schulz import newton_schulz as newton_schulz
+from ._linalg.normalizers import column_lmo as column_lmo
+from ._linalg.normalizers import multi_norm as multi_norm
+from ._linalg.normalizers import row_lmo as row_lmo
+from ._linalg.normalizers import sign_lmo as sign_lmo
+from ._linalg.normalizers import sinkhorn as sinkhorn
+from ._linalg.normalizers import spectral_lmo as spectral_lmo
+from ._linalg.normalizers import standardize_rows as standardize_rows
+from ._linalg.normalizers import unit_columns as unit_columns
+from ._linalg.normalizers import unit_frobenius as unit_frobenius
+from ._linalg.normalizers import unit_rows as unit_rows
+from ._linalg.normalizers import whiten as whiten
+from ._linalg.polar import polar as polar
+from ._linalg.polar import polar_by_products as polar_by_products
+
+# Draws.
+from ._core.keys import draw as draw
 
 __version__ = "0.1.0"
+
+# Names of before 0.1.0. Each goes with the next version.
+_RENAMED = {
+    "cosmos_rule": "scale_by_cosmos",
+    "dion_rule": "scale_by_dion",
+    "trion_rule": "scale_by_trion",
+}
+
+# Hidden from type checkers, which would take every other name for one of the package.
+if not _typing.TYPE_CHECKING:
+
+    def __getattr__(name):
+        if name not in _RENAMED:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        message = (
+            f"gum_optax.{name} is now gum_optax.{_RENAMED[name]}; the old name goes with the next version."
+        )
+        _warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return globals()[_RENAMED[name]]

@@ -16,11 +16,11 @@ from .._lowrank.finders import first_subspace
 from .._matrices.dimension_numbers import WeightDimensionNumbers
 from .._mesh.explicit import zeros
 from .._transforms.per_matrix import per_matrix
-from .matrix_optimizer import by_constant, matrices_and_others
+from .matrix_optimizer import matrix_optimizer
 
 
 class CosmosState(NamedTuple):
-    """State of `cosmos_rule`."""
+    """State of `scale_by_cosmos`."""
 
     count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
     momentum: Any  # M, a leaf (*, m, n) float32
@@ -29,7 +29,7 @@ class CosmosState(NamedTuple):
     squares: Any  # V, a leaf (*, r, n) float32: the mean of (UᵀG)²
 
 
-def cosmos_rule(
+def scale_by_cosmos(
     rank: int,
     ratio: Any = 0.2,
     b1: Any = 0.9,
@@ -112,7 +112,7 @@ def cosmos(
         step = γ norm(A + γ norm(B)),   norm to element RMS one
 
     Needs a full-size momentum: `m n + r (m + n) + r²` numbers a matrix, more than Muon. The whole
-    update is in `cosmos_rule`.
+    update is in `scale_by_cosmos`.
 
     Args:
       learning_rate: a number or a schedule; about AdamW's.
@@ -129,8 +129,15 @@ def cosmos(
     References:
       Liu et al., COSMOS, arXiv 2502.17410, Algorithm 1.
     """
-    rule = cosmos_rule(
+    rule = scale_by_cosmos(
         rank, ratio, b1, b2, eps, newton_schulz if orthogonalizer is None else orthogonalizer, key
     )
-    shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
-    return matrices_and_others(rule, learning_rate, by_constant(ratio), *shared)
+    return matrix_optimizer(
+        rule,
+        learning_rate,
+        ratio,
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        weight_dimension_numbers=weight_dimension_numbers,
+        others=others,
+    )

@@ -13,7 +13,8 @@ from .._linalg.orthonormal import lift, orthonormal_or, orthonormalize, regulari
 from .._matrices.dimension_numbers import WeightDimensionNumbers
 from .._mesh.explicit import placed, zeros
 from .._transforms.per_matrix import per_matrix
-from .matrix_optimizer import by_fan_ratio, matrices_and_others
+from .._transforms.scaling import fan_ratio
+from .matrix_optimizer import matrix_optimizer
 
 _EPS = float(jnp.finfo(jnp.float32).eps)
 # What a completing column of Dion's P sees of M, in units of eps |M|: the floor, over a column of Y of norm
@@ -22,14 +23,14 @@ _ROUNDINGS = 64.0
 
 
 class DionState(NamedTuple):
-    """State of `dion_rule`."""
+    """State of `scale_by_dion`."""
 
     count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
     momentum: Any  # M, a leaf (*, m, n) float32
     right: Any  # Q, a leaf (*, n, r) float32 with unit columns
 
 
-def dion_rule(rank: int, momentum: Any = 0.95, key: int | jax.Array = 0) -> optax.GradientTransformation:
+def scale_by_dion(rank: int, momentum: Any = 0.95, key: int | jax.Array = 0) -> optax.GradientTransformation:
     """Orthonormalize the momentum by one power iteration, and keep the rest for later.
 
         M ← M + G,   P = orth(M Q),   R = MᵀP,   M ← M - (1 - μ) P Rᵀ
@@ -117,6 +118,13 @@ def dion(
     References:
       Ahn et al., Dion, arXiv 2504.05295, Algorithm 1.
     """
-    rule = dion_rule(rank, momentum, key)
-    shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
-    return matrices_and_others(rule, learning_rate, by_fan_ratio, *shared)
+    rule = scale_by_dion(rank, momentum, key)
+    return matrix_optimizer(
+        rule,
+        learning_rate,
+        fan_ratio,
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        weight_dimension_numbers=weight_dimension_numbers,
+        others=others,
+    )

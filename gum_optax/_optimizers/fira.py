@@ -11,9 +11,9 @@ from .._lowrank.low_rank import low_rank
 from .._lowrank.residuals import scale_as_inside
 from .._lowrank.switch import track_subspace
 from .._matrices.dimension_numbers import WeightDimensionNumbers
-from .._transforms.momentum import adam_rule
+from .._transforms.momentum import scale_by_clipped_adam
 from .._transforms.scaling import limit_norm_growth
-from .matrix_optimizer import by_constant, matrices_and_others
+from .matrix_optimizer import matrix_optimizer
 
 
 def fira(
@@ -54,12 +54,19 @@ def fira(
     """
     check_number("norm_growth", norm_growth, at_least=1)
     rule = low_rank(
-        adam_rule(b1, b2, eps),
+        scale_by_clipped_adam(b1, b2, eps),
         rank,
         period,
         find_subspace=track_subspace if find_subspace is None else find_subspace,
         residual=optax.chain(scale_as_inside(), limit_norm_growth(norm_growth)),
         key=key,
     )
-    shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
-    return matrices_and_others(rule, learning_rate, by_constant(1.0), *shared)
+    return matrix_optimizer(
+        rule,
+        learning_rate,
+        1.0,
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        weight_dimension_numbers=weight_dimension_numbers,
+        others=others,
+    )

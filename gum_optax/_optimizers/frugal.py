@@ -12,9 +12,9 @@ from .._lowrank.on_refresh import restart
 from .._lowrank.residuals import Residual
 from .._lowrank.switch import track_subspace
 from .._matrices.dimension_numbers import WeightDimensionNumbers
-from .._transforms.momentum import adam_rule
+from .._transforms.momentum import scale_by_clipped_adam
 from .._transforms.normalize import normalize
-from .matrix_optimizer import by_constant, matrices_and_others
+from .matrix_optimizer import matrix_optimizer
 
 
 def frugal(
@@ -54,7 +54,7 @@ def frugal(
       Zmushko et al., FRUGAL, arXiv 2411.07837, Algorithm 1.
     """
     rule = low_rank(
-        adam_rule(b1, b2, eps),
+        scale_by_clipped_adam(b1, b2, eps),
         rank,
         period,
         find_subspace=track_subspace if find_subspace is None else find_subspace,
@@ -62,5 +62,12 @@ def frugal(
         residual=normalize(jnp.sign) if residual is None else residual,
         key=key,
     )
-    shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
-    return matrices_and_others(rule, learning_rate, by_constant(1.0), *shared)
+    return matrix_optimizer(
+        rule,
+        learning_rate,
+        1.0,
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        weight_dimension_numbers=weight_dimension_numbers,
+        others=others,
+    )

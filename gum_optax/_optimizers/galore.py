@@ -5,14 +5,16 @@ from typing import Any
 import jax
 import optax
 
+from .._core.checks import check_number
 from .._linalg.newton_schulz import Orthogonalizer
 from .._lowrank.finders import SubspaceFinder
 from .._lowrank.low_rank import low_rank
 from .._lowrank.switch import track_subspace
 from .._matrices.dimension_numbers import WeightDimensionNumbers
-from .._transforms.momentum import adam_rule
-from .._transforms.scale_by_muon import muon_rule
-from .matrix_optimizer import by_constant, by_shape, matrices_and_others
+from .._transforms.momentum import scale_by_clipped_adam
+from .._transforms.scale_by_muon import scale_by_muon
+from .._transforms.scaling import shape_factor
+from .matrix_optimizer import matrix_optimizer
 
 
 def galore_muon(
@@ -56,14 +58,21 @@ def galore_muon(
       Zhao et al., GaLore, arXiv 2403.03507, Algorithm 2; Pan et al., arXiv 2510.17802, section 3.
     """
     rule = low_rank(
-        muon_rule(momentum, orthogonalizer, dtype=momentum_dtype, together=True),
+        scale_by_muon(momentum, orthogonalizer, momentum_dtype=momentum_dtype, together=True),
         rank,
         period,
         find_subspace=track_subspace if find_subspace is None else find_subspace,
         key=key,
     )
-    shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
-    return matrices_and_others(rule, learning_rate, by_shape(consistent_rms), *shared)
+    return matrix_optimizer(
+        rule,
+        learning_rate,
+        shape_factor(consistent_rms),
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        weight_dimension_numbers=weight_dimension_numbers,
+        others=others,
+    )
 
 
 def galore(
@@ -106,6 +115,13 @@ def galore(
       Zhao et al., GaLore, arXiv 2403.03507, Algorithm 2.
     """
     finder = track_subspace if find_subspace is None else find_subspace
-    rule = low_rank(adam_rule(b1, b2, eps), rank, period, find_subspace=finder, key=key)
-    shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
-    return matrices_and_others(rule, learning_rate, by_constant(scale), *shared)
+    rule = low_rank(scale_by_clipped_adam(b1, b2, eps), rank, period, find_subspace=finder, key=key)
+    return matrix_optimizer(
+        rule,
+        learning_rate,
+        check_number("scale", scale, at_least=0),
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        weight_dimension_numbers=weight_dimension_numbers,
+        others=others,
+    )

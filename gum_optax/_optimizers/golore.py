@@ -5,14 +5,14 @@ from typing import Any
 import jax
 import optax
 
-from .._core.checks import check_integer
+from .._core.checks import check_integer, check_number
 from .._lowrank.finders import SubspaceFinder, random_subspace
 from .._lowrank.low_rank import low_rank
 from .._lowrank.on_refresh import rotate_first_moment
 from .._lowrank.switch import switch_subspace, track_subspace
 from .._matrices.dimension_numbers import WeightDimensionNumbers
-from .._transforms.momentum import adam_rule
-from .matrix_optimizer import by_constant, matrices_and_others
+from .._transforms.momentum import scale_by_clipped_adam
+from .matrix_optimizer import matrix_optimizer
 
 
 def golore(
@@ -55,7 +55,7 @@ def golore(
     """
     check_integer("random_after", random_after, at_least=0)
     rule = low_rank(
-        adam_rule(b1, b2, eps),
+        scale_by_clipped_adam(b1, b2, eps),
         rank,
         period,
         find_subspace=switch_subspace(
@@ -64,5 +64,12 @@ def golore(
         carry=rotate_first_moment,
         key=key,
     )
-    shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
-    return matrices_and_others(rule, learning_rate, by_constant(scale), *shared)
+    return matrix_optimizer(
+        rule,
+        learning_rate,
+        check_number("scale", scale, at_least=0),
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        weight_dimension_numbers=weight_dimension_numbers,
+        others=others,
+    )

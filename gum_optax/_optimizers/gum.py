@@ -10,8 +10,9 @@ from .._lowrank.finders import SubspaceFinder
 from .._lowrank.switch import track_subspace
 from .._lowrank.unbiased import Compensation, complement, unbiased_low_rank
 from .._matrices.dimension_numbers import WeightDimensionNumbers
-from .._transforms.scale_by_muon import muon_rule
-from .matrix_optimizer import by_shape, matrices_and_others
+from .._transforms.scale_by_muon import scale_by_muon
+from .._transforms.scaling import shape_factor
+from .matrix_optimizer import matrix_optimizer
 
 
 def gum(
@@ -62,7 +63,7 @@ def gum(
       Pan et al., Unbiased Gradient Low-Rank Projection, arXiv 2510.17802, Algorithm 2.
     """
     rule = unbiased_low_rank(
-        muon_rule(momentum, orthogonalizer, dtype=momentum_dtype, together=True),
+        scale_by_muon(momentum, orthogonalizer, momentum_dtype=momentum_dtype, together=True),
         rank,
         period,
         full_rank_fraction,
@@ -70,5 +71,12 @@ def gum(
         compensation=complement if compensation is None else compensation,
         key=key,
     )
-    shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
-    return matrices_and_others(rule, learning_rate, by_shape(consistent_rms), *shared)
+    return matrix_optimizer(
+        rule,
+        learning_rate,
+        shape_factor(consistent_rms),
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        weight_dimension_numbers=weight_dimension_numbers,
+        others=others,
+    )

@@ -1,6 +1,6 @@
 """What all optimizers share: matrices to one rule, all other leaves to another."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from .._core.checks import check_number, check_rule, is_function
-from .._core.trees import merge, split
+from .._core.trees import split
 from .._matrices.as_matrices import as_matrices
 from .._matrices.decisions import Decisions
 from .._matrices.dimension_numbers import WeightDimensionNumbers
@@ -17,60 +17,11 @@ from .._matrices.view import views_of
 from .._mesh.axis_names import with_axis_names
 from .._state.containers import with_clear_errors
 from .._transforms.momentum import adam
-from .._transforms.scaling import scale_by_fans, scale_by_shape
+from .._transforms.scaling import scale_by_fans
 from .._transforms.skip_non_finite import skip_as_one, skip_leaves
 
-# From the dimension numbers of a tree to the transformation that scales its steps.
-Scaling = Callable[[Any], optax.GradientTransformation]
-
-
-def by_shape(consistent_rms: Any) -> Scaling:
-    """`scale_by_shape`, checked before there is a tree."""
-    if consistent_rms is not None:
-        check_number("consistent_rms", consistent_rms, at_least=0)
-    return lambda dims: scale_by_shape(dims, consistent_rms)
-
-
-def by_fan_ratio(dims: Any) -> optax.GradientTransformation:
-    """`√(fan_out / fan_in)`: the step's operator norm between RMS norms is then the learning rate."""
-    return scale_by_fans(dims, lambda fan_in, fan_out: (fan_out / fan_in) ** 0.5)
-
-
-def by_constant(scale: Any) -> Scaling:
-    """The same factor for every matrix."""
-    scale = check_number("scale", scale, at_least=0)
-    return lambda dims: optax.scale(scale)
-
-
-def partitioned(
-    rules: Mapping[str, optax.GradientTransformation], kinds: Callable[[Any], Sequence[str]]
-) -> optax.GradientTransformationExtraArgs:
-    """`optax.partition`, with its state, for any tree: one that can be called, it would take for a function.
-
-    Args:
-      rules: a transformation for each kind of leaf.
-      kinds: from a tree to the kind of each of its leaves.
-    """
-    taking = {name: optax.with_extra_args_support(rule) for name, rule in rules.items()}
-
-    def parts(tree):
-        found = kinds(tree)
-        return {name: split(tree, [kind == name for kind in found])[0] for name in rules}
-
-    def init(params):
-        states = {name: taking[name].init(part) for name, part in parts(params).items()}
-        return optax.PartitionState({name: optax.MaskedState(state) for name, state in states.items()})
-
-    def update(updates, state, params=None, **extra_args):
-        beside = dict.fromkeys(rules) if params is None else parts(params)
-        steps, states = updates, {}
-        for name, part in parts(updates).items():
-            inner = state.inner_states[name].inner_state
-            step, inner = taking[name].update(part, inner, beside[name], **extra_args)
-            steps, states[name] = merge(step, steps), optax.MaskedState(inner)
-        return steps, optax.PartitionState(states)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+# A number, or a function of the fan-in and the fan-out of a matrix.
+Scale = float | jax.Array | Callable[[int, int], Any]
 
 
 def _decays(weight_decay: Any) -> bool:
@@ -81,6 +32,14 @@ def _decays(weight_decay: Any) -> bool:
 def _decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransformation:
     """`optax.add_decayed_weights`, or nothing."""
     return optax.add_decayed_weights(weight_decay, mask) if _decays(weight_decay) else optax.identity()
+
+
+def _rescaling(scale: Scale) -> Callable[[Any], optax.GradientTransformation]:
+    """From the dimension numbers of a tree to the transformation that scales its steps."""
+    if callable(scale):
+        return lambda dims: scale_by_fans(dims, scale)
+    factor = check_number("scale", scale, at_least=0)
+    return lambda dims: optax.scale(factor)
 
 
 def at_least_float32(rule: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -102,45 +61,65 @@ def at_least_float32(rule: optax.GradientTransformation) -> optax.GradientTransf
     return optax.GradientTransformationExtraArgs(lambda params: rule.init(widened(params)), update)
 
 
-def matrices_and_others(
+def matrix_optimizer(
     rule: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
-    scaling: Scaling,
+    scale: Scale,
+    *,
     weight_decay: Any = 0.0,
     weight_decay_mask: Any = None,
     weight_dimension_numbers: WeightDimensionNumbers = None,
     others: optax.GradientTransformation | None = None,
-    *,
     others_rule: optax.GradientTransformation | None = None,
     wide: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    """An optimizer from a rule over `(*blocks, m, n)`: the arguments that all optimizers share.
+    """An optimizer from a rule for matrices: what all optimizers of this library share.
 
-        matrices:   W ← W - η (scaling(rule(G)) + λ W)          others:   AdamW at the same η
+        matrices      W ← W - η (scale · rule(G) + λ W)
+        all others    W ← W - η (Adam(G) + λ W)
+
+    It finds the matrices of the model, shows them to the rule as `(*blocks, m, n)` with `m <= n`, and gives
+    all other leaves to AdamW. A leaf whose gradient holds a NaN or an infinity is skipped: its parameter and
+    its state stay. This is GaLore with a sign in place of Adam:
+
+        rule = gum_optax.low_rank(optax.scale_by_lion(), rank=128, period=200)
+        tx = gum_optax.matrix_optimizer(rule, 1e-4, 1.0, weight_decay=0.1)
 
     Args:
-      rule: gives the step of the matrices, still pointing up the gradient, unscaled.
-      learning_rate: `η`, a number or a schedule.
-      scaling: from dimension numbers to the transformation that scales the step in the model's own axes,
-        `by_shape(consistent_rms)` or `by_constant(scale)`.
-      weight_decay: `λ`, decoupled, for matrices and for the default `others`.
-      weight_decay_mask: a tree of booleans, or a function from the parameters to one, as in
-        `optax.adamw`.
-      weight_dimension_numbers: a tree, or a function from the parameters to one, of
-        `optax.contrib.MuonDimensionNumbers`, `None` at leaves that are not matrices. Default:
-        `hidden_matrices`.
-      others: the transformation of all leaves that are not matrices. Default: AdamW.
-      others_rule: a rule for them that takes AdamW's place, with the same decay and learning rate.
-      wide: as in `as_matrices`; False for rules that tell fan-in from fan-out.
+      rule: any transformation over trees of `(*blocks, m, n)` leaves, whose step points up the gradient:
+        `scale_by_muon()`, `low_rank(...)`, `unbiased_low_rank(...)`, `optax.scale_by_lion()`, or a chain. It
+        keeps its state leaf by leaf if its update takes the argument `guard`, as the rules of this library
+        do; the state of another rule stays whole on a step that any leaf skips.
+      learning_rate: `η`, a number or a schedule of the steps that all leaves take.
+      scale: the factor of the step, a number or a function `(fan_in, fan_out) -> number`: `shape_factor()`
+        for orthogonal steps, `fan_ratio`. (`optax.inject_hyperparams` takes a function for a schedule: name
+        it in `static_args`.)
+      weight_decay: `λ`, decoupled, of the matrices and under the default `others`.
+      weight_decay_mask: a tree of booleans, or a function from the parameters to one, as in `optax.adamw`.
+      weight_dimension_numbers: which leaves are matrices along which axes: a tree of
+        `optax.contrib.MuonDimensionNumbers`, `None` at leaves that are not matrices; a function from the
+        parameters to one; or a mapping from patterns of paths. Default: `hidden_matrices`.
+      others: the transformation of all leaves that are not matrices, learning rate and decay included.
+        Default: AdamW at `learning_rate`.
+      others_rule: a rule in place of AdamW's, with the same learning rate and decay.
+      wide: whether the shorter side of each matrix comes first; False keeps `(*blocks, fan_in, fan_out)`, for
+        rules that tell rows from columns.
+
+    Returns:
+      A transformation over the parameters of a model, as `muon` is: its state follows the axis names of the
+      parameters, and `update` names what does not go together.
 
     Raises:
       TypeError, ValueError: an argument out of range or of the wrong type; at `init`, dimension
         numbers that do not fit a leaf, or a complex or integer matrix.
     """
+    check_rule("rule", rule)
+    rescale = _rescaling(scale)
     weight_decay = check_number("weight_decay", weight_decay, at_least=0)
     if not callable(learning_rate):
         learning_rate = check_number("learning_rate", learning_rate, at_least=0)
-    check_rule("others", optax.identity() if others is None else others)
+    for name, given in (("others", others), ("others_rule", others_rule)):
+        check_rule(name, optax.identity() if given is None else given)
     decisions = Decisions(weight_dimension_numbers)
 
     def routed(tree):
@@ -152,11 +131,14 @@ def matrices_and_others(
         descent = optax.chain(
             _decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(learning_rate)
         )
-        matrices = optax.chain(as_matrices(rule, dims, wide=wide), scaling(dims), descent)
+        matrices = optax.chain(as_matrices(rule, dims, wide=wide), rescale(dims), descent)
         rest = optax.chain(at_least_float32(adam() if others_rule is None else others_rule), descent)
         outer = rest if others is None else skip_as_one(others)
-        rules: dict[str, optax.GradientTransformation] = {"matrices": matrices, "others": outer}
-        return partitioned(rules, lambda _: ["others" if entry is None else "matrices" for entry in entries])
+        rules: dict[Hashable, optax.GradientTransformation] = {"matrices": matrices, "others": outer}
+        labels = treedef.unflatten(["others" if entry is None else "matrices" for entry in entries])
+        return optax.partition(
+            rules, lambda _: labels
+        )  # a function: a tree that can be called is taken for one
 
     def init(params):
         # Before optax masks anything away: an error then names the leaf's own path.

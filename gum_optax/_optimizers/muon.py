@@ -6,8 +6,9 @@ import optax
 
 from .._linalg.newton_schulz import Orthogonalizer
 from .._matrices.dimension_numbers import WeightDimensionNumbers
-from .._transforms.scale_by_muon import muon_rule
-from .matrix_optimizer import by_shape, matrices_and_others
+from .._transforms.scale_by_muon import scale_by_muon
+from .._transforms.scaling import shape_factor
+from .matrix_optimizer import matrix_optimizer
 
 
 def muon(
@@ -51,6 +52,13 @@ def muon(
     References:
       Jordan et al., https://kellerjordan.github.io/posts/muon; Liu et al., arXiv 2502.16982.
     """
-    rule = muon_rule(momentum, orthogonalizer, nesterov, dtype=momentum_dtype)
-    shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
-    return matrices_and_others(rule, learning_rate, by_shape(consistent_rms), *shared)
+    rule = scale_by_muon(momentum, orthogonalizer, nesterov=nesterov, momentum_dtype=momentum_dtype)
+    return matrix_optimizer(
+        rule,
+        learning_rate,
+        shape_factor(consistent_rms),
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        weight_dimension_numbers=weight_dimension_numbers,
+        others=others,
+    )

@@ -1,5 +1,6 @@
 """Scion: for each kind of layer the steepest step in a norm ball of its own."""
 
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from .._matrices.dimension_numbers import WeightDimensionNumbers, names_of
 from .._matrices.hidden_matrices import policy
 from .._transforms.momentum import average
 from .._transforms.normalize import normalize, normalize_in_turn
-from .matrix_optimizer import at_least_float32, by_constant, matrices_and_others, partitioned
+from .matrix_optimizer import at_least_float32, matrix_optimizer
 
 
 def scion(
@@ -70,7 +71,7 @@ def scion(
         "embedding_lmo", sign_lmo if embedding_lmo is None else embedding_lmo, "gum_optax.sign_lmo"
     )
     head = check_function("head_lmo", sign_lmo if head_lmo is None else head_lmo, "gum_optax.sign_lmo")
-    steepest: dict[str, optax.GradientTransformation] = {
+    steepest: dict[Hashable, optax.GradientTransformation] = {
         "tables": optax.chain(_of_matrices(table), optax.scale(edge_radius)),
         "heads": optax.chain(_of_matrices(outputs_first(head)), optax.scale(edge_radius)),
         "vectors": optax.chain(normalize(_unit_vector), optax.scale(radius)),
@@ -78,21 +79,23 @@ def scion(
     # In float32 and without bias correction, which no norm ball would see.
     averaged = average(momentum)
     rule = at_least_float32(optax.chain(averaged, normalize_in_turn(outputs_first(hidden))))
-    shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
-    return matrices_and_others(
+    return matrix_optimizer(
         rule,
         learning_rate,
-        by_constant(radius),
-        *shared,
-        others_rule=optax.chain(averaged, partitioned(steepest, _kinds)),
+        radius,
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        weight_dimension_numbers=weight_dimension_numbers,
+        others=others,
+        others_rule=optax.chain(averaged, optax.partition(steepest, _balls)),
         wide=False,
     )
 
 
-def _kinds(params: Any) -> list[str]:
+def _balls(params: Any) -> Any:
     """The name of each leaf's ball, of the leaves that are not hidden matrices."""
 
-    def kind(path, x, reading):
+    def ball(path, x, reading):
         if jnp.iscomplexobj(x):
             raise TypeError(
                 f"leaf {jax.tree_util.keystr(path)} is complex, and scion's norm balls are of real numbers;"
@@ -103,8 +106,9 @@ def _kinds(params: Any) -> list[str]:
         is_table = reading.kind == "embedding" and names_of(path)[-1] != "kernel"
         return "tables" if is_table else "heads"
 
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return [kind(*leaf, reading) for leaf, reading in zip(leaves, policy(params), strict=True)]
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    readings = policy(params)
+    return treedef.unflatten([ball(*leaf, reading) for leaf, reading in zip(leaves, readings, strict=True)])
 
 
 def _of_matrices(method: Normalizer) -> optax.GradientTransformation:

@@ -5,11 +5,11 @@ from typing import Any
 
 import optax
 
-from .._core.checks import check_integer
+from .._core.checks import check_integer, check_number
 from .._linalg.normalizers import sinkhorn
 from .._matrices.dimension_numbers import WeightDimensionNumbers
 from .._transforms.normalize import normalize
-from .matrix_optimizer import by_constant, matrices_and_others
+from .matrix_optimizer import matrix_optimizer
 
 
 def sinkgd(
@@ -41,5 +41,13 @@ def sinkgd(
     check_integer("rounds", rounds, at_least=1)
     # A Flax kernel has the outputs as columns, the paper's matrices as rows.
     rule = normalize(functools.partial(sinkhorn, rounds=rounds, first=-2))
-    shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
-    return matrices_and_others(rule, learning_rate, by_constant(scale), *shared, wide=False)
+    return matrix_optimizer(
+        rule,
+        learning_rate,
+        check_number("scale", scale, at_least=0),
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        weight_dimension_numbers=weight_dimension_numbers,
+        others=others,
+        wide=False,
+    )

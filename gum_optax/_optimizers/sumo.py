@@ -13,9 +13,9 @@ from .._lowrank.low_rank import low_rank
 from .._lowrank.on_refresh import rotate
 from .._lowrank.residuals import Residual, add_raw
 from .._matrices.dimension_numbers import WeightDimensionNumbers
-from .._transforms.scale_by_muon import muon_rule
-from .._transforms.scaling import limit_norm_growth
-from .matrix_optimizer import by_shape, matrices_and_others
+from .._transforms.scale_by_muon import scale_by_muon
+from .._transforms.scaling import limit_norm_growth, shape_factor
+from .matrix_optimizer import matrix_optimizer
 
 
 def sumo(
@@ -65,7 +65,9 @@ def sumo(
     """
     check_number("norm_growth", norm_growth, at_least=1)
     inner = optax.chain(
-        muon_rule(momentum, polar if orthogonalizer is None else orthogonalizer, dtype=momentum_dtype),
+        scale_by_muon(
+            momentum, polar if orthogonalizer is None else orthogonalizer, momentum_dtype=momentum_dtype
+        ),
         limit_norm_growth(norm_growth),
     )
     rule = low_rank(
@@ -77,5 +79,12 @@ def sumo(
         residual=add_raw if residual is None else residual,
         key=key,
     )
-    shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
-    return matrices_and_others(rule, learning_rate, by_shape(consistent_rms), *shared)
+    return matrix_optimizer(
+        rule,
+        learning_rate,
+        shape_factor(consistent_rms),
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        weight_dimension_numbers=weight_dimension_numbers,
+        others=others,
+    )

@@ -5,12 +5,12 @@ from typing import Any
 
 import optax
 
-from .._core.checks import check_function
+from .._core.checks import check_function, check_number
 from .._linalg.newton_schulz import POLAR_EXPRESS, Orthogonalizer, newton_schulz
 from .._linalg.normalizers import multi_norm, outputs_first, standardize_rows, whiten
 from .._matrices.dimension_numbers import WeightDimensionNumbers
 from .._transforms.normalize import normalize_in_turn
-from .matrix_optimizer import by_constant, matrices_and_others
+from .matrix_optimizer import matrix_optimizer
 
 
 def swan(
@@ -46,5 +46,13 @@ def swan(
     )
     normalizer = multi_norm((standardize_rows, functools.partial(whiten, method=method)))
     rule = normalize_in_turn(outputs_first(normalizer))
-    shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
-    return matrices_and_others(rule, learning_rate, by_constant(scale), *shared, wide=False)
+    return matrix_optimizer(
+        rule,
+        learning_rate,
+        check_number("scale", scale, at_least=0),
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        weight_dimension_numbers=weight_dimension_numbers,
+        others=others,
+        wide=False,
+    )

@@ -13,7 +13,8 @@ from .._linalg.orthonormal import lift, project
 from .._matrices.dimension_numbers import WeightDimensionNumbers
 from .._mesh.explicit import zeros
 from .._transforms.per_matrix import per_matrix
-from .matrix_optimizer import by_shape, matrices_and_others
+from .._transforms.scaling import shape_factor
+from .matrix_optimizer import matrix_optimizer
 
 
 def dct_columns(m: Float[Array, "*b m n"], rank: int) -> Float[Array, "*b m r"]:
@@ -45,13 +46,13 @@ def dct_columns(m: Float[Array, "*b m n"], rank: int) -> Float[Array, "*b m r"]:
 
 
 class TrionState(NamedTuple):
-    """State of `trion_rule`."""
+    """State of `scale_by_trion`."""
 
     count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
     momentum: Any  # M, a leaf (*, m, n) float32
 
 
-def trion_rule(
+def scale_by_trion(
     rank: int, momentum: Any = 0.95, orthogonalizer: Orthogonalizer = newton_schulz
 ) -> optax.GradientTransformation:
     """Orthogonalize the momentum in its strongest cosines, and keep the rest for later.
@@ -123,6 +124,13 @@ def trion(
     References:
       Modoranu et al., arXiv 2505.17967, Algorithm 2.
     """
-    rule = trion_rule(rank, momentum, newton_schulz if orthogonalizer is None else orthogonalizer)
-    shared = (weight_decay, weight_decay_mask, weight_dimension_numbers, others)
-    return matrices_and_others(rule, learning_rate, by_shape(consistent_rms), *shared)
+    rule = scale_by_trion(rank, momentum, newton_schulz if orthogonalizer is None else orthogonalizer)
+    return matrix_optimizer(
+        rule,
+        learning_rate,
+        shape_factor(consistent_rms),
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        weight_dimension_numbers=weight_dimension_numbers,
+        others=others,
+    )

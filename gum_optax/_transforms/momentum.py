@@ -146,6 +146,13 @@ def check_momentum_dtype(dtype: Any) -> Any:
     return found
 
 
-def adam_rule(b1: Any, b2: Any, eps: Any) -> optax.GradientTransformationExtraArgs:
-    """Adam's rule, of gradients up to 1e15: an infinite square would stop it for good."""
+def scale_by_clipped_adam(b1: Any, b2: Any, eps: Any) -> optax.GradientTransformationExtraArgs:
+    """Adam's rule, of gradients up to 1e15: an infinite square would stop it for good.
+
+    Args:
+      b1, b2, eps: Adam's.
+
+    Raises:
+      TypeError, ValueError: one of them is out of range or of the wrong type.
+    """
     return optax.chain(optax.clip(LARGEST), adam(*check_adam(b1, b2, eps)))

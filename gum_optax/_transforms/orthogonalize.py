@@ -20,6 +20,8 @@ def orthogonalize(
     Args:
       method: `newton_schulz` (with its coefficients bound by `functools.partial`) or `polar`; any
         function from `(*, m, n)` to `(*, m, n)`.
+      together: whether single matrices of one shape go through `method` as one stack: XLA compiles it once
+        for all of them, and holds them all. For small leaves, such as coordinates in a subspace.
 
     Returns:
       A stateless `optax.GradientTransformation` over trees of `(*, m, n)` leaves.

@@ -14,18 +14,43 @@ from .._matrices.parts import Apart
 from .._matrices.view import views_of
 
 
-def scale_by_shape(
-    weight_dimension_numbers: WeightDimensionNumbers = None, consistent_rms: Any = 0.2
-) -> optax.GradientTransformation:
-    """Scale an orthogonal step by the shape of the full weight.
+def shape_factor(consistent_rms: Any = 0.2) -> Callable[[int, int], Any]:
+    """The factor of an orthogonal step, a function of the fan-in and the fan-out of the full weight.
 
         consistent_rms · √max(fan_in, fan_out)      (Moonlight), or with `None`
         √max(1, fan_out / fan_in)                   (Jordan)
 
     Args:
-      weight_dimension_numbers: as in `as_matrices`.
       consistent_rms: the RMS of the scaled step's elements, for a full-rank orthogonal step; 0.2 is
         AdamW's, so that one learning rate serves both (Moonlight, arXiv 2502.16982, section 2.2).
+
+    Raises:
+      TypeError, ValueError: `consistent_rms` is not a number of at least 0.
+    """
+    if consistent_rms is not None:
+        consistent_rms = check_number("consistent_rms", consistent_rms, at_least=0)
+
+    def factor(fan_in: int, fan_out: int) -> Any:
+        if consistent_rms is None:
+            return max(1.0, fan_out / fan_in) ** 0.5
+        return consistent_rms * max(fan_in, fan_out) ** 0.5
+
+    return factor
+
+
+def fan_ratio(fan_in: int, fan_out: int) -> float:
+    """`√(fan_out / fan_in)`: the operator norm of an orthogonal step between RMS norms is then one."""
+    return (fan_out / fan_in) ** 0.5
+
+
+def scale_by_shape(
+    weight_dimension_numbers: WeightDimensionNumbers = None, consistent_rms: Any = 0.2
+) -> optax.GradientTransformation:
+    """Scale an orthogonal step by the `shape_factor` of the full weight.
+
+    Args:
+      weight_dimension_numbers: as in `as_matrices`.
+      consistent_rms: as in `shape_factor`.
 
     Returns:
       A stateless transformation over leaves in the axes of the model.
@@ -33,15 +58,7 @@ def scale_by_shape(
     Raises:
       TypeError, ValueError: `consistent_rms` is not a number of at least 0, or a leaf is no matrix.
     """
-    if consistent_rms is not None:
-        consistent_rms = check_number("consistent_rms", consistent_rms, at_least=0)
-
-    def factor(fan_in, fan_out):
-        if consistent_rms is None:
-            return max(1.0, fan_out / fan_in) ** 0.5
-        return consistent_rms * max(fan_in, fan_out) ** 0.5
-
-    return scale_by_fans(weight_dimension_numbers, factor)
+    return scale_by_fans(weight_dimension_numbers, shape_factor(consistent_rms))
 
 
 def scale_by_fans(

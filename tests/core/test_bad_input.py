@@ -172,9 +172,9 @@ def of_optimizers_and_rules():
     inner = optax.identity()
     yield functools.partial(go.low_rank, inner), {"rank": 2, "period": 3}
     yield functools.partial(go.unbiased_low_rank, inner), {"rank": 2, "period": 3, "full_rank_fraction": 0.5}
-    yield go.trion_rule, {"rank": 2, "momentum": 0.5}
-    yield go.dion_rule, {"rank": 2, "momentum": 0.5}
-    yield go.cosmos_rule, {"rank": 2} | dict.fromkeys(("ratio", "b1", "b2", "eps"), 0.5)
+    yield go.scale_by_trion, {"rank": 2, "momentum": 0.5}
+    yield go.scale_by_dion, {"rank": 2, "momentum": 0.5}
+    yield go.scale_by_cosmos, {"rank": 2} | dict.fromkeys(("ratio", "b1", "b2", "eps"), 0.5)
     yield go.limit_norm_growth, {"ratio": 1.5}
     yield go.scale_by_shape, {"consistent_rms": 0.5}
 

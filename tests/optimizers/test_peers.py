@@ -191,7 +191,7 @@ def spectral(x):
 @pytest.mark.parametrize("rank_of_gradient", [0, 1, 2])
 def test_dion_takes_no_step_where_the_momentum_is_only_rounding(rng, rank_of_gradient):
     g = np.float32(rng.normal(size=(8, rank_of_gradient)) @ rng.normal(size=(rank_of_gradient, 12)))
-    updates, state = run(go.dion_rule(4), [g] * 3)
+    updates, state = run(go.scale_by_dion(4), [g] * 3)
     for u in updates:
         assert (spectral(u)[rank_of_gradient:] < 1e-3).all()
         assert rank_of_gradient == 0 or spectral(u)[0] > 0.5
@@ -203,7 +203,7 @@ def test_dion_steps_once_in_a_direction_that_the_momentum_had_not(rng, first):
     """Columns of Q that saw nothing stay random: set to zero they would all turn to the new direction."""
     a, c = np.float32(rng.normal(size=(2, 8, 1)))
     b, d = np.float32(rng.normal(size=(2, 1, 12)))
-    values = [spectral(run(go.dion_rule(4, key=key), [first * a @ b, c @ d])[0][1]) for key in range(5)]
+    values = [spectral(run(go.scale_by_dion(4, key=key), [first * a @ b, c @ d])[0][1]) for key in range(5)]
     # Columns of Q are unit vectors, not orthogonal ones: of all four in one direction it would be 2.
     assert 0.9 < np.median(values, axis=0)[0] < 1.5
     assert (np.array(values)[:, 1 + int(first) :] < 1e-3).all()
@@ -215,7 +215,7 @@ def test_dion_stays_finite_at_full_rank_on_momenta_that_have_not_that_rank(rng, 
     size, seeds = 64, 100
     basis = np.linalg.qr(rng.normal(size=(seeds, size, size)))[0][..., : size - lost]
     g = np.float32(basis @ rng.normal(size=(seeds, size - lost, size)))
-    updates, state = run(go.dion_rule(size), [g, 0.1 * g])
+    updates, state = run(go.scale_by_dion(size), [g, 0.1 * g])
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((updates, state)))
     assert (spectral(updates[1])[:, 0] > 0.5).all()
 
@@ -223,7 +223,7 @@ def test_dion_stays_finite_at_full_rank_on_momenta_that_have_not_that_rank(rng, 
 def test_feedback_keeps_all_of_the_momentum_but_a_share_of_what_it_stepped_in(rng):
     """M_new = M - (1 - μ) P PᵀM: outside the subspace nothing is lost, inside μ of it stays."""
     g = jnp.float32(rng.normal(size=(6, 9)))
-    for rule, momentum in ((go.trion_rule(3, 0.7), 0.7), (go.dion_rule(3, 0.7), 0.7)):
+    for rule, momentum in ((go.scale_by_trion(3, 0.7), 0.7), (go.scale_by_dion(3, 0.7), 0.7)):
         (step,), state = run(rule, [g])
         u, _, _ = np.linalg.svd(np.asarray(step))
         p = u[:, :3]
