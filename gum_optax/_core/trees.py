@@ -23,6 +23,11 @@ def flat(tree: Any) -> list[Any]:
     return jax.tree.leaves(tree, is_leaf=is_hole)
 
 
+def key_name(key: Any) -> Any:
+    """What a key of a tree path says: of a dict its key, of a field its name, of a sequence the index."""
+    return getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))
+
+
 def concrete(tree: Any) -> Any:
     """Zeros in place of shapes: `init` reads no values, and so takes either, as optax's own do."""
 

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from optax.contrib import MuonDimensionNumbers
 
 from .._core.checks import is_function
+from .._core.trees import key_name
 from .._mesh.axis_names import is_box
 
 # Roles of a leaf, alone or in a stack. The last two axes, fan-in before fan-out: a Flax kernel.
@@ -79,7 +80,7 @@ def names_of(path: tuple[Any, ...]) -> tuple[str, ...]:
 
     An NNX variable shows its leaf as `.value` in `init` and without it in `update`.
     """
-    return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in unboxed(path))
+    return tuple(str(key_name(key)) for key in unboxed(path))
 
 
 def is_patterns(spec: Any, tree: Any) -> bool:

@@ -13,7 +13,7 @@ from .._core.checks import check_integer
 from .._core.guard import Guard
 from .._core.measurements import Sketches
 from .._core.trees import flat, is_hole
-from .._mesh.explicit import explicit_sharding
+from .._mesh.explicit import explicit_sharding, spec_of
 from .dimension_numbers import (
     Entry,
     Parts,
@@ -66,7 +66,7 @@ class _Cut:
 
     def _sharding(self, whole: NamedSharding, ndim: int) -> NamedSharding:
         """Of a part: as the kernel is, but for the axis that is cut."""
-        spec = [*whole.spec, *[None] * (ndim - len(whole.spec))]
+        spec = list(spec_of(whole, ndim))
         spec[self.axis : self.axis + 1] = [None] if self.head_dim is None else [None, None]
         return NamedSharding(whole.mesh, PartitionSpec(*spec))
 
@@ -96,7 +96,7 @@ def _whole_along(leaf: Array, axis: int) -> Array:
     known = explicit_sharding(leaf)
     if known is None:
         return leaf
-    spec = [*known.spec, *[None] * (leaf.ndim - len(known.spec))]
+    spec = list(spec_of(known, leaf.ndim))
     spec[axis] = None
     return jax.sharding.reshard(leaf, PartitionSpec(*spec))
 

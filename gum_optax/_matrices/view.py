@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from .._core.checks import check_matrix_leaf
 from .._core.trees import is_hole
-from .._mesh.explicit import explicit_sharding
+from .._mesh.explicit import explicit_sharding, spec_of
 from .dimension_numbers import Entry, Parts, ShardedDimensionNumbers, axes_of
 
 
@@ -62,11 +62,6 @@ def views_beside(tree: Any, views: Any) -> Any:
     return jax.tree.structure(tree).unflatten(kept)
 
 
-def _spec(sharding: NamedSharding, ndim: int) -> tuple[Any, ...]:
-    """What each axis is sharded over."""
-    return (*sharding.spec, *[None] * (ndim - len(sharding.spec)))
-
-
 def view_of(path: Any, leaf: Any, entry: Entry, *, wide: bool) -> View:
     """The view of one leaf; `wide` puts first the side to project.
 
@@ -102,7 +97,7 @@ def view_of(path: Any, leaf: Any, entry: Entry, *, wide: bool) -> View:
     swapped = fan_in > fan_out
     told = entry.sharding if isinstance(entry, ShardedDimensionNumbers) else None
     if told is not None:
-        split = [any(_spec(told, leaf.ndim)[axis] for axis in axes) for axes in (reduction, output)]
+        split = [any(spec_of(told, leaf.ndim)[axis] for axis in axes) for axes in (reduction, output)]
         swapped = split[0] if split[0] != split[1] else swapped
     rows, columns = (output, reduction) if wide and swapped else (reduction, output)
     order = batch + rows + columns
@@ -112,7 +107,7 @@ def view_of(path: Any, leaf: Any, entry: Entry, *, wide: bool) -> View:
     known = explicit_sharding(leaf) or told
     if known is not None:
         # Axes that are seen as one are sharded as the first of them.
-        spec = _spec(known, leaf.ndim)
+        spec = spec_of(known, leaf.ndim)
         over = [spec[axis] for axis in batch]
         known = NamedSharding(known.mesh, PartitionSpec(*over, spec[rows[0]], spec[columns[0]]))
     return View(order, len(batch), permuted, (*blocks, *sides), fan_in, fan_out, known)

@@ -8,6 +8,7 @@ import jax
 from jax.sharding import AxisType, NamedSharding
 from optax.contrib import MuonDimensionNumbers
 
+from .._mesh.explicit import spec_of
 from .dimension_numbers import Entry, Parts, ShardedDimensionNumbers, WeightDimensionNumbers, names_of
 from .hidden_matrices import decided
 from .rules.leaves import Reading
@@ -93,6 +94,6 @@ def _is_split(leaf: Any, entry: MuonDimensionNumbers) -> bool:
     mesh = sharding.mesh
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     splitting = {name for name, kind in kinds if kind == AxisType.Auto and mesh.shape[name] > 1}
-    spec = [*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec))]
+    spec = spec_of(sharding, leaf.ndim)
     over = [spec[axis] for axis in jax.tree.leaves((entry.reduction_axis, entry.output_axis))]
     return not splitting.isdisjoint(jax.tree.leaves(over))

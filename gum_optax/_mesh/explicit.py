@@ -17,6 +17,11 @@ def explicit_sharding(x: Any) -> NamedSharding | None:
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
+def spec_of(sharding: NamedSharding, ndim: int) -> tuple[Any, ...]:
+    """What each of `ndim` axes is sharded over; a spec leaves out the last ones."""
+    return (*sharding.spec, *[None] * (ndim - len(sharding.spec)))
+
+
 def _beside(
     g: Float[Array, "*b m n"], rows: int, columns: int, blocks: int | None = None
 ) -> tuple[tuple[int, ...], NamedSharding | None]:

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from .._core.trees import key_name
+
 Names = tuple[str, ...]
 Decided = tuple[str, str, int]  # a field of a low-rank state, an argument, the axis that this decides
 
@@ -33,7 +35,7 @@ def array_name(path: tuple[Any, ...]) -> Names:
     """The names along a path to an array, without the `value` of boxes: Orbax restores a box as a dict."""
     names: list[str] = []
     for key in path:
-        part = getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))
+        part = key_name(key)
         names += map(str, part if isinstance(part, tuple) else [part])  # a tuple is a key of a flat dict
     while names and names[-1] == "value":
         names.pop()
