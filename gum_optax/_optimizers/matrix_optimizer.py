@@ -1,6 +1,6 @@
 """What all optimizers share: matrices to one rule, all other leaves to another."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ from .._core.checks import check_number, check_rule, is_function
 from .._core.trees import split
 from .._matrices.as_matrices import as_matrices
 from .._matrices.decisions import Decisions
-from .._matrices.dimension_numbers import WeightDimensionNumbers
+from .._matrices.dimension_numbers import Entry, WeightDimensionNumbers
 from .._matrices.parts import Apart
 from .._matrices.view import views_of
 from .._mesh.axis_names import with_axis_names
@@ -59,6 +59,13 @@ def at_least_float32(rule: optax.GradientTransformation) -> optax.GradientTransf
         return taking.update(widened(updates), state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(lambda params: rule.init(widened(params)), update)
+
+
+def _check_matrices(params: Any, entries: Sequence[Entry]) -> None:
+    """Refuse what is no matrix, before optax masks anything away: an error then names the leaf's own path."""
+    chosen, _ = split(params, [entry is not None for entry in entries])
+    kernels = Apart(jax.tree.structure(params).unflatten(entries), chosen)
+    views_of(kernels.entries, kernels.apart(chosen), wide=True)
 
 
 def matrix_optimizer(
@@ -136,16 +143,12 @@ def matrix_optimizer(
         outer = rest if others is None else skip_as_one(others)
         rules: dict[Hashable, optax.GradientTransformation] = {"matrices": matrices, "others": outer}
         labels = treedef.unflatten(["others" if entry is None else "matrices" for entry in entries])
-        return optax.partition(
-            rules, lambda _: labels
-        )  # a function: a tree that can be called is taken for one
+        # Labels come from a function: `optax.partition` calls them where their tree can be called.
+        return optax.partition(rules, lambda _: labels)
 
     def init(params):
-        # Before optax masks anything away: an error then names the leaf's own path.
         entries = decisions.made_at_init(params)
-        chosen, _ = split(params, [entry is not None for entry in entries])
-        kernels = Apart(jax.tree.structure(params).unflatten(entries), chosen)
-        views_of(kernels.entries, kernels.apart(chosen), wide=True)
+        _check_matrices(params, entries)
         return routed(params).init(params)
 
     def update(updates, state, params=None, **extra_args):
