@@ -16,7 +16,6 @@ import speed
 from results import Results
 
 import gum_optax as go
-from gum_optax._full_rank import muon_rule
 
 GUARDS = {
     "alone": lambda tx: tx,
@@ -27,7 +26,7 @@ GUARDS = {
 
 def rules(rank: int) -> dict[str, optax.GradientTransformation]:
     """Steps of matrices, up the gradient."""
-    muon = muon_rule(0.95, None, together=True)
+    muon = go.scale_by_muon(together=True)
     return {
         "muon": muon,
         "galore_muon": go.low_rank(muon, rank, speed.PERIOD),

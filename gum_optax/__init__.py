@@ -1,96 +1,137 @@
 """Memory-efficient matrix optimizers for JAX, as compositions of optax transformations."""
 
-from ._axis_names import with_axis_names as with_axis_names
-from ._carries import keep as keep
-from ._carries import restart as restart
-from ._carries import rotate as rotate
-from ._carries import rotate_first_moment as rotate_first_moment
-from ._cosmos import CosmosState as CosmosState
-from ._cosmos import cosmos_rule as cosmos_rule
-from ._describe import Description as Description
-from ._describe import LeafDescription as LeafDescription
-from ._describe import describe as describe
-from ._dimensions import CONV_HWIO as CONV_HWIO
-from ._dimensions import CONV_OIHW as CONV_OIHW
-from ._dimensions import LAST_TWO as LAST_TWO
-from ._dimensions import OUT_IN as OUT_IN
-from ._dimensions import SPLIT_HEADS_INPUT as SPLIT_HEADS_INPUT
-from ._dimensions import SPLIT_HEADS_OUTPUT as SPLIT_HEADS_OUTPUT
-from ._dimensions import Parts as Parts
-from ._feedback import DionState as DionState
-from ._feedback import TrionState as TrionState
-from ._feedback import dct_columns as dct_columns
-from ._feedback import dion_rule as dion_rule
-from ._feedback import trion_rule as trion_rule
-from ._field import fira as fira
-from ._field import frugal as frugal
-from ._field import golore as golore
-from ._full_momentum import cosmos as cosmos
-from ._full_momentum import dion as dion
-from ._full_momentum import scion as scion
-from ._full_momentum import trion as trion
-from ._full_rank import muon as muon
-from ._full_rank import sinkgd as sinkgd
-from ._full_rank import swan as swan
-from ._hidden import RoutingWarning as RoutingWarning
-from ._hidden import hidden_matrices as hidden_matrices
-from ._layouts import with_shardings as with_shardings
-from ._low_rank import LowRankState as LowRankState
-from ._low_rank import low_rank as low_rank
-from ._matrices import as_matrices as as_matrices
-from ._memory import LeafMemory as LeafMemory
-from ._memory import MemoryReport as MemoryReport
-from ._memory import memory_report as memory_report
-from ._normalize import column_lmo as column_lmo
-from ._normalize import multi_norm as multi_norm
-from ._normalize import normalize as normalize
-from ._normalize import row_lmo as row_lmo
-from ._normalize import sign_lmo as sign_lmo
-from ._normalize import sinkhorn as sinkhorn
-from ._normalize import spectral_lmo as spectral_lmo
-from ._normalize import standardize_rows as standardize_rows
-from ._normalize import unit_columns as unit_columns
-from ._normalize import unit_frobenius as unit_frobenius
-from ._normalize import unit_rows as unit_rows
-from ._normalize import whiten as whiten
-from ._optimizers import galore as galore
-from ._optimizers import galore_muon as galore_muon
-from ._optimizers import gum as gum
-from ._optimizers import sumo as sumo
-from ._orthogonalize import JORDAN as JORDAN
-from ._orthogonalize import POLAR_EXPRESS as POLAR_EXPRESS
-from ._orthogonalize import fastest_newton_schulz as fastest_newton_schulz
-from ._orthogonalize import gram_newton_schulz as gram_newton_schulz
-from ._orthogonalize import newton_schulz as newton_schulz
-from ._orthogonalize import orthogonalize as orthogonalize
-from ._orthogonalize import polar as polar
-from ._orthogonalize import polar_by_products as polar_by_products
-from ._projected import projected_update as projected_update
-from ._report import metrics as metrics
-from ._residuals import add_raw as add_raw
-from ._residuals import drop as drop
-from ._residuals import scale_as_inside as scale_as_inside
-from ._restore import check_state as check_state
-from ._restore import convert_state as convert_state
-from ._sampling import draw as draw
-from ._scaling import LimitNormGrowthState as LimitNormGrowthState
-from ._scaling import limit_norm_growth as limit_norm_growth
-from ._scaling import scale_by_shape as scale_by_shape
-from ._sharding import check_processes_agree as check_processes_agree
-from ._sharding import state_shardings as state_shardings
-from ._skipping import SkipNonFiniteState as SkipNonFiniteState
-from ._skipping import skip_non_finite as skip_non_finite
-from ._subspace import random_subspace as random_subspace
-from ._subspace import randomized_svd as randomized_svd
-from ._subspace import sketched_subspace as sketched_subspace
-from ._subspace import subspace_iteration as subspace_iteration
-from ._subspace import svd_subspace as svd_subspace
-from ._switch import switch_subspace as switch_subspace
-from ._switch import track_subspace as track_subspace
-from ._unbiased import SampledState as SampledState
-from ._unbiased import Weights as Weights
-from ._unbiased import complement as complement
-from ._unbiased import low_variance as low_variance
-from ._unbiased import unbiased_low_rank as unbiased_low_rank
+import typing as _typing
+import warnings as _warnings
+
+# Optimizers, and what all of them share.
+from ._optimizers.cosmos import CosmosState as CosmosState
+from ._optimizers.cosmos import cosmos as cosmos
+from ._optimizers.cosmos import scale_by_cosmos as scale_by_cosmos
+from ._optimizers.dion import DionState as DionState
+from ._optimizers.dion import dion as dion
+from ._optimizers.dion import scale_by_dion as scale_by_dion
+from ._optimizers.fira import fira as fira
+from ._optimizers.frugal import frugal as frugal
+from ._optimizers.galore import galore as galore
+from ._optimizers.galore import galore_muon as galore_muon
+from ._optimizers.golore import golore as golore
+from ._optimizers.gum import gum as gum
+from ._optimizers.matrix_optimizer import matrix_optimizer as matrix_optimizer
+from ._optimizers.muon import muon as muon
+from ._optimizers.scion import scion as scion
+from ._optimizers.sinkgd import sinkgd as sinkgd
+from ._optimizers.sumo import sumo as sumo
+from ._optimizers.swan import swan as swan
+from ._optimizers.trion import TrionState as TrionState
+from ._optimizers.trion import dct_columns as dct_columns
+from ._optimizers.trion import trion as trion
+from ._optimizers.trion import scale_by_trion as scale_by_trion
+
+# What can be said of a state.
+from ._state.describe import Description as Description
+from ._state.describe import LeafDescription as LeafDescription
+from ._state.describe import describe as describe
+from ._state.memory import LeafMemory as LeafMemory
+from ._state.memory import MemoryReport as MemoryReport
+from ._state.memory import memory_report as memory_report
+from ._state.metrics import metrics as metrics
+from ._state.restore import check_state as check_state
+from ._state.restore import convert_state as convert_state
+
+# A rule in a subspace.
+from ._lowrank.finders import random_subspace as random_subspace
+from ._lowrank.finders import randomized_svd as randomized_svd
+from ._lowrank.finders import sketched_subspace as sketched_subspace
+from ._lowrank.finders import subspace_iteration as subspace_iteration
+from ._lowrank.finders import svd_subspace as svd_subspace
+from ._lowrank.low_rank import LowRankState as LowRankState
+from ._lowrank.low_rank import low_rank as low_rank
+from ._lowrank.on_refresh import keep as keep
+from ._lowrank.on_refresh import restart as restart
+from ._lowrank.on_refresh import rotate as rotate
+from ._lowrank.on_refresh import rotate_first_moment as rotate_first_moment
+from ._lowrank.projected_update import projected_update as projected_update
+from ._lowrank.residuals import add_raw as add_raw
+from ._lowrank.residuals import drop as drop
+from ._lowrank.residuals import scale_as_inside as scale_as_inside
+from ._lowrank.switch import switch_subspace as switch_subspace
+from ._lowrank.switch import track_subspace as track_subspace
+from ._lowrank.unbiased import SampledState as SampledState
+from ._lowrank.unbiased import Weights as Weights
+from ._lowrank.unbiased import complement as complement
+from ._lowrank.unbiased import low_variance as low_variance
+from ._lowrank.unbiased import unbiased_low_rank as unbiased_low_rank
+
+# Rules over full matrices.
+from ._transforms.normalize import normalize as normalize
+from ._transforms.orthogonalize import orthogonalize as orthogonalize
+from ._transforms.scale_by_muon import scale_by_muon as scale_by_muon
+from ._transforms.scaling import LimitNormGrowthState as LimitNormGrowthState
+from ._transforms.scaling import fan_ratio as fan_ratio
+from ._transforms.scaling import limit_norm_growth as limit_norm_growth
+from ._transforms.scaling import scale_by_shape as scale_by_shape
+from ._transforms.scaling import shape_factor as shape_factor
+from ._transforms.skip_non_finite import SkipNonFiniteState as SkipNonFiniteState
+from ._transforms.skip_non_finite import skip_non_finite as skip_non_finite
+
+# A model's leaves seen as matrices.
+from ._matrices.as_matrices import as_matrices as as_matrices
+from ._matrices.dimension_numbers import CONV_HWIO as CONV_HWIO
+from ._matrices.dimension_numbers import CONV_OIHW as CONV_OIHW
+from ._matrices.dimension_numbers import LAST_TWO as LAST_TWO
+from ._matrices.dimension_numbers import OUT_IN as OUT_IN
+from ._matrices.dimension_numbers import SPLIT_HEADS_INPUT as SPLIT_HEADS_INPUT
+from ._matrices.dimension_numbers import SPLIT_HEADS_OUTPUT as SPLIT_HEADS_OUTPUT
+from ._matrices.dimension_numbers import Parts as Parts
+from ._matrices.hidden_matrices import RoutingWarning as RoutingWarning
+from ._matrices.hidden_matrices import hidden_matrices as hidden_matrices
+from ._matrices.with_shardings import with_shardings as with_shardings
+
+# Where arrays live.
+from ._mesh.axis_names import with_axis_names as with_axis_names
+from ._mesh.state_shardings import check_processes_agree as check_processes_agree
+from ._mesh.state_shardings import state_shardings as state_shardings
+
+# Functions of arrays.
+from ._linalg.newton_schulz import JORDAN as JORDAN
+from ._linalg.newton_schulz import POLAR_EXPRESS as POLAR_EXPRESS
+from ._linalg.newton_schulz import fastest_newton_schulz as fastest_newton_schulz
+from ._linalg.newton_schulz import gram_newton_schulz as gram_newton_schulz
+from ._linalg.newton_schulz import newton_schulz as newton_schulz
+from ._linalg.normalizers import column_lmo as column_lmo
+from ._linalg.normalizers import multi_norm as multi_norm
+from ._linalg.normalizers import row_lmo as row_lmo
+from ._linalg.normalizers import sign_lmo as sign_lmo
+from ._linalg.normalizers import sinkhorn as sinkhorn
+from ._linalg.normalizers import spectral_lmo as spectral_lmo
+from ._linalg.normalizers import standardize_rows as standardize_rows
+from ._linalg.normalizers import unit_columns as unit_columns
+from ._linalg.normalizers import unit_frobenius as unit_frobenius
+from ._linalg.normalizers import unit_rows as unit_rows
+from ._linalg.normalizers import whiten as whiten
+from ._linalg.polar import polar as polar
+from ._linalg.polar import polar_by_products as polar_by_products
+
+# Draws.
+from ._core.keys import draw as draw
 
 __version__ = "0.1.0"
+
+# Names of before 0.1.0. Each goes with the next version.
+_RENAMED = {
+    "cosmos_rule": "scale_by_cosmos",
+    "dion_rule": "scale_by_dion",
+    "trion_rule": "scale_by_trion",
+}
+
+# Hidden from type checkers, which would take every other name for one of the package.
+if not _typing.TYPE_CHECKING:
+
+    def __getattr__(name):
+        if name not in _RENAMED:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        message = (
+            f"gum_optax.{name} is now gum_optax.{_RENAMED[name]}; the old name goes with the next version."
+        )
+        _warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return globals()[_RENAMED[name]]

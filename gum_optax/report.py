@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._full_rank import muon
-from ._memory import MemoryReport, memory_report
-from ._optimizers import galore, galore_muon, gum
+from ._optimizers.galore import galore, galore_muon
+from ._optimizers.gum import gum
+from ._optimizers.muon import muon
+from ._state.memory import MemoryReport, memory_report
 
 GIB = 2**30
 RANK_STEP = 64  # ranks that fill the tiles of a matrix unit

@@ -1,0 +1,1 @@
+"""Functions of arrays: no trees, no optax."""

@@ -1,0 +1,100 @@
+"""Orthonormal columns: how they are made; the way into their span and out of it."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .._core.xla import one_by_one_on_cpu
+from .numerics import exact_matmul, frobenius
+
+
+def inverse_factor(gram: Float[Array, "*b r r"]) -> Float[Array, "*b r r"]:
+    """`L⁻¹`, where `L Lᵀ` is the Gram matrix (Cholesky)."""
+
+    def inverse(a):
+        eye = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
+        factor = jax.lax.linalg.cholesky(a, symmetrize_input=False)
+        return jax.lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
+
+    return one_by_one_on_cpu(inverse, gram)
+
+
+# Cholesky-QR squares the condition number, so float32 needs a shift on the first pass and two clean
+# passes after it: orthonormal to rounding up to condition 1e6 (Fukaya et al., shifted CholeskyQR3).
+_SHIFT = 1e-6
+_CLEAN_PASSES = 2
+# How much of the previous subspace a power step keeps: directions that G does not see (rank-deficient, zero)
+# have nothing else. Bounds the condition of `Y = G GᵀP + δ P` by 1e5, for `PᵀY ≥ δ I`.
+FLOOR = 1e-5
+
+_DEFECT_OF_A_START = 0.1
+# The rounding of two float32 products, in units of float32's eps (measured: 1.3): see `outside`.
+_PRODUCT_ROUNDINGS = 8.0
+
+
+def project(p: Float[Array, "*b m r"], g: Float[Array, "*b m n"]) -> Float[Array, "*b r n"]:
+    """The coordinates of `g` in the subspace: `R = Pᵀ G`, in float32."""
+    return (p.mT @ g).astype(jnp.float32)
+
+
+def lift(p: Float[Array, "*b m r"], x: Float[Array, "*b r n"]) -> Float[Array, "*b m n"]:
+    """From coordinates back to the full matrix: `P X`."""
+    return p @ x
+
+
+def outside(
+    p: Float[Array, "*b m r"], g: Float[Array, "*b m n"], eps: float | None = None
+) -> Float[Array, "*b m n"]:
+    """The residual `G - P Pᵀ G`, and exactly zero where it is only rounding of `G`.
+
+    An orthogonalizer would lift that rounding to a full-size random step. Projecting twice makes the
+    error relative to the residual itself, not to `G`.
+
+    Args:
+      p: orthonormal columns.
+      g: the gradient.
+      eps: of the dtype that the gradient was computed in, where that is coarser than `g`'s.
+    """
+    stored = float(jnp.finfo(g.dtype).eps) if eps is None else eps
+    rounding = stored + _PRODUCT_ROUNDINGS * float(jnp.finfo(jnp.float32).eps)
+    whole = frobenius(g)
+    g = g.astype(jnp.float32)
+    for _ in range(2):
+        g = g - exact_matmul(p, exact_matmul(p.mT, g))
+    return jnp.where(frobenius(g) > rounding * whole, g, 0)
+
+
+def orthonormalize(
+    y: Float[Array, "*b m r"], shifted_passes: int = 1, clean_passes: int = _CLEAN_PASSES
+) -> Float[Array, "*b m r"]:
+    """The `Q` of `Y = Q R`, `R` with positive diagonal, by shifted Cholesky-QR.
+
+        Y ← Y L⁻ᵀ,   L Lᵀ = YᵀY (+ shift)
+
+    Only `r × r` matrices are factorized, so the columns may stay sharded. A shifted pass lowers the
+    condition of `Y` by up to 1e3, a second one by 1e3/√r: one is enough for 1e6, three for 1/eps.
+    A clean pass, without a shift, leaves a defect of that condition squared times eps, a second one rounding.
+    """
+    eye = jnp.eye(y.shape[-1], dtype=y.dtype)[(None,) * (y.ndim - 2)]
+
+    def one_pass(y, shift):
+        gram = exact_matmul(y.mT, y)
+        gram = gram + shift * jnp.sum(gram * eye, axis=(-2, -1), keepdims=True) * eye
+        return exact_matmul(y, inverse_factor(gram).mT), None
+
+    # A loop, not unrolled: every leaf has one, and XLA compiles each.
+    shifts = jnp.asarray([_SHIFT] * shifted_passes + [0.0] * clean_passes, y.dtype)
+    return jax.lax.scan(one_pass, y, shifts)[0]
+
+
+def regularized(
+    y: Float[Array, "*b m r"], p: Float[Array, "*b m r"], floor: float = FLOOR
+) -> Float[Array, "*b m r"]:
+    """`Y + δ P`: of full rank where `Y` is not, so that `orthonormalize` can take it. `|Y|` is about one."""
+    return y + floor * p
+
+
+def orthonormal_or(q: Float[Array, "*b m r"], p: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:
+    """`Q` where its columns are unit vectors, else `P`; NaN, which a CPU's maximum passes over, are none."""
+    defects = jnp.abs(jnp.sum(q * q, axis=-2, keepdims=True) - 1)
+    return jnp.where(jnp.all(defects < _DEFECT_OF_A_START, axis=-1, keepdims=True), q, p)

@@ -1,0 +1,235 @@
+"""Subspace finders."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from .._core.measurements import MeanOf
+from .._core.xla import one_by_one_on_cpu
+from .._linalg.numerics import exact_matmul, frobenius, inverse
+from .._linalg.orthonormal import (
+    orthonormal_or,
+    orthonormalize,
+    project,
+    regularized,
+)
+from .._mesh.explicit import placed
+
+# (key, gradient, previous) -> projector, its r = previous.shape[-1] columns orthonormal.
+SubspaceFinder = Callable[
+    [PRNGKeyArray, Float[Array, "*b m n"], Float[Array, "*b m r"]], Float[Array, "*b m r"]
+]
+
+# The same finder for all leaves at once: (mean_of, keys, previous, ...) -> projectors, a list each.
+LinearForm = Callable[..., Any]
+
+
+def with_linear_form(form: LinearForm) -> Callable[[Any], Any]:
+    """Marks a finder that sees the gradient through linear functions only, and says how."""
+
+    def mark(find):
+        find.linear_form = form
+        return find
+
+    return mark
+
+
+def linear_form(find: SubspaceFinder) -> functools.partial[Any]:
+    """How a finder, which may be a `functools.partial`, sees the gradient: as it says, or all of it."""
+    bound = functools.partial(find)  # takes a partial apart
+
+    def of_the_whole(mean_of, keys, previous, **keywords):
+        return [
+            bound.func(*leaf, **keywords) for leaf in zip(keys, mean_of(lambda g: g), previous, strict=True)
+        ]
+
+    form = getattr(bound.func, "linear_form", of_the_whole)
+    return functools.partial(form, **bound.keywords)
+
+
+# Power steps by default (Halko et al., arXiv 0909.4061, section 4.5: one or two).
+ITERATIONS = 2
+# The same of a sketch, which bounds nothing for sure: `G S` may cancel `δ P`. Of gradients of half the rank,
+# at `r = m - 1`, one in a thousand gives a condition of 100/δ (measured), still in reach of the passes; where
+# they fail, columns are no unit vectors, and the previous subspace is the start.
+_FLOOR_OF_A_SKETCH = 1e-2
+
+
+def svd_subspace(
+    key: PRNGKeyArray, gradient: Float[Array, "*b m n"], previous: Float[Array, "*b m r"]
+) -> Float[Array, "*b m r"]:
+    """The top `r` left singular vectors of the gradient: `P = U[:, :r]`, `G = U Σ Vᵀ`.
+
+    Exact, and slow: its cost grows with `m² n`, whatever the rank.
+    (GaLore, arXiv 2403.03507, Algorithm 2; GUM, arXiv 2510.17802, Algorithm 2.)
+    """
+    del key
+    # More columns than `min(m, n)` can only be completed from the null space.
+    complete = previous.shape[-1] > gradient.shape[-1]
+
+    def top(g):
+        return jnp.linalg.svd(g.astype(jnp.float32), full_matrices=complete)[0][..., : previous.shape[-1]]
+
+    return one_by_one_on_cpu(top, gradient)
+
+
+def _of(gradient: Any, f: Callable[..., Any], *operands: Any) -> Any:
+    """The mean over one gradient."""
+    return f(gradient, *operands)
+
+
+def power_steps(mean_of: MeanOf, keys: Any, p: Any, iterations: Any = ITERATIONS) -> Any:
+    """`subspace_iteration` of all leaves that share their means. `iterations` may be traced."""
+    del keys
+
+    def replaced(p, y):
+        squares = jnp.sum(y * y, axis=(-2, -1), keepdims=True)
+        return orthonormalize(regularized(y * inverse(jnp.sqrt(squares)), p))
+
+    def step(_, p):
+        return jax.tree.map(replaced, p, _power_step(mean_of, p))
+
+    return jax.lax.fori_loop(0, iterations, step, p)
+
+
+@with_linear_form(power_steps)
+def subspace_iteration(
+    key: PRNGKeyArray,
+    gradient: Float[Array, "*b m n"],
+    previous: Float[Array, "*b m r"],
+    iterations: int = ITERATIONS,
+) -> Float[Array, "*b m r"]:
+    """Warm-started power steps from the previous subspace.
+
+        repeat:   P ← orthonormalize(G GᵀP / |G GᵀP| + δ P)
+
+    Two products of the projection's own size and `r × r` factorizations in place of an SVD. A zero
+    gradient returns the previous subspace.
+
+    Args:
+      key: unused.
+      gradient: `(*, m, n)`.
+      previous: `(*, m, r)`, orthonormal columns, the start.
+      iterations: power steps; one follows a slowly moving subspace, from nothing it takes two or three.
+    """
+    return power_steps(functools.partial(_of, gradient), key, previous, iterations)
+
+
+def _power_step(mean_of: MeanOf, p: Any) -> Any:
+    """`G GᵀP` of some scale, of norm at least `1/√r`; zero where that is zero."""
+    coordinates = mean_of(lambda g, p: jax.tree.map(project, p, g), p)
+    # Scales are divided out on the small side: G itself is read twice and never copied.
+    by = jax.tree.map(lambda c: inverse(jnp.max(jnp.abs(c), axis=(-2, -1), keepdims=True)), coordinates)
+    small = jax.tree.map(jnp.multiply, coordinates, by)
+    y = mean_of(lambda g, c: jax.tree.map(lambda g, c: g @ c.mT, g, c), small)
+    # `Pᵀ Y` has a trace of at least one now, so that nothing underflows.
+    return jax.tree.map(jnp.multiply, y, by)
+
+
+def _to_norm_one(x: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:
+    return x * inverse(frobenius(x))
+
+
+def _from_sketch(mean_of: MeanOf, keys: Any, p: Any, iterations: int = 1) -> Any:
+    """`sketched_subspace` of all leaves that share their means."""
+
+    def sketch(key, p, g):
+        s = count_sketch(key, g.shape[-1], p.shape[-1])
+        # One a block: for one that all share, a CPU copies a leaf that is stored the other way round.
+        return g @ jnp.broadcast_to(s, (*g.shape[:-2], *s.shape))
+
+    def start(p, y):
+        return orthonormal_or(orthonormalize(regularized(_to_norm_one(y), p, _FLOOR_OF_A_SKETCH)), p)
+
+    y = mean_of(lambda g: jax.tree.map(sketch, keys, p, g))
+    return power_steps(mean_of, keys, jax.tree.map(start, p, y), iterations)
+
+
+@with_linear_form(_from_sketch)
+def sketched_subspace(
+    key: PRNGKeyArray,
+    gradient: Float[Array, "*b m n"],
+    previous: Float[Array, "*b m r"],
+    iterations: int = 1,
+) -> Float[Array, "*b m r"]:
+    """Power steps from a sketch of the gradient: nearly the top `r` left singular vectors, from nothing.
+
+        S: n × r, each row has one entry, a random sign, in a random column
+        P ← orthonormalize(G S / |G S| + δ P),  δ = 1e-2,   then `iterations` steps of `subspace_iteration`
+
+    A sketch is half a power step, and knows the gradient where a random subspace does not. A zero gradient
+    returns the previous subspace.
+
+    Args:
+      key: of `S`, the same for all blocks of a leaf.
+      gradient: `(*, m, n)`.
+      previous: `(*, m, r)`, orthonormal columns; only what the gradient does not fill is taken from it.
+      iterations: power steps after the sketch.
+
+    References:
+      Halko et al., arXiv 0909.4061, Algorithm 4.4; the sketch of Clarkson and Woodruff, arXiv 1207.6365.
+    """
+    return _from_sketch(functools.partial(_of, gradient), key, previous, iterations)
+
+
+def count_sketch(key: PRNGKeyArray, n: int, r: int) -> Float[Array, "n r"]:
+    """`S` with `E[S Sᵀ] = I`: adds each column of a matrix to one of `r`, or takes it from that."""
+    # One draw: `r` places to add at, `r` to take from. The same with 64 bits as without.
+    drawn = jax.random.randint(key, (n, 1), 0, 2 * r, jnp.int32)
+    places = jnp.arange(r)[None]
+    return (drawn == places).astype(jnp.float32) - (drawn == r + places).astype(jnp.float32)
+
+
+def randomized_svd(
+    key: PRNGKeyArray,
+    gradient: Float[Array, "*b m n"],
+    previous: Float[Array, "*b m r"],
+    oversampling: int = 8,
+    power_iterations: int = 2,
+) -> Float[Array, "*b m r"]:
+    """The top `r` left singular vectors, found afresh from a random subspace that is a little larger.
+
+        Q uniform, r + oversampling columns;   repeat:   Q ← orthonormalize(G GᵀQ / |G GᵀQ| + δ Q)
+        P = Q V[:, :r],   V the eigenvectors of (QᵀG)(QᵀG)ᵀ
+
+    Args:
+      key: of the random start.
+      gradient: `(*, m, n)`.
+      previous: `(*, m, r)`; only its shape is used.
+      oversampling: extra columns; 5 to 10 in Halko et al., arXiv 0909.4061, section 4.2.
+      power_iterations: steps with `G Gᵀ`; 1 to 2 there (section 4.5).
+    """
+    m, r = previous.shape[-2:]
+    columns = min(m, r + oversampling)
+    q = orthonormalize(jax.random.normal(key, (*previous.shape[:-1], columns), jnp.float32))
+    q = subspace_iteration(key, gradient, q, power_iterations)
+    b = _to_norm_one(project(q, gradient))
+    v = one_by_one_on_cpu(lambda a: jnp.linalg.eigh(a)[1], exact_matmul(b, b.mT))  # ascending
+    return exact_matmul(q, v[..., ::-1][..., :r])
+
+
+def _random(mean_of: MeanOf, keys: Any, p: Any) -> Any:
+    del mean_of
+    return jax.tree.map(lambda key, p: random_subspace(key, p, p), keys, p)
+
+
+@with_linear_form(_random)
+def random_subspace(
+    key: PRNGKeyArray, gradient: Float[Array, "*b m n"], previous: Float[Array, "*b m r"]
+) -> Float[Array, "*b m r"]:
+    """A subspace drawn uniformly (Haar) whatever the gradient: `P` of a Gaussian's `P R`.
+
+    `E[P Pᵀ] = (r/m) I`, so a projection on it is unbiased up to that factor.
+    (GoLore, arXiv 2410.11289; Flora, arXiv 2402.03293.)
+    """
+    del gradient
+    return orthonormalize(jax.random.normal(key, previous.shape, jnp.float32))
+
+
+def first_subspace(key: PRNGKeyArray, g: Float[Array, "*b m n"], rank: int) -> Float[Array, "*b m r"]:
+    """A random one to start from, sharded as the rows of `g`."""
+    return placed(random_subspace(key, g, jnp.zeros((*g.shape[:-1], rank))), g, -2, rank)

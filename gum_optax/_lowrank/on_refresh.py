@@ -1,0 +1,76 @@
+"""What becomes of a rule's state when the subspace changes."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float
+
+from .._linalg.numerics import exact_matmul
+
+# Carries: (inner, its state, zeros like the coordinates, rotation P_newᵀ P_old, whether the period is new)
+# -> its state for the subspace of this step.
+Carry = Callable[[Any, Any, Any, Any, Any], Any]
+
+
+def keep(inner: Any, state: Any, coordinates: Any, rotation: Any, due: Any) -> Any:
+    """The state stays as it is: coordinates in the old subspace are read as ones in the new (GaLore)."""
+    del inner, coordinates, rotation, due
+    return state
+
+
+def _rotated(
+    due: Bool[Array, ""], rotation: Float[Array, "*b r r"], m: Float[Array, "*b r n"]
+) -> Float[Array, "*b r n"]:
+    return jax.lax.cond(due, lambda q, m: exact_matmul(q, m).astype(m.dtype), lambda q, m: m, rotation, m)
+
+
+def rotate(inner: Any, state: Any, coordinates: Any, rotation: Any, due: Any) -> Any:
+    """Every accumulator follows the subspace: `M ← (P_newᵀ P_old) M` (SUMO).
+
+    Right for what is linear in the gradient, such as `optax.trace`; a second moment is not. Leaves of
+    inner's state that do not have the coordinates' shape, such as norms, stay as they are.
+    """
+
+    def follow(m, q, r):
+        return _rotated(due, q, m) if m.shape == r.shape else m
+
+    return optax.tree.map_params(inner, follow, state, rotation, coordinates)
+
+
+def rotate_first_moment(inner: Any, state: Any, coordinates: Any, rotation: Any, due: Any) -> Any:
+    """Adam's mean follows the subspace, `M ← (P_newᵀ P_old) M`; its squares stay as they are (GoLore).
+
+    For an inner rule whose state has one field `mu`, as those of `optax.scale_by_adam` and its kin.
+
+    Raises:
+      ValueError: there is no such field.
+      KeyError: there are several.
+    """
+    del inner
+    if not jax.tree.leaves(coordinates):
+        return state  # a tree without leaves has no field either
+
+    def is_field(path, _):  # of a NamedTuple, and not a module of that name
+        return isinstance(path[-1], optax.tree_utils.NamedTupleKey)
+
+    mean = optax.tree.get(state, "mu", filtering=is_field)
+    if mean is None:
+        raise ValueError(
+            f"rotate_first_moment needs a state with a field mu, got {type(state).__name__}; use rotate."
+        )
+    return optax.tree.set(state, is_field, mu=jax.tree.map(functools.partial(_rotated, due), rotation, mean))
+
+
+# These leave alone what a leaf has whose subspace has not changed.
+FOLLOWING = (keep, rotate, rotate_first_moment)
+
+
+def restart(inner: Any, state: Any, coordinates: Any, rotation: Any, due: Any) -> Any:
+    """The state starts again from `inner.init` (GUM)."""
+    del rotation
+    # A choice entry by entry, which XLA makes where it next reads the state; a branch would copy it.
+    return jax.tree.map(lambda new, old: jnp.where(due, new, old), inner.init(coordinates), state)

@@ -1,0 +1,266 @@
+"""The unbiased paradigm: a few sampled blocks run at full rank and carry what projection loses."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from .._core.checks import check_fraction, check_function, check_integer, check_matrix_leaf, check_rule
+from .._core.guard import Guard
+from .._core.keys import check_key, draw, key_data
+from .._core.trees import is_hole, map_with_place, split
+from .._core.xla import in_one, map_in_turn, unknown
+from .._linalg.orthonormal import lift, outside, project
+from .._matrices.view import View, plain_view
+from .._mesh.explicit import zeros
+from .finders import SubspaceFinder
+from .low_rank import Subspace, in_subspace
+from .on_refresh import restart
+from .slots import Group, groups_of, holders, put
+from .switch import track_subspace
+
+
+class Weights(NamedTuple):
+    """What each branch is fed; the mean over the draw is `G` when
+    `(1-q) low + q inside = 1` and `q outside = 1`.
+    """
+
+    low: float  # low-rank branch: low · PᵀG
+    inside: float  # full-rank branch: inside · P PᵀG ...
+    outside: float  # ... + outside · (G - P PᵀG)
+
+
+Compensation = Callable[[float], Weights]
+
+
+def complement(q: float) -> Weights:
+    """The paper's: `PᵀG/(1-q)` in the subspace, `(G - P PᵀG)/q` at full rank.
+
+    Variance of the estimate: `q/(1-q) |P PᵀG|² + (1-q)/q |G - P PᵀG|²`.
+    (Pan et al., GUM, arXiv 2510.17802, Algorithms 1 and 2.)
+    """
+    return Weights(low=1 / (1 - q), inside=0.0, outside=1 / q)
+
+
+def low_variance(q: float) -> Weights:
+    """`PᵀG` in the subspace, `(G - (1-q) P PᵀG)/q = P PᵀG + (G - P PᵀG)/q` at full rank.
+
+    Variance of the estimate: `(1-q)/q |G - P PᵀG|²`, never more than `complement`'s. Under an
+    orthogonalizer that says little: its sampled blocks spend their step on the subspace too.
+    """
+    return Weights(low=1.0, inside=1.0, outside=1 / q)
+
+
+class SampledState(NamedTuple):
+    """What `unbiased_low_rank` keeps of its sampled blocks. A group is named by its shape, as in `"64x256"`.
+
+    Where no group is sampled, `index` and `slots` are the scalar 0.
+    """
+
+    index: Any  # {group: (k,) int32}, the sampled blocks of each group, counted over its leaves
+    slots: Any  # state of `inner` over {group: (k, m, n)}, the sampled blocks' full-rank momentum
+
+
+def unbiased_low_rank(
+    inner: optax.GradientTransformation,
+    rank: int,
+    period: int,
+    full_rank_fraction: float,
+    *,
+    find_subspace: SubspaceFinder = track_subspace,
+    compensation: Compensation = complement,
+    key: int | jax.Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Run `inner` on an unbiased low-rank estimate of the gradient.
+
+    Every `period` steps the subspace `P` is found anew, `k` of the `L` blocks of each group (same
+    shape) are drawn without replacement, and inner's states restart. With `q = k/L`, on each step
+
+        low-rank block     S = inner(PᵀG / (1-q))          step = P S
+        sampled block      S = inner((G - P PᵀG) / q)      step = S
+
+    (the weights are `complement`'s). For a `P` that does not depend on the draw, the mean over draws
+    of what inner is fed, lifted back, is `G`. What inner makes of it is another matter:
+
+    - `optax.identity()` (SGD), `optax.trace` (momentum): linear, so the step itself is unbiased.
+    - `optax.scale_by_adam()`: its mean is; the squares have the estimate's variance in them, and so the
+      step is biased, and smaller where `q` is small.
+    - `optax.scale_by_lion()`, and momentum with `orthogonalize()` (Muon, hence GUM): the momentum is; the
+      sign and the polar factor are not linear, so the step is not. `P` commutes with the polar factor
+      (`msign(P R) = P msign(R)`) but not with the sign.
+
+    `k = clip(round(full_rank_fraction · L), 1, L)`, or 0 when the fraction is 0 (then this is
+    `low_rank` with `carry=restart`). Blocks with `min(m, n) <= rank`, and groups with `k = L`, are not
+    projected: inner runs on the full matrix, without restarts.
+
+    Args:
+      inner: the rule, run both on coordinates `(*, r, n)` and on full matrices `(k, m, n)`.
+      rank: `r`, columns of the projector.
+      period: `K`, steps between refreshes; the first step refreshes.
+      full_rank_fraction: the asked share of blocks at full rank, in `[0, 1]`.
+      find_subspace: as in `low_rank`.
+      compensation: `complement` (the paper's) or `low_variance`; any `q -> Weights`.
+      key: an integer seed or a JAX key: all draws follow from it.
+
+    Returns:
+      A transformation over trees of `(*, m, n)` leaves with state `LowRankState`, `SampledState` within:
+      `r (m + n) + q m n` numbers a block where inner keeps one momentum.
+
+    Raises:
+      TypeError, ValueError: an argument or a leaf is out of range or of the wrong type.
+
+    References:
+      Pan et al., Unbiased Gradient Low-Rank Projection, arXiv 2510.17802, Algorithm 1.
+    """
+    inner = optax.with_extra_args_support(check_rule("inner", inner))
+    rank = check_integer("rank", rank, at_least=1)
+    period = check_integer("period", period, at_least=1)
+    fraction = check_fraction("full_rank_fraction", full_rank_fraction)
+    check_function("find_subspace", find_subspace, "gum_optax.svd_subspace")
+    check_function("compensation", compensation, "gum_optax.complement")
+    check_key(key)
+
+    def rule_for(tree):
+        """The number of blocks of each shape decides how many are sampled: the rule depends on the tree."""
+        groups = groups_of(tree, rank, fraction)
+        projected = {group.shape for group in groups.values() if not group.is_full}
+        leaves, treedef = jax.tree.flatten(tree)
+        low, _ = split(leaves, [leaf.shape[-2:] in projected for leaf in leaves])
+        # Numbered over the projected leaves alone.
+        sampled = {n: g for n, g in groups_of(low, rank, fraction).items() if g.slots}
+        weight = {group.shape: compensation(group.fraction).low for group in sampled.values()}
+        weights = treedef.unflatten([weight.get(leaf.shape[-2:], 1.0) for leaf in leaves])
+        subspace = Subspace(rank, period, find_subspace, restart, key)
+        step_from = _sampled_steps(inner, sampled, compensation, period, key)
+        return in_subspace(_weighted(inner, weights), subspace, step_from, lambda shape: shape in projected)
+
+    def init(params):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+            check_matrix_leaf(path, leaf)
+        return rule_for(params).init(params)
+
+    def update(updates, state, params=None, **extra_args):
+        return rule_for(updates).update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _sampled_steps(
+    inner: optax.GradientTransformationExtraArgs,
+    sampled: dict[str, Group],
+    compensation: Compensation,
+    period: int,
+    key: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """`P S`, and for the sampled blocks the step of `inner` at full rank in its place."""
+
+    def draws(key, count):
+        return {n: draw(key, count // period, n, group.blocks, group.slots) for n, group in sampled.items()}
+
+    def fresh(tree):
+        """Zeros, sharded as the blocks of the first leaf are."""
+        leaves = jax.tree.leaves(tree)
+        return {n: zeros(leaves[g.places[0]], -2, -1, g.slots) for n, g in sampled.items()}
+
+    def init(params):
+        if not sampled:
+            # One ordinary leaf and not an empty dict: `optax.tree.map_params` calls `init` with a leafless
+            # tree and compares structures.
+            return SampledState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+        return SampledState(draws(key_data(key), jnp.zeros((), jnp.int32)), inner.init(fresh(params)))
+
+    def update(updates, state, params=None, *, told, guard: Guard | None = None, **extra_args):
+        del params
+        index = state.index
+        if sampled:
+            index = in_one(draws, told.count >= 0, told.key, told.count)
+        leaves, views, projectors = map(jax.tree.leaves, (updates, told.views, told.projectors))
+        fed = {}
+        for name, group in sampled.items():
+            eps = max(float(jnp.finfo(leaves[place].dtype).eps) for place in group.places)
+            feed = functools.partial(_full_rank_input, weights=compensation(group.fraction), eps=eps)
+            fed[name] = told.gradient.fed(feed, group, index[name], projectors)
+        slot_steps: Any = fed
+        slots = state.slots
+        if sampled:
+            empty = fresh(updates)
+            slots = restart(inner, state.slots, empty, None, told.due)
+            at = {n: _slot_view(fed[n], views[group.places[0]]) for n, group in sampled.items()}
+            own = None if guard is None else _slot_guard(guard, updates, sampled, index)
+            if own is not None:
+                slots = own.carried(inner, slots, state.slots, empty)
+                extra_args |= {"guard": own}
+            slot_steps, slots = inner.update(fed, slots, None, views=at, **extra_args)
+            if guard is not None and own is not None:
+                guard.as_kept([x for x in jax.tree.leaves(slots) if own.has(x)])
+        overlay = {}
+        for name, group in sampled.items():
+            slot = holders(index[name], group.blocks)
+            starts = unknown(group.starts, slot[0])
+            for place, start, size in zip(group.places, starts, group.sizes, strict=True):
+                overlay[place] = slot_steps[name], jax.lax.dynamic_slice_in_dim(slot, start, size)
+
+        @jax.jit  # traced once for all leaves of a shape
+        def laid_over(p, s, values, held):
+            lifted = lift(p, s)
+            return lifted, put(lifted, values, held)
+
+        def step(place, p, s):
+            """`P S`, for which the next leaf waits, and the step."""
+            return laid_over(p, s, *overlay[place]) if place in overlay else (lift(p, s),) * 2
+
+        places = map_with_place(lambda place, _: place, updates)
+        pairs = map_in_turn(step, places, told.projectors, told.steps)
+        steps = jax.tree.map(lambda _, pair: pair[1], updates, pairs)
+        return steps, SampledState(index, slots)
+
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def _slot_guard(guard: Guard, updates: Any, sampled: dict[str, Group], index: Any) -> Guard:
+    """Of the slots, each of which steps if the leaf does whose block it holds."""
+    if guard.leaves is None:
+        return Guard(guard.taken)
+    accepted = guard.accepted(updates)
+
+    def of_slots(name):
+        group = sampled[name]
+        flags = [jnp.full(size, accepted[i]) for i, size in zip(group.places, group.sizes, strict=True)]
+        return jnp.concatenate(flags)[index[name]]
+
+    # In the order of a dict's leaves.
+    return Guard(guard.taken, {i: of_slots(name) for i, name in enumerate(sorted(sampled))})
+
+
+def _slot_view(x: Float[Array, "k m n"], view: View) -> View:
+    """Of slots, which are sharded as the blocks of a leaf are."""
+    if view.sharding is None:
+        return plain_view(x)
+    spec = PartitionSpec(None, *view.sharding.spec[-2:])
+    return dataclasses.replace(plain_view(x), sharding=NamedSharding(view.sharding.mesh, spec))
+
+
+def _weighted(
+    inner: optax.GradientTransformationExtraArgs, weights: Any
+) -> optax.GradientTransformationExtraArgs:
+    """`inner`, fed each leaf, where there is one, times its weight."""
+
+    def update(updates, state, params=None, **extra_args):
+        fed = jax.tree.map(lambda w, x: x if is_hole(x) else w * x, weights, updates)
+        return inner.update(fed, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _full_rank_input(
+    g: Float[Array, "m n"], p: Float[Array, "m r"], weights: Weights, eps: float
+) -> Float[Array, "m n"]:
+    """`inside · P PᵀG + outside · (G - P PᵀG)`."""
+    fed = weights.outside * outside(p, g, eps)
+    return fed + weights.inside * lift(p, project(p, g)) if weights.inside else fed

@@ -1,0 +1,78 @@
+"""The canonical view: below `as_matrices` every leaf is a matrix or a stack of them, `(*blocks, m, n)`."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .._core.checks import check_rule
+from .._core.guard import Guard
+from .._core.measurements import Sketches
+from .._core.trees import concrete
+from .._mesh.explicit import on_auto_axes
+from .dimension_numbers import WeightDimensionNumbers
+from .parts import Apart, PartMeans
+from .view import views_of
+
+
+def as_matrices(
+    inner: optax.GradientTransformation,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+    *,
+    wide: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    """Run `inner` on leaves seen as matrices `(m, n)`, or stacks of them.
+
+        G (any axes)  →  (*blocks, m, n), m <= n  →  inner  →  back to the axes of G
+
+    The tree keeps its structure and no data moves: XLA folds the transpose or reshape into the next
+    product. Axes that are neither reduction nor output axes, wherever they stand, count as blocks.
+
+    Args:
+      inner: a rule over trees of `(*blocks, m, n)` leaves. It sees parameters in the same view.
+      weight_dimension_numbers: `optax.contrib.MuonDimensionNumbers` for all leaves, a tree of them,
+        or a function from the tree to such a tree. Default: the last two axes of every leaf.
+      wide: put the shorter side first (`m <= n`). False keeps `(*blocks, fan_in, fan_out)`.
+
+    Returns:
+      A transformation whose state is inner's. The step keeps the dtype that inner gave it.
+
+    Raises:
+      ValueError: at `init`, a leaf without two matrix axes, or overlapping dimension numbers.
+      TypeError: at `init`, a complex or integer leaf.
+    """
+    inner = optax.with_extra_args_support(check_rule("inner", inner))
+
+    def seen(views: Any, tree: Any) -> Any:
+        return jax.tree.map(lambda x, view: view.of(jnp.asarray(x)), tree, views)
+
+    def init(params):
+        params = concrete(params)
+        kernels = Apart(weight_dimension_numbers, params)
+        parts = kernels.apart(params)
+        return inner.init(seen(views_of(kernels.entries, parts, wide=wide), parts))
+
+    def update(updates, state, params=None, *, sketches: Sketches | None = None, **extra_args):
+        kernels = Apart(weight_dimension_numbers, updates)
+        if sketches is not None:
+            sketches.check_untouched(updates)
+            extra_args |= {"sketches": kernels.measured(sketches, updates)}
+        # Before types lose their shardings.
+        views = views_of(kernels.entries, kernels.apart(updates), wide=wide)
+
+        def inside(updates, state, params=None, *, guard: Guard | None = None, **extra_args):
+            params = None if params is None else seen(views, kernels.apart(params))
+            parts = seen(views, kernels.apart(updates))
+            # How leaves are stored, for rules that take them through a conditional: see `low_rank`.
+            own = kernels.guarded(guard, updates)
+            steps, state = inner.update(parts, state, params, views=views, guard=own, **extra_args)
+            if guard is not None and own is not None:
+                guard.as_kept([x for x in jax.tree.leaves(state) if own.has(x)])
+            if isinstance(asked := extra_args.get("sketches"), PartMeans):
+                asked.need_the_rest()
+            return kernels.together(jax.tree.map(lambda x, view: view.back(x), steps, views)), state
+
+        return on_auto_axes(inside)(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init, update)

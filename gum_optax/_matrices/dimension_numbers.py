@@ -1,0 +1,170 @@
+"""Dimension numbers: which axes of a leaf are its fan-in, its fan-out, and a batch of blocks."""
+
+import fnmatch
+import numbers
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import NamedSharding
+from optax.contrib import MuonDimensionNumbers
+
+from .._core.checks import is_function
+from .._core.trees import key_name
+from .._mesh.axis_names import is_box
+
+# Roles of a leaf, alone or in a stack. The last two axes, fan-in before fan-out: a Flax kernel.
+LAST_TWO = MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+# A linear layer of PyTorch and Equinox, `(out, in)`.
+OUT_IN = MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
+# Attention with heads on an axis of their own: `(embed, heads, head_dim)` and `(heads, head_dim, embed)`.
+SPLIT_HEADS_INPUT = MuonDimensionNumbers(reduction_axis=-3, output_axis=(-2, -1))
+SPLIT_HEADS_OUTPUT = MuonDimensionNumbers(reduction_axis=(-3, -2), output_axis=-1)
+# Convolutions of two dimensions: Flax's `(height, width, in, out)`, and `(out, in, height, width)`.
+CONV_HWIO = MuonDimensionNumbers(reduction_axis=(-4, -3, -2), output_axis=-1)
+CONV_OIHW = MuonDimensionNumbers(reduction_axis=(-3, -2, -1), output_axis=-4)
+
+WeightDimensionNumbers = MuonDimensionNumbers | Any | Callable[[Any], Any] | None
+
+
+class ShardedDimensionNumbers(NamedTuple):
+    """`optax.contrib.MuonDimensionNumbers` of a leaf whose sharding is known: what `with_shardings` gives."""
+
+    reduction_axis: Any
+    output_axis: Any
+    sharding: NamedSharding  # of the leaf
+
+
+class Parts(NamedTuple):
+    """Several matrices in one kernel, side by side along an axis: each is orthogonalized and projected by
+    itself.
+
+    | kernel | value |
+    |---|---|
+    | queries, keys and values `(d, 3 h)` | `Parts((h, h, h))` |
+    | grouped queries `(d, q + 2 kv)` | `Parts((q, kv, kv))` |
+    | gate and up `(d, 2 f)` of PyTorch, `(2 f, d)` | `Parts((f, f), axis=-2, numbers=OUT_IN)` |
+    | each head of `(d, heads · head_dim)` for itself | `Parts(head_dim=head_dim)` |
+    | each head of grouped queries | `Parts((q, kv, kv), head_dim=head_dim)` |
+    | latent attention `(rank, heads, k + v)` | `Parts((k, v), numbers=SPLIT_HEADS_INPUT)` |
+
+    An axis of its own needs no parts: of `(d, 3, heads, head_dim)` each is a block by
+    `MuonDimensionNumbers(-4, (-2, -1))`, and each head of each by `MuonDimensionNumbers(-4, -1)`.
+
+    State is a tuple at the kernel's place, an entry a part; a single array where `sizes` is `None`.
+    """
+
+    sizes: tuple[int, ...] | None = None  # of the parts along the axis; None: it is one part
+    axis: int = -1
+    head_dim: int | None = None  # cuts each part once more, into matrices of this width
+    numbers: MuonDimensionNumbers | ShardedDimensionNumbers = (
+        LAST_TWO  # of a part, which has the axes of the kernel
+    )
+
+
+Entry = MuonDimensionNumbers | ShardedDimensionNumbers | Parts | None
+
+
+def _is_entry(x: Any) -> bool:
+    return isinstance(x, Entry)
+
+
+def unboxed(path: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A tree path without the `.value` in which an NNX variable or a Linen box shows its leaf."""
+    boxed = bool(path) and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value"
+    return path[:-1] if boxed else path
+
+
+def names_of(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """The names along a tree path, the same for dicts, dataclasses and Flax NNX states.
+
+    An NNX variable shows its leaf as `.value` in `init` and without it in `update`.
+    """
+    return tuple(str(key_name(key)) for key in unboxed(path))
+
+
+def is_patterns(spec: Any, tree: Any) -> bool:
+    """Whether it maps patterns of paths to roles, and is no tree of dimension numbers like `tree`."""
+    if not isinstance(spec, dict) or not all(isinstance(x, str) for x in spec):
+        return False
+    flat = set(leaf_names(tree))
+    return all(map(_is_entry, spec.values())) and not all((name,) in flat for name in spec)
+
+
+def matching(patterns: dict[str, Entry], name: str) -> str | None:
+    """The first pattern that a path matches; `*` stands for anything, slashes included."""
+    return next((pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)), None)
+
+
+def _last_two_of_all(tree: Any) -> list[Entry]:
+    return [LAST_TWO] * len(jax.tree.leaves(tree))
+
+
+def leaf_names(tree: Any) -> list[tuple[str, ...]]:
+    """The names along the path of each leaf, without those of the box that it is in."""
+    boxes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_box)
+    return [names_of(path) for path, box in boxes for _ in jax.tree.leaves(box)]
+
+
+def dimension_numbers(
+    spec: WeightDimensionNumbers, tree: Any, default: Callable[[Any], list[Entry]] = _last_two_of_all
+) -> list[Entry]:
+    """The dimension numbers of each leaf of `tree`, in the order of its leaves.
+
+    Args:
+      spec: one `MuonDimensionNumbers` or `Parts` for every leaf; a tree of them, `None` where a leaf is not a
+        matrix; a function from the tree to such a tree; a mapping from patterns of paths to them, of which
+        the first that matches decides; or `None`.
+      tree: of arrays.
+      default: from the tree to the dimension numbers of leaves that `spec` leaves open.
+
+    Raises:
+      ValueError: a leaf has no entry in the tree.
+      TypeError: an entry is neither dimension numbers nor `None`.
+    """
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    if not paths or spec is None:
+        return default(tree) if paths else []
+    if is_function(spec):
+        spec = spec(tree)  # pyright: ignore[reportCallIssue]
+    if isinstance(spec, MuonDimensionNumbers | Parts):
+        return [spec] * len(paths)
+    if isinstance(spec, dict) and is_patterns(spec, tree):
+        found = [matching(spec, "/".join(names)) for names in leaf_names(tree)]
+        others = default(tree) if None in found else [None] * len(found)
+        return [other if at is None else spec[at] for at, other in zip(found, others, strict=True)]
+    entries = jax.tree_util.tree_leaves_with_path(spec, is_leaf=_is_entry)
+    table = {names_of(path): entry for path, entry in entries}
+    return [_entry_at(path, table) for path in paths]
+
+
+def _entry_at(path: Any, table: dict[tuple[str, ...], Any]) -> Entry:
+    where = jax.tree_util.keystr(path)
+    if names_of(path) not in table:
+        raise ValueError(
+            f"weight_dimension_numbers has no entry for leaf {where};"
+            " give it MuonDimensionNumbers, or None if it is not a matrix."
+        )
+    entry = table[names_of(path)]
+    if not _is_entry(entry):
+        raise TypeError(
+            f"weight_dimension_numbers of leaf {where} must be optax.contrib.MuonDimensionNumbers or None,"
+            f" or gum_optax.Parts of a fused kernel, got {entry!r}."
+        )
+    return entry
+
+
+def axes_of(axes: Any, where: str, ndim: int) -> tuple[int, ...]:
+    """Non-negative axes from one axis or several."""
+    given = axes if isinstance(axes, tuple | list) else (axes,)
+    if not all(isinstance(axis, numbers.Integral) and not isinstance(axis, bool) for axis in given):
+        raise TypeError(
+            f"dimension numbers of leaf {where} must be an axis or a tuple of axes, got {axes!r};"
+            " name its reduction axis and its output axis by integers."
+        )
+    given = [int(axis) for axis in given]
+    if any(not -ndim <= axis < ndim for axis in given):
+        raise ValueError(
+            f"dimension numbers of leaf {where} name axes {tuple(given)}, but it has {ndim} axes."
+        )
+    return tuple(axis % ndim for axis in given)

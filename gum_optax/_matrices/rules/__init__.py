@@ -1,0 +1,1 @@
+"""The rules of the policy: what is known of the leaves of a model."""

@@ -1,0 +1,130 @@
+"""Dion: one power iteration of the momentum a step, with error feedback."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+from .._core.checks import check_integer, check_number
+from .._linalg.numerics import exact_matmul, frobenius, inverse, norm
+from .._linalg.orthonormal import lift, orthonormal_or, orthonormalize, regularized
+from .._matrices.dimension_numbers import WeightDimensionNumbers
+from .._mesh.explicit import placed, zeros
+from .._transforms.per_matrix import per_matrix
+from .._transforms.scaling import fan_ratio
+from .matrix_optimizer import matrix_optimizer
+
+_EPS = float(jnp.finfo(jnp.float32).eps)
+# What a completing column of Dion's P sees of M, in units of eps |M|: the floor, over a column of Y of norm
+# 1/√r, so √r of them.
+_ROUNDINGS = 64.0
+
+
+class DionState(NamedTuple):
+    """State of `scale_by_dion`."""
+
+    count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
+    momentum: Any  # M, a leaf (*, m, n) float32
+    right: Any  # Q, a leaf (*, n, r) float32 with unit columns
+
+
+def scale_by_dion(rank: int, momentum: Any = 0.95, key: int | jax.Array = 0) -> optax.GradientTransformation:
+    """Orthonormalize the momentum by one power iteration, and keep the rest for later.
+
+        M ← M + G,   P = orth(M Q),   R = MᵀP,   M ← M - (1 - μ) P Rᵀ
+        Q ← R, its columns to norm one,   step = P Qᵀ
+
+    `Q` starts random, as in the paper. Where `M` has fewer than `r` directions the columns of `R` that are
+    only its rounding get no step, and leave their columns of `Q` as they were.
+
+    Args:
+      rank: `r`; at most `m`.
+      momentum: `μ`, what stays of the directions stepped in; 0.95 in the paper.
+      key: an integer seed or a JAX key, of the first `Q`.
+
+    Returns:
+      A transformation over trees of `(*, m, n)` leaves. State: a full-size momentum and `Q`, `m n + n r`
+      numbers a matrix.
+
+    Raises:
+      TypeError, ValueError: an argument or a leaf is out of range or of the wrong type.
+
+    References:
+      Ahn et al., Dion, arXiv 2504.05295, Algorithm 1.
+    """
+    rank = check_integer("rank", rank, at_least=1)
+    momentum = check_number("momentum", momentum, at_least=0, below=1)
+
+    def init(key, x):
+        *blocks, rows, columns = x.shape
+        q = jax.random.normal(key, (*blocks, columns, min(rank, rows)), jnp.float32)
+        return zeros(x, -2, -1), placed(q * inverse(norm(q, -2)), x, -1, q.shape[-1])
+
+    def update(count, g, m, q):
+        del count
+        m = m + g
+        p = _completed(exact_matmul(m, q))
+        r = exact_matmul(m.mT, p)
+        lengths = norm(r, -2)
+        unit, seen = r * inverse(lengths), lengths > _ROUNDINGS * _EPS * frobenius(m)
+        m = m - (1 - momentum) * lift(p, r.mT)
+        return lift(p, jnp.where(seen, unit, 0).mT), m, jnp.where(seen, unit, q)
+
+    return per_matrix(DionState, init, update, key)
+
+
+def _completed(y: Array) -> Array:
+    """`orth(Y)`, completed by columns of an identity where `Y` has not the rank.
+
+    They come in at float32's last bit, so that they do not tilt what `Y` has, and so in three shifted passes.
+    Where rounding defeats those, the identity's columns take the place of all: nothing is lost, for what a
+    step does not take stays in the momentum.
+    """
+    start = jnp.broadcast_to(jnp.eye(*y.shape[-2:], dtype=y.dtype), y.shape)
+    q = orthonormalize(regularized(y * inverse(frobenius(y)), start, _EPS), shifted_passes=3)
+    return orthonormal_or(q, start)
+
+
+def dion(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int = 128,
+    *,
+    key: int | jax.Array = 0,
+    momentum: float = 0.95,
+    weight_decay: float = 0.0,
+    weight_decay_mask: Any = None,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+    others: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Dion: one power iteration of the momentum a step, orthonormalized, with error feedback.
+
+        M ← M + G,   P = orth(M Q),   R = MᵀP,   M ← M - (1 - μ) P Rᵀ
+        Q ← R, its columns to norm one,   step = √(fan_out/fan_in) P Qᵀ
+
+    Needs a full-size momentum: `m n + n r` numbers a matrix, more than Muon.
+
+    Args:
+      learning_rate: a number or a schedule; 0.01 in the paper.
+      rank: `r`; at most `m`.
+      key: an integer seed or a JAX key, of the first `Q`.
+      momentum: `μ`, what stays of the directions stepped in.
+      weight_decay, weight_decay_mask, weight_dimension_numbers, others: as in `muon`.
+
+    Raises:
+      TypeError, ValueError: as `muon`; also `rank` below 1 or not an integer.
+
+    References:
+      Ahn et al., Dion, arXiv 2504.05295, Algorithm 1.
+    """
+    rule = scale_by_dion(rank, momentum, key)
+    return matrix_optimizer(
+        rule,
+        learning_rate,
+        fan_ratio,
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        weight_dimension_numbers=weight_dimension_numbers,
+        others=others,
+    )

@@ -1,0 +1,73 @@
+"""FRUGAL: Adam in a subspace, and a rule without state outside it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .._lowrank.finders import SubspaceFinder
+from .._lowrank.low_rank import low_rank
+from .._lowrank.on_refresh import restart
+from .._lowrank.residuals import Residual
+from .._lowrank.switch import track_subspace
+from .._matrices.dimension_numbers import WeightDimensionNumbers
+from .._transforms.momentum import scale_by_clipped_adam
+from .._transforms.normalize import normalize
+from .matrix_optimizer import matrix_optimizer
+
+
+def frugal(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int = 128,
+    period: int = 200,
+    *,
+    key: int | jax.Array = 0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    find_subspace: SubspaceFinder | None = None,
+    residual: Residual | None = None,
+    weight_decay: float = 0.0,
+    weight_decay_mask: Any = None,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+    others: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """FRUGAL: Adam in a subspace, and a rule without state outside it.
+
+        every K steps   P ← top r left singular vectors of G;   Adam starts again
+        every step      R = PᵀG,   step = P Adam(R) + sign(G - P R)
+
+    State: `m r + 2 r n` numbers a matrix.
+
+    Args:
+      learning_rate: a number or a schedule, of both parts; about AdamW's.
+      rank, period, key, b1, b2, eps, find_subspace: as in `galore`.
+      residual: the rule outside; default the sign. Orthogonalized at the same size:
+        `normalize(multi_norm((newton_schulz, unit_frobenius)))`.
+      weight_decay, weight_decay_mask, weight_dimension_numbers, others: as in `muon`.
+
+    Raises:
+      TypeError, ValueError: as `galore_muon`; also `b1` or `b2` outside `[0, 1)`, `eps` below 0.
+
+    References:
+      Zmushko et al., FRUGAL, arXiv 2411.07837, Algorithm 1.
+    """
+    rule = low_rank(
+        scale_by_clipped_adam(b1, b2, eps),
+        rank,
+        period,
+        find_subspace=track_subspace if find_subspace is None else find_subspace,
+        carry=restart,
+        residual=normalize(jnp.sign) if residual is None else residual,
+        key=key,
+    )
+    return matrix_optimizer(
+        rule,
+        learning_rate,
+        1.0,
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        weight_dimension_numbers=weight_dimension_numbers,
+        others=others,
+    )

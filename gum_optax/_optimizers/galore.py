@@ -1,0 +1,127 @@
+"""GaLore and GaLore-Muon: a rule in the top singular subspace of the gradient."""
+
+from typing import Any
+
+import jax
+import optax
+
+from .._core.checks import check_number
+from .._linalg.newton_schulz import Orthogonalizer
+from .._lowrank.finders import SubspaceFinder
+from .._lowrank.low_rank import low_rank
+from .._lowrank.switch import track_subspace
+from .._matrices.dimension_numbers import WeightDimensionNumbers
+from .._transforms.momentum import scale_by_clipped_adam
+from .._transforms.scale_by_muon import scale_by_muon
+from .._transforms.scaling import shape_factor
+from .matrix_optimizer import matrix_optimizer
+
+
+def galore_muon(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int = 128,
+    period: int = 200,
+    *,
+    key: int | jax.Array = 0,
+    momentum: float = 0.95,
+    momentum_dtype: Any = None,
+    find_subspace: SubspaceFinder | None = None,
+    orthogonalizer: Orthogonalizer | None = None,
+    consistent_rms: float | None = 0.2,
+    weight_decay: float = 0.0,
+    weight_decay_mask: Any = None,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+    others: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """GaLore-Muon: Muon in the top singular subspace of the gradient.
+
+        every K steps   P ← top r left singular vectors of G        (the momentum is kept as it is)
+        every step      R ← β R + PᵀG,   step = P NS(R)
+
+    What lies outside the subspace is lost, so this is biased: where the noise is larger than the
+    signal it can stall for good (`examples/linear_regression.py`). State: `r (m + n)` numbers a matrix.
+
+    Args:
+      learning_rate: a number or a schedule.
+      rank: `r`; matrices with `m <= rank` run plain Muon.
+      period: `K`; 200 as in GaLore.
+      key: an integer seed or a JAX key, for finders that draw.
+      find_subspace: `track_subspace` (the default: two power steps at first, then one step of
+        `subspace_iteration` at each refresh), `svd_subspace` (the paper's).
+      momentum, momentum_dtype, orthogonalizer, consistent_rms, weight_decay, weight_decay_mask,
+        weight_dimension_numbers, others: as in `muon`.
+
+    Raises:
+      TypeError, ValueError: as `muon`; also `rank` or `period` below 1 or not an integer.
+
+    References:
+      Zhao et al., GaLore, arXiv 2403.03507, Algorithm 2; Pan et al., arXiv 2510.17802, section 3.
+    """
+    rule = low_rank(
+        scale_by_muon(momentum, orthogonalizer, momentum_dtype=momentum_dtype, together=True),
+        rank,
+        period,
+        find_subspace=track_subspace if find_subspace is None else find_subspace,
+        key=key,
+    )
+    return matrix_optimizer(
+        rule,
+        learning_rate,
+        shape_factor(consistent_rms),
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        weight_dimension_numbers=weight_dimension_numbers,
+        others=others,
+    )
+
+
+def galore(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int = 128,
+    period: int = 200,
+    *,
+    key: int | jax.Array = 0,
+    scale: float = 0.25,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    find_subspace: SubspaceFinder | None = None,
+    weight_decay: float = 0.0,
+    weight_decay_mask: Any = None,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+    others: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """GaLore: Adam in the top singular subspace of the gradient.
+
+        every K steps   P ← top r left singular vectors of G        (the moments are kept as they are)
+        every step      R = PᵀG,   step = α P Adam(R)
+
+    State: `m r + 2 r n` numbers a matrix. What lies outside the subspace is lost.
+
+    Args:
+      learning_rate: a number or a schedule; 0.01 in the paper's C4 runs.
+      rank: `r`; matrices with `m <= rank` run Adam on the full matrix.
+      period: `K`; 200 in the paper.
+      key: an integer seed or a JAX key, for finders that draw.
+      scale: `α`; 0.25 in the paper.
+      b1, b2, eps: Adam's.
+      find_subspace: `track_subspace` (the default), `svd_subspace` (the paper's).
+      weight_decay, weight_decay_mask, weight_dimension_numbers, others: as in `muon`.
+
+    Raises:
+      TypeError, ValueError: as `galore_muon`; also `scale` or `eps` below 0, `b1` or `b2` outside `[0, 1)`.
+
+    References:
+      Zhao et al., GaLore, arXiv 2403.03507, Algorithm 2.
+    """
+    finder = track_subspace if find_subspace is None else find_subspace
+    rule = low_rank(scale_by_clipped_adam(b1, b2, eps), rank, period, find_subspace=finder, key=key)
+    return matrix_optimizer(
+        rule,
+        learning_rate,
+        check_number("scale", scale, at_least=0),
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        weight_dimension_numbers=weight_dimension_numbers,
+        others=others,
+    )

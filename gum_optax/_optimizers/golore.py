@@ -1,0 +1,75 @@
+"""GoLore: GaLore, and later a random subspace."""
+
+from typing import Any
+
+import jax
+import optax
+
+from .._core.checks import check_integer, check_number
+from .._lowrank.finders import SubspaceFinder, random_subspace
+from .._lowrank.low_rank import low_rank
+from .._lowrank.on_refresh import rotate_first_moment
+from .._lowrank.switch import switch_subspace, track_subspace
+from .._matrices.dimension_numbers import WeightDimensionNumbers
+from .._transforms.momentum import scale_by_clipped_adam
+from .matrix_optimizer import matrix_optimizer
+
+
+def golore(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int = 128,
+    period: int = 200,
+    *,
+    random_after: int = 0,
+    key: int | jax.Array = 0,
+    scale: float = 0.25,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    find_subspace: SubspaceFinder | None = None,
+    weight_decay: float = 0.0,
+    weight_decay_mask: Any = None,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+    others: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """GoLore: GaLore, and later a random subspace, in which noise cannot hide the signal.
+
+        every K steps   P ← top r left singular vectors of G, or after `random_after` steps uniform;
+                        M ← (P_newᵀ P_old) M        (Adam's mean; its squares stay)
+        every step      R = PᵀG,   step = α P Adam(R)
+
+    `E[P Pᵀ] = (r/m) I` for a uniform `P`: the projected gradient is unbiased up to that factor. Random
+    from the start (`random_after=0`) is the subspace of FedSLoP and Flora. State: `m r + 2 r n` numbers.
+
+    Args:
+      learning_rate, rank, period, key, scale, b1, b2, eps: as in `galore`.
+      random_after: steps before the subspace is random; the paper's experiments take 80 % of all.
+      find_subspace: of the steps before; `track_subspace` (the default), `svd_subspace` (the paper's).
+      weight_decay, weight_decay_mask, weight_dimension_numbers, others: as in `muon`.
+
+    Raises:
+      TypeError, ValueError: as `galore`; also `random_after` below 0 or not an integer.
+
+    References:
+      He et al., GoLore, arXiv 2410.11289, Algorithm 2; FedSLoP, arXiv 2604.24012.
+    """
+    check_integer("random_after", random_after, at_least=0)
+    rule = low_rank(
+        scale_by_clipped_adam(b1, b2, eps),
+        rank,
+        period,
+        find_subspace=switch_subspace(
+            random_after, track_subspace if find_subspace is None else find_subspace, random_subspace
+        ),
+        carry=rotate_first_moment,
+        key=key,
+    )
+    return matrix_optimizer(
+        rule,
+        learning_rate,
+        check_number("scale", scale, at_least=0),
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        weight_dimension_numbers=weight_dimension_numbers,
+        others=others,
+    )

@@ -1,0 +1,82 @@
+"""GUM: GaLore Unbiased with Muon."""
+
+from typing import Any
+
+import jax
+import optax
+
+from .._linalg.newton_schulz import Orthogonalizer
+from .._lowrank.finders import SubspaceFinder
+from .._lowrank.switch import track_subspace
+from .._lowrank.unbiased import Compensation, complement, unbiased_low_rank
+from .._matrices.dimension_numbers import WeightDimensionNumbers
+from .._transforms.scale_by_muon import scale_by_muon
+from .._transforms.scaling import shape_factor
+from .matrix_optimizer import matrix_optimizer
+
+
+def gum(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int = 128,
+    period: int = 200,
+    full_rank_fraction: float = 1 / 16,
+    *,
+    key: int | jax.Array = 0,
+    momentum: float = 0.95,
+    momentum_dtype: Any = None,
+    find_subspace: SubspaceFinder | None = None,
+    compensation: Compensation | None = None,
+    orthogonalizer: Orthogonalizer | None = None,
+    consistent_rms: float | None = 0.2,
+    weight_decay: float = 0.0,
+    weight_decay_mask: Any = None,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+    others: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """GUM: GaLore Unbiased with Muon.
+
+        every K steps   P ← top r left singular vectors of G;  draw γ of the L blocks of each
+                        shape;  R ← 0
+        low-rank block  R ← β R + PᵀG/(1-q)           step = P NS(R)      R is r × n
+        sampled block   R ← β R + (G - P PᵀG)/q       step = NS(R)        R is m × n,   q = γ/L
+
+    What Muon's rule is fed has the gradient as its mean over the draw. State: `r (m + n) + q m n`
+    numbers a matrix, the full-rank momenta in γ slots a shape.
+
+    Args:
+      learning_rate: a number or a schedule of the steps taken: a step that is skipped, for a gradient that is
+        not finite, does not count. (A schedule given by way of `optax.inject_hyperparams` counts it.)
+      rank: `r`; 128 as in the paper. Matrices with `m <= rank` run plain Muon.
+      period: `K`; 200 as in the paper.
+      full_rank_fraction: the asked `q`; a shape with L blocks gets `γ = clip(round(q L), 1, L)` slots
+        (0 only for 0), and one with a single block runs plain Muon. The paper's is 2 of L layers.
+      key: an integer seed or a JAX key: the draws of period `p` are a function of it and `p`.
+      compensation: `complement` (the default, the paper's) or `low_variance`.
+      find_subspace: `track_subspace` (the default), `svd_subspace` (the paper's).
+      momentum, momentum_dtype, orthogonalizer, consistent_rms, weight_decay, weight_decay_mask,
+        weight_dimension_numbers, others: as in `muon`.
+
+    Raises:
+      TypeError, ValueError: as `galore_muon`; also `full_rank_fraction` outside `[0, 1]`.
+
+    References:
+      Pan et al., Unbiased Gradient Low-Rank Projection, arXiv 2510.17802, Algorithm 2.
+    """
+    rule = unbiased_low_rank(
+        scale_by_muon(momentum, orthogonalizer, momentum_dtype=momentum_dtype, together=True),
+        rank,
+        period,
+        full_rank_fraction,
+        find_subspace=track_subspace if find_subspace is None else find_subspace,
+        compensation=complement if compensation is None else compensation,
+        key=key,
+    )
+    return matrix_optimizer(
+        rule,
+        learning_rate,
+        shape_factor(consistent_rms),
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        weight_dimension_numbers=weight_dimension_numbers,
+        others=others,
+    )

@@ -1,0 +1,159 @@
+"""What all optimizers share: matrices to one rule, all other leaves to another."""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .._core.checks import check_number, check_rule, is_function
+from .._core.trees import split
+from .._matrices.as_matrices import as_matrices
+from .._matrices.decisions import Decisions
+from .._matrices.dimension_numbers import Entry, WeightDimensionNumbers
+from .._matrices.parts import Apart
+from .._matrices.view import views_of
+from .._mesh.axis_names import with_axis_names
+from .._state.containers import with_clear_errors
+from .._transforms.momentum import adam
+from .._transforms.scaling import scale_by_fans
+from .._transforms.skip_non_finite import skip_as_one, skip_leaves
+
+# A number, or a function of the fan-in and the fan-out of a matrix.
+Scale = float | jax.Array | Callable[[int, int], Any]
+
+
+def _decays(weight_decay: Any) -> bool:
+    """Whether parameters are needed; without decay `params=None` is fine. A traced number is not zero."""
+    return not (isinstance(weight_decay, int | float) and weight_decay == 0)
+
+
+def _decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransformation:
+    """`optax.add_decayed_weights`, or nothing."""
+    return optax.add_decayed_weights(weight_decay, mask) if _decays(weight_decay) else optax.identity()
+
+
+def _rescaling(scale: Scale) -> Callable[[Any], optax.GradientTransformation]:
+    """From the dimension numbers of a tree to the transformation that scales its steps."""
+    if callable(scale):
+        return lambda dims: scale_by_fans(dims, scale)
+    factor = check_number("scale", scale, at_least=0)
+    return lambda dims: optax.scale(factor)
+
+
+def at_least_float32(rule: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Run `rule` on float32 gradients where theirs are narrower: its state is float32, and stays so."""
+
+    def widened(tree):
+        def wide(x):
+            dtype = jnp.result_type(x)
+            inexact = jnp.issubdtype(dtype, jnp.inexact)
+            return jnp.asarray(x, jnp.promote_types(dtype, jnp.float32)) if inexact else x
+
+        return jax.tree.map(wide, tree)
+
+    taking = optax.with_extra_args_support(rule)
+
+    def update(updates, state, params=None, **extra_args):
+        return taking.update(widened(updates), state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(lambda params: rule.init(widened(params)), update)
+
+
+def _check_matrices(params: Any, entries: Sequence[Entry]) -> None:
+    """Refuse what is no matrix, before optax masks anything away: an error then names the leaf's own path."""
+    chosen, _ = split(params, [entry is not None for entry in entries])
+    kernels = Apart(jax.tree.structure(params).unflatten(entries), chosen)
+    views_of(kernels.entries, kernels.apart(chosen), wide=True)
+
+
+def matrix_optimizer(
+    rule: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    scale: Scale,
+    *,
+    weight_decay: Any = 0.0,
+    weight_decay_mask: Any = None,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+    others: optax.GradientTransformation | None = None,
+    others_rule: optax.GradientTransformation | None = None,
+    wide: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer from a rule for matrices: what all optimizers of this library share.
+
+        matrices      W ← W - η (scale · rule(G) + λ W)
+        all others    W ← W - η (Adam(G) + λ W)
+
+    It finds the matrices of the model, shows them to the rule as `(*blocks, m, n)` with `m <= n`, and gives
+    all other leaves to AdamW. A leaf whose gradient holds a NaN or an infinity is skipped: its parameter and
+    its state stay. This is GaLore with a sign in place of Adam:
+
+        rule = gum_optax.low_rank(optax.scale_by_lion(), rank=128, period=200)
+        tx = gum_optax.matrix_optimizer(rule, 1e-4, 1.0, weight_decay=0.1)
+
+    Args:
+      rule: any transformation over trees of `(*blocks, m, n)` leaves, whose step points up the gradient:
+        `scale_by_muon()`, `low_rank(...)`, `unbiased_low_rank(...)`, `optax.scale_by_lion()`, or a chain. It
+        keeps its state leaf by leaf if its update takes the argument `guard`, as the rules of this library
+        do; the state of another rule stays whole on a step that any leaf skips.
+      learning_rate: `η`, a number or a schedule of the steps that all leaves take.
+      scale: the factor of the step, a number or a function `(fan_in, fan_out) -> number`: `shape_factor()`
+        for orthogonal steps, `fan_ratio`. (`optax.inject_hyperparams` takes a function for a schedule: name
+        it in `static_args`.)
+      weight_decay: `λ`, decoupled, of the matrices and under the default `others`.
+      weight_decay_mask: a tree of booleans, or a function from the parameters to one, as in `optax.adamw`.
+      weight_dimension_numbers: which leaves are matrices along which axes: a tree of
+        `optax.contrib.MuonDimensionNumbers`, `None` at leaves that are not matrices; a function from the
+        parameters to one; or a mapping from patterns of paths. Default: `hidden_matrices`.
+      others: the transformation of all leaves that are not matrices, learning rate and decay included.
+        Default: AdamW at `learning_rate`.
+      others_rule: a rule in place of AdamW's, with the same learning rate and decay.
+      wide: whether the shorter side of each matrix comes first; False keeps `(*blocks, fan_in, fan_out)`, for
+        rules that tell rows from columns.
+
+    Returns:
+      A transformation over the parameters of a model, as `muon` is: its state follows the axis names of the
+      parameters, and `update` names what does not go together.
+
+    Raises:
+      TypeError, ValueError: an argument out of range or of the wrong type; at `init`, dimension
+        numbers that do not fit a leaf, or a complex or integer matrix.
+    """
+    check_rule("rule", rule)
+    rescale = _rescaling(scale)
+    weight_decay = check_number("weight_decay", weight_decay, at_least=0)
+    if not callable(learning_rate):
+        learning_rate = check_number("learning_rate", learning_rate, at_least=0)
+    for name, given in (("others", others), ("others_rule", others_rule)):
+        check_rule(name, optax.identity() if given is None else given)
+    decisions = Decisions(weight_dimension_numbers)
+
+    def routed(tree):
+        """The transformation for one tree; functions of the parameters see it whole, without holes."""
+        treedef = jax.tree.structure(tree)
+        entries = decisions.of(tree)
+        dims = treedef.unflatten(entries)
+        mask = weight_decay_mask(tree) if is_function(weight_decay_mask) else weight_decay_mask
+        descent = optax.chain(
+            _decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(learning_rate)
+        )
+        matrices = optax.chain(as_matrices(rule, dims, wide=wide), rescale(dims), descent)
+        rest = optax.chain(at_least_float32(adam() if others_rule is None else others_rule), descent)
+        outer = rest if others is None else skip_as_one(others)
+        rules: dict[Hashable, optax.GradientTransformation] = {"matrices": matrices, "others": outer}
+        labels = treedef.unflatten(["others" if entry is None else "matrices" for entry in entries])
+        # Labels come from a function: `optax.partition` calls them where their tree can be called.
+        return optax.partition(rules, lambda _: labels)
+
+    def init(params):
+        entries = decisions.made_at_init(params)
+        _check_matrices(params, entries)
+        return routed(params).init(params)
+
+    def update(updates, state, params=None, **extra_args):
+        return routed(updates).update(updates, state, params, **extra_args)
+
+    named = with_axis_names(skip_leaves(optax.GradientTransformationExtraArgs(init, update)))
+    told = optax.GradientTransformationExtraArgs(decisions.told_at_init(named.init), named.update)  # pyright: ignore
+    return with_clear_errors(told)

@@ -1,0 +1,120 @@
+"""Scion: for each kind of layer the steepest step in a norm ball of its own."""
+
+from collections.abc import Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from .._core.checks import check_function, check_number
+from .._linalg.normalizers import Normalizer, outputs_first, sign_lmo, spectral_lmo, unit_rows
+from .._matrices.as_matrices import as_matrices
+from .._matrices.dimension_numbers import WeightDimensionNumbers, names_of
+from .._matrices.hidden_matrices import policy
+from .._transforms.momentum import average
+from .._transforms.normalize import normalize, normalize_in_turn
+from .matrix_optimizer import at_least_float32, matrix_optimizer
+
+
+def scion(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    momentum: float = 0.9,
+    radius: float = 50.0,
+    edge_radius: float = 3000.0,
+    lmo: Normalizer | None = None,
+    embedding_lmo: Normalizer | None = None,
+    head_lmo: Normalizer | None = None,
+    weight_decay: float = 0.0,
+    weight_decay_mask: Any = None,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+    others: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Scion: for each kind of layer the steepest step in a norm ball of its own.
+
+        D ← β D + (1 - β) G,   step = ρ lmo(D),   lmo(D) = argmax { <D, z> : |z| <= 1 }
+
+        hidden matrices         spectral:   √(fan_out/fan_in) msign(D),   ρ = `radius`
+        embeddings and heads    sign:       sign(D) / width,              ρ = `edge_radius`
+        all other leaves        RMS:        D / rms(D) of the last axis,  ρ = `radius`
+
+    `weight_decay=1` is the constrained form: weights that start in the ball of radius `ρ` stay there.
+    Needs a full-size momentum for every leaf: `m n` numbers a matrix, as Muon.
+
+    Args:
+      learning_rate: a number or a schedule; 2⁻¹² in the authors' example, with these radii.
+      momentum: `β = 1 - α`; α = 0.1 in the paper.
+      radius, edge_radius: 50 and 3000 in the paper's language models.
+      lmo: of hidden matrices, a function of `(*, fan_out, fan_in)`: `spectral_lmo` (the default, with
+        Newton-Schulz), `sign_lmo`, `row_lmo`, `column_lmo`.
+      embedding_lmo: of tables, a function of `(*, vocabulary, width)`: `sign_lmo` (the default, the paper's
+        for one that is tied to the head), or `unit_rows` where it is not (the paper's ColNorm).
+      head_lmo: of the kernels of heads, a function of `(*, vocabulary, width)`: `sign_lmo` (the default),
+        or `row_lmo`.
+      weight_decay, weight_decay_mask, weight_dimension_numbers: as in `muon`, for all leaves.
+      others: the transformation of all leaves that are not matrices, in place of the last two lines.
+
+    Raises:
+      TypeError, ValueError: as `muon`; also a radius below 0, an `lmo` that is not a function, or a complex
+        leaf.
+
+    References:
+      Pethick et al., Scion, arXiv 2502.07529, Algorithms 1 and 2, Tables 2 to 4.
+    """
+    momentum = check_number("momentum", momentum, at_least=0, below=1)
+    radius = check_number("radius", radius, at_least=0)
+    edge_radius = check_number("edge_radius", edge_radius, at_least=0)
+    hidden = check_function("lmo", spectral_lmo if lmo is None else lmo, "gum_optax.spectral_lmo")
+    table = check_function(
+        "embedding_lmo", sign_lmo if embedding_lmo is None else embedding_lmo, "gum_optax.sign_lmo"
+    )
+    head = check_function("head_lmo", sign_lmo if head_lmo is None else head_lmo, "gum_optax.sign_lmo")
+    steepest: dict[Hashable, optax.GradientTransformation] = {
+        "tables": optax.chain(_of_matrices(table), optax.scale(edge_radius)),
+        "heads": optax.chain(_of_matrices(outputs_first(head)), optax.scale(edge_radius)),
+        "vectors": optax.chain(normalize(_unit_vector), optax.scale(radius)),
+    }
+    # In float32 and without bias correction, which no norm ball would see.
+    averaged = average(momentum)
+    rule = at_least_float32(optax.chain(averaged, normalize_in_turn(outputs_first(hidden))))
+    return matrix_optimizer(
+        rule,
+        learning_rate,
+        radius,
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        weight_dimension_numbers=weight_dimension_numbers,
+        others=others,
+        others_rule=optax.chain(averaged, optax.partition(steepest, _balls)),
+        wide=False,
+    )
+
+
+def _balls(params: Any) -> Any:
+    """The name of each leaf's ball, of the leaves that are not hidden matrices."""
+
+    def ball(path, x, reading):
+        if jnp.iscomplexobj(x):
+            raise TypeError(
+                f"leaf {jax.tree_util.keystr(path)} is complex, and scion's norm balls are of real numbers;"
+                " pass others=optax.adamw(learning_rate), for instance."
+            )
+        if jnp.ndim(x) < 2 or (reading.entry is None and reading.kind not in ("embedding", "head")):
+            return "vectors"
+        is_table = reading.kind == "embedding" and names_of(path)[-1] != "kernel"
+        return "tables" if is_table else "heads"
+
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    readings = policy(params)
+    return treedef.unflatten([ball(*leaf, reading) for leaf, reading in zip(leaves, readings, strict=True)])
+
+
+def _of_matrices(method: Normalizer) -> optax.GradientTransformation:
+    return as_matrices(normalize(method), wide=False)
+
+
+def _unit_vector(x: Array) -> Array:
+    """To RMS one along the last axis; an empty leaf has none."""
+    return unit_rows(jnp.atleast_1d(x)).reshape(x.shape) if x.size else x

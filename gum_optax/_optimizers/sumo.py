@@ -1,0 +1,90 @@
+"""SUMO: exactly orthogonalized momentum in a subspace."""
+
+from typing import Any
+
+import jax
+import optax
+
+from .._core.checks import check_number
+from .._linalg.newton_schulz import Orthogonalizer
+from .._linalg.polar import polar
+from .._lowrank.finders import SubspaceFinder, randomized_svd
+from .._lowrank.low_rank import low_rank
+from .._lowrank.on_refresh import rotate
+from .._lowrank.residuals import Residual, add_raw
+from .._matrices.dimension_numbers import WeightDimensionNumbers
+from .._transforms.scale_by_muon import scale_by_muon
+from .._transforms.scaling import limit_norm_growth, shape_factor
+from .matrix_optimizer import matrix_optimizer
+
+
+def sumo(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int = 128,
+    period: int = 200,
+    *,
+    key: int | jax.Array = 0,
+    momentum: float = 0.95,
+    momentum_dtype: Any = None,
+    find_subspace: SubspaceFinder | None = None,
+    orthogonalizer: Orthogonalizer | None = None,
+    residual: Residual | None = None,
+    norm_growth: float = 1.1,
+    consistent_rms: float | None = 0.2,
+    weight_decay: float = 0.0,
+    weight_decay_mask: Any = None,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+    others: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """SUMO: exactly orthogonalized momentum in a subspace, rotated with it.
+
+        every K steps   Q' ← r leading left singular vectors of G;   M ← (Q'ᵀQ) M;   Q ← Q'
+        every step      M ← μ M + QᵀG,   O = msign(M), its norm growing by at most 1.1 a step
+                        step = Q O + (G - Q QᵀG)
+
+    State: `r (m + n)` numbers a matrix, and one for its norm. The residual is added raw, as printed: its
+    size is the gradient's, not the step's.
+
+    Args:
+      learning_rate: a number or a schedule. The paper leaves open whether the shape factor applies.
+      rank: `r`; matrices with `m <= rank` are not projected.
+      period: `K`; 250 in the paper's headline.
+      key: an integer seed or a JAX key, for finders that draw.
+      find_subspace: `randomized_svd` (the default), `svd_subspace`, ...
+      orthogonalizer: `polar` (the default), or `polar_by_products` on accelerators.
+      residual: `add_raw` (the default, the printed form) or `drop` (the other form in circulation).
+      norm_growth: the limiter's ratio.
+      momentum, momentum_dtype, consistent_rms, weight_decay, weight_decay_mask, weight_dimension_numbers,
+        others: as in `muon`.
+
+    Raises:
+      TypeError, ValueError: as `galore_muon`; also `norm_growth` below 1.
+
+    References:
+      Refael et al., SUMO, arXiv 2505.24749, Algorithm 1.
+    """
+    check_number("norm_growth", norm_growth, at_least=1)
+    inner = optax.chain(
+        scale_by_muon(
+            momentum, polar if orthogonalizer is None else orthogonalizer, momentum_dtype=momentum_dtype
+        ),
+        limit_norm_growth(norm_growth),
+    )
+    rule = low_rank(
+        inner,
+        rank,
+        period,
+        find_subspace=randomized_svd if find_subspace is None else find_subspace,
+        carry=rotate,
+        residual=add_raw if residual is None else residual,
+        key=key,
+    )
+    return matrix_optimizer(
+        rule,
+        learning_rate,
+        shape_factor(consistent_rms),
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        weight_dimension_numbers=weight_dimension_numbers,
+        others=others,
+    )

@@ -1,0 +1,209 @@
+"""What an optimizer holds in memory, from shapes alone."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .._core.checks import check_rule
+from .._matrices.dimension_numbers import leaf_names
+
+# State that belongs to no leaf of the model: GUM's slots, and counts, keys and the like.
+_SLOTS, _BOOKKEEPING = "slots", "bookkeeping"
+
+
+class LeafMemory(NamedTuple):
+    """A row of `memory_report`, in bytes."""
+
+    name: str  # the leaf's path, "layers/0/kernel", or the name of state that no leaf owns
+    shape: tuple[int, ...]  # of the parameter, () for shared state
+    parameters: int
+    gradients: int
+    state: dict[str, int]  # by kind: "trace", "mu", "projectors", "slots", ...
+
+
+class MemoryReport(NamedTuple):
+    """Bytes of each leaf, and in total; `str()` is a table."""
+
+    leaves: tuple[LeafMemory, ...]
+    temporaries: int | None  # beside the gradients, of a donated update and apply; None: not compiled
+
+    @property
+    def parameters(self) -> int:
+        return sum(leaf.parameters for leaf in self.leaves)
+
+    @property
+    def gradients(self) -> int:
+        return sum(leaf.gradients for leaf in self.leaves)
+
+    @property
+    def state(self) -> dict[str, int]:
+        """State by kind, over all leaves."""
+        total: dict[str, int] = {}
+        for leaf in self.leaves:
+            for kind, size in leaf.state.items():
+                total[kind] = total.get(kind, 0) + size
+        return total
+
+    @property
+    def total(self) -> int:
+        """Parameters, gradients, state and, where they are known, temporaries."""
+        return self.parameters + self.gradients + sum(self.state.values()) + (self.temporaries or 0)
+
+    def __str__(self) -> str:
+        kinds = list(self.state)
+        heads = ["leaf", "shape", "parameters", "gradients", *kinds]
+        lines = [heads]
+        for leaf in self.leaves:
+            sizes = [leaf.parameters, leaf.gradients, *(leaf.state.get(kind, 0) for kind in kinds)]
+            shape = "×".join(map(str, leaf.shape)) or "-"
+            lines.append([leaf.name, shape, *map(mib, sizes)])
+        totals = [self.parameters, self.gradients, *self.state.values()]
+        lines.append(["total (MiB)", "", *map(mib, totals)])
+        return f"{aligned(lines)}\n{self._summary()}"
+
+    def _summary(self) -> str:
+        state, temporaries = sum(self.state.values()), self.temporaries
+        shown = "not compiled" if temporaries is None else f"{mib(temporaries)} MiB"
+        return f"state {mib(state)} MiB, temporaries {shown}, in all {mib(self.total)} MiB"
+
+
+def mib(size: int) -> str:
+    """Bytes in MiB."""
+    return "-" if not size else f"{size / 2**20:.1f}" if size >= 2**16 else f"{size / 2**20:.4f}"
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Cells in columns."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(x.rjust(w) for x, w in zip(line, widths, strict=True)) for line in lines)
+
+
+def memory_report(
+    tx: optax.GradientTransformation,
+    params: Any,
+    *,
+    gradient_dtype: Any = None,
+    compiled: Any = False,
+    keep_gradients: bool = False,
+) -> MemoryReport:
+    """What a model and its optimizer hold: parameters, gradients, and the state by kind, leaf by leaf.
+
+    Everything comes from `jax.eval_shape`, so that a model of 70B parameters is planned on a laptop. A leaf
+    of the state belongs to the parameter whose path its own path ends with; what belongs to none (counts,
+    keys, GUM's slots) is listed after the parameters.
+
+    Args:
+      tx: any optax optimizer.
+      params: a tree of arrays or of `jax.ShapeDtypeStruct`s.
+      gradient_dtype: of the gradients; default each parameter's own.
+      compiled: True: also compile a donated update and apply, and report what it holds besides: for the
+        default backend, or for the device given, which may be one of a topology that is not here
+        (`jax.experimental.topologies`).
+      keep_gradients: of the compiled step: whether gradients are its arguments, which it may not write over.
+        By default it makes them itself, as a training step does.
+
+    Returns:
+      A `MemoryReport`; print it.
+
+    Raises:
+      TypeError: `tx` is not an `optax.GradientTransformation`.
+    """
+    check_rule("tx", tx)
+    shapes = jax.eval_shape(lambda tree: jax.tree.map(jnp.asarray, tree), params)
+    gradients = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype if gradient_dtype is None else gradient_dtype), shapes
+    )
+    state = jax.eval_shape(tx.init, shapes)
+    owned: dict[tuple[str, ...], LeafMemory] = {}
+    for names, leaf, g in zip(
+        leaf_names(shapes), jax.tree.leaves(shapes), jax.tree.leaves(gradients), strict=True
+    ):
+        owned[names] = LeafMemory(
+            "/".join(names) or "(the only leaf)", leaf.shape, _bytes(leaf), _bytes(g), {}
+        )
+    shared: dict[str, int] = {}
+    paths = jax.tree_util.tree_leaves_with_path(state)
+    for names, (path, leaf) in zip(leaf_names(state), paths, strict=True):
+        owner, start = _owner(names, owned)
+        if owner is None or _SLOTS in names:
+            kinds, kind = shared, _SLOTS if _SLOTS in names else _BOOKKEEPING
+        else:
+            kinds, kind = owner.state, _last_field(path[:start])
+        kinds[kind] = kinds.get(kind, 0) + _bytes(leaf)
+    rest = tuple(LeafMemory(kind, (), 0, 0, {kind: size}) for kind, size in shared.items())
+    device = None if isinstance(compiled, bool) else compiled
+    temporaries = None
+    if compiled:
+        temporaries = _temporaries(tx, device, shapes, state, gradients, keep_gradients=keep_gradients)
+    return MemoryReport((*owned.values(), *rest), temporaries)
+
+
+def _owner(names: tuple[str, ...], owned: dict[tuple[str, ...], LeafMemory]) -> tuple[LeafMemory | None, int]:
+    """The parameter whose path a path of the state ends with, and where that begins.
+
+    Of a part of a kernel, a number comes after it.
+    """
+    ends = [names, names[:-1]] if names and names[-1].isdigit() else [names]
+    found = ((owned[end[i:]], i) for end in ends for i in range(len(end) + 1) if end[i:] in owned)
+    return next(found, (None, 0))
+
+
+def _bytes(leaf: Any) -> int:
+    return math.prod(leaf.shape) * leaf.dtype.itemsize
+
+
+def _last_field(path: Any) -> str:
+    """The last field on the way to a leaf of the state: optax's own name for it."""
+    fields = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
+    return fields[-1] if fields else "state"
+
+
+# Rows of the products that stand for a backward pass: more than one, of which XLA would make a sum.
+_TOKENS = 8
+
+
+def _made_within(gradients: Any) -> Any:
+    """Other gradients, as if the step had computed them: XLA has to hold them, and may write over them."""
+
+    def products(tree):
+        def product(g):
+            rows = g.reshape(-1, *g.shape[-1:])[:_TOKENS]
+            return g[..., : len(rows)] @ rows[: g.shape[-1]]
+
+        return jax.lax.optimization_barrier(jax.tree.map(lambda g: product(g) if g.ndim else g + 1, tree))
+
+    def either(tree):
+        # A CPU has no products in bfloat16, and would hold wider ones; on a TPU a branch copies.
+        which = jnp.asarray(sum(map(jnp.sum, jax.tree.leaves(tree)))) > 0
+        ways = (functools.partial(jax.tree.map, lambda g, x=x: g + x) for x in (1, 2))
+        return jax.lax.cond(which, *ways, tree)
+
+    return jax.lax.platform_dependent(gradients, cpu=either, default=products)
+
+
+def _temporaries(
+    tx: Any, device: Any, params: Any, state: Any, gradients: Any, *, keep_gradients: bool
+) -> int | None:
+    # In the order of the results: JAX gives a result the first donated argument of its shape, and would give
+    # new parameters the room of a momentum, to be copied away first.
+    def step(params, state, gradients):
+        if not keep_gradients:
+            gradients = _made_within(gradients)
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    arguments = params, state, gradients
+    if device is not None:
+        place = jax.sharding.SingleDeviceSharding(device)
+        arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments)
+    analysis = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile().memory_analysis()
+    if analysis is None:
+        return None
+    made = 0 if keep_gradients else sum(map(_bytes, jax.tree.leaves(gradients)))
+    # A step need not hold all gradients at once.
+    return max(analysis.temp_size_in_bytes - made, 0)

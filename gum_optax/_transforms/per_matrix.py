@@ -1,0 +1,64 @@
+"""A rule from two functions of one stack of matrices."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .._core.checks import check_matrix_leaf
+from .._core.guard import Guard
+from .._core.keys import check_key, key_data, stream
+from .._core.xla import map_in_turn
+
+
+def per_matrix(
+    kind: Callable[..., Any],
+    init: Callable[..., tuple[Any, ...]],
+    update: Callable[..., tuple[Any, ...]],
+    key: Any = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """A transformation that treats every leaf by itself, one after the other.
+
+    Args:
+      kind: a NamedTuple: `count`, the steps taken, then one field for each array of a leaf's state.
+      init: `(key, leaf) -> arrays`, with a key of the leaf's own.
+      update: `(count, gradient, *arrays) -> (step, *arrays)`; `count` is 1 on the first step.
+      key: an integer seed or a JAX key.
+    """
+    check_key(key)
+
+    width = len(kind._fields) - 1  # pyright: ignore[reportFunctionMemberAccess]
+
+    def as_state(count, rows, treedef):
+        """The arrays of each leaf, in rows, as one tree for each array."""
+        return kind(count, *(treedef.unflatten([row[i] for row in rows]) for i in range(width)))
+
+    def init_all(params):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+            check_matrix_leaf(path, leaf)
+        data = key_data(key)
+        leaves, treedef = jax.tree.flatten(params)
+        rows = [init(stream(data, jnp.int32(0), place), x) for place, x in enumerate(leaves)]
+        return as_state(jnp.zeros((), jnp.int32), rows, treedef)
+
+    def update_all(updates, state, params=None, *, guard: Guard | None = None, **extra_args):
+        del params, extra_args
+        count, *arrays = state
+        count = jnp.asarray(optax.safe_increment(count))
+
+        def one(*arrays_and_gradient):
+            # Last, for it waits: each rule first adds it to its momentum, and the wait goes with that.
+            yes, *old, g = arrays_and_gradient
+            step, *new = update(count, g.astype(jnp.float32), *old)
+            return step, new if guard is None else guard.keep_where(yes, new, old)
+
+        leaves, treedef = jax.tree.flatten(updates)
+        accepted = [True] * len(leaves) if guard is None else guard.accepted(updates)
+        columns = [treedef.flatten_up_to(array) for array in arrays]
+        results = map_in_turn(one, accepted, *columns, leaves)
+        steps = treedef.unflatten([step for step, _ in results])
+        return steps, as_state(count, [row for _, row in results], treedef)
+
+    return optax.GradientTransformationExtraArgs(init_all, update_all)  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,160 @@
+"""The mean over draws of what the inner rule is fed, lifted back, is the gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import gum_optax as go
+from gum_optax._lowrank import slots
+from gum_optax._matrices.dimension_numbers import LAST_TWO
+from gum_optax._matrices.view import view_of
+
+from helpers import muon_rule
+
+L, SLOTS, M, N, RANK, DRAWS = 5, 2, 4, 6, 2, 3000
+Q = SLOTS / L
+COMPENSATIONS = {"complement": go.complement, "low_variance": go.low_variance}
+
+
+@pytest.fixture(scope="module")
+def problem():
+    rng = np.random.default_rng(0)
+    gradients = jnp.float32(rng.normal(size=(3, L, M, N)))
+    # A subspace that does not depend on the draw, and not on the gradient either: the strongest form.
+    p = jnp.float32(np.linalg.qr(rng.normal(size=(L, M, RANK)))[0])
+    return gradients, p
+
+
+def estimates(problem, compensation, inner):
+    """The lifted steps of a linear inner rule, `(draws, steps, L, m, n)`, and the sampled blocks."""
+    gradients, p = problem
+
+    def one(seed):
+        tx = go.unbiased_low_rank(
+            inner, RANK, 10, Q, find_subspace=lambda key, g, previous: p, compensation=compensation, key=seed
+        )
+        state, steps = tx.init(gradients[0]), []
+        for g in gradients:
+            step, state = tx.update(g, state)
+            steps.append(step)
+        return jnp.stack(steps), state.outside.index[f"{M}x{N}"]
+
+    return jax.jit(jax.vmap(one))(jnp.arange(DRAWS))
+
+
+@pytest.mark.parametrize("compensation", COMPENSATIONS.values(), ids=COMPENSATIONS)
+@pytest.mark.parametrize("beta", [0.0, 0.9], ids=["identity", "trace"])
+def test_the_mean_over_draws_is_the_full_rule(problem, compensation, beta):
+    inner = optax.trace(beta) if beta else optax.identity()
+    steps, _ = estimates(problem, compensation, inner)
+    expected, momentum = [], 0.0
+    for g in np.float64(problem[0]):
+        momentum = beta * momentum + g
+        expected.append(momentum)
+    steps = np.float64(steps)
+    z = (steps.mean(0) - expected) / (steps.std(0) / np.sqrt(DRAWS))
+    # Normal scores of fixed seeds, one for each step and block, the largest of which the test looks at.
+    assert np.abs(z).max() < 4.5
+    assert (steps.std(0) > 0).all()  # a score of a constant would say nothing
+
+
+NOT_LINEAR = {"adam": optax.scale_by_adam(), "lion": optax.scale_by_lion(), "muon": muon_rule()}
+
+
+@pytest.mark.parametrize("inner", NOT_LINEAR.values(), ids=NOT_LINEAR)
+def test_the_step_of_a_rule_that_is_not_linear_is_biased(problem, inner):
+    """What the documents say of it, with the same score."""
+    steps, _ = estimates(problem, go.complement, inner)
+    state, expected = inner.init(problem[0][0]), []
+    for g in problem[0]:
+        step, state = inner.update(g, state)
+        expected.append(step)
+    steps = np.float64(steps)
+    z = (steps.mean(0) - np.float64(expected)) / (steps.std(0) / np.sqrt(DRAWS))
+    assert np.abs(z).max() > 20
+
+
+@pytest.mark.parametrize("compensation", COMPENSATIONS.values(), ids=COMPENSATIONS)
+def test_the_variance_is_the_formulas(problem, compensation):
+    steps, _ = estimates(problem, compensation, optax.identity())
+    gradients, p = np.float64(problem[0]), np.float64(problem[1])
+    inside = p @ np.swapaxes(p, -1, -2) @ gradients
+    a = np.sum(inside**2, axis=(-2, -1))
+    b = np.sum((gradients - inside) ** 2, axis=(-2, -1))
+    formula = {
+        "complement": Q / (1 - Q) * a + (1 - Q) / Q * b,
+        "low_variance": (1 - Q) / Q * b,
+    }[compensation.__name__]
+    squares = np.sum((np.float64(steps) - gradients) ** 2, axis=(-2, -1))
+    # A two-valued variable: its mean square is known to a standard error from the same sample.
+    z = (squares.mean(0) - formula) / (squares.std(0) / np.sqrt(DRAWS))
+    assert np.abs(z).max() < 4
+
+
+@pytest.mark.parametrize("compensation", COMPENSATIONS.values(), ids=COMPENSATIONS)
+@pytest.mark.parametrize("q", [1 / 16, 0.4, 0.9])
+def test_weights_satisfy_the_two_conditions_of_unbiasedness(compensation, q):
+    weights = compensation(q)
+    np.testing.assert_allclose((1 - q) * weights.low + q * weights.inside, 1)
+    np.testing.assert_allclose(q * weights.outside, 1)
+
+
+def test_dropping_what_lies_outside_is_biased_and_the_test_sees_it(problem):
+    """The same z-score on plain low rank: the check above can fail."""
+    gradients, p = problem
+    tx = go.low_rank(optax.identity(), RANK, 10, find_subspace=lambda key, g, previous: p)
+    step, _ = tx.update(gradients[0], tx.init(gradients[0]))
+    assert float(jnp.abs(step - gradients[0]).max()) > 0.1
+
+
+def test_a_users_own_compensation_is_a_function_of_q(problem):
+    gradients, p = problem
+
+    def halved(q):
+        return go.Weights(low=0.5, inside=0.25, outside=2.0)
+
+    tx = go.unbiased_low_rank(
+        optax.identity(), RANK, 10, Q, find_subspace=lambda key, g, previous: p, compensation=halved, key=1
+    )
+    g = gradients[0]
+    step, state = tx.update(g, tx.init(g))
+    inside = p @ (p.mT @ g)
+    expected = np.array(0.5 * inside)
+    for block in np.asarray(state.outside.index[f"{M}x{N}"]):
+        expected[block] = 0.25 * inside[block] + 2 * (g - inside)[block]
+    np.testing.assert_allclose(step, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("held", [(-1, 0, -1, 1, -1, 2), (2, -1, 1, 0, -1, -1), (-1,) * 6])
+def test_slots_are_written_back_the_same_by_choice_and_in_turn(held):
+    rng = np.random.default_rng(0)
+    leaf, values = rng.standard_normal((2, 3, 4, 5)), rng.standard_normal((3, 4, 5))
+    expected = leaf.reshape(6, 4, 5).copy()
+    for block, slot in enumerate(held):
+        expected[block] = values[slot] if slot >= 0 else expected[block]
+    for put in (slots._by_choice, slots._in_turn):
+        found = put(jnp.asarray(leaf), jnp.asarray(values), jnp.asarray(held))
+        np.testing.assert_array_equal(found, np.float32(expected).reshape(leaf.shape))
+
+
+@pytest.mark.parametrize("held", [-1, 0, 2])
+@pytest.mark.parametrize("shape", [(4, 5), (1, 4, 5)])
+def test_a_slot_is_written_back_to_a_single_matrix(held, shape):
+    rng = np.random.default_rng(2)
+    leaf, values = rng.standard_normal(shape), rng.standard_normal((3, 4, 5))
+    found = slots.put(jnp.asarray(leaf), jnp.asarray(values), jnp.asarray([held]))
+    np.testing.assert_array_equal(found, np.float32(leaf if held < 0 else values[held].reshape(shape)))
+
+
+@pytest.mark.parametrize("sizes", [(3, 2), (1, 1, 1), (1, 4)], ids=str)
+def test_a_slot_reads_its_block_of_stacks_of_single_matrices_and_of_both(sizes):
+    rng = np.random.default_rng(1)
+    leaves = [rng.standard_normal((size, 6, 4)).astype(np.float32) for size in sizes]
+    views = [view_of((), x, LAST_TWO, wide=True) for x in leaves]
+    members = [((jnp.asarray(x), view),) for x, view in zip(leaves, views, strict=True)]
+    for place, x in enumerate(leaves):
+        for number in range(len(x)):
+            (block,) = slots.read(members, jnp.int32(place), jnp.int32(number))
+            np.testing.assert_array_equal(block, x[number].T)

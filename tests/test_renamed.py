@@ -1,0 +1,29 @@
+"""A public name that has changed goes on for one version, with a warning that names the new one."""
+
+import pytest
+
+import gum_optax as go
+
+RENAMED = {
+    "trion_rule": "scale_by_trion",
+    "dion_rule": "scale_by_dion",
+    "cosmos_rule": "scale_by_cosmos",
+}
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_an_old_name_is_the_new_thing_and_says_so(old, new):
+    with pytest.warns(DeprecationWarning, match=rf"gum_optax\.{old} is now gum_optax\.{new};") as caught:
+        found = getattr(go, old)
+    assert found is getattr(go, new)
+    assert [warning.filename for warning in caught] == [__file__]
+    assert old not in dir(go)
+
+
+def test_no_alias_is_untested():
+    assert go._RENAMED == RENAMED
+
+
+def test_a_name_that_never_was_is_an_attribute_error():
+    with pytest.raises(AttributeError, match=r"module 'gum_optax' has no attribute 'adam_rule'"):
+        go.adam_rule  # noqa: B018
