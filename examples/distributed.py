@@ -161,7 +161,7 @@ class Run:
         return jax.shard_map(on_each, mesh=self.mesh, in_specs=specs, out_specs=P())(state, batches)
 
     def batches(self, corpus: Corpus, step: int) -> jax.Array:
-        """A step's `(microbatches, windows, tokens)`, of which each host keeps what its devices read."""
+        """The `(microbatches, windows, tokens)` of a step; each host keeps what its devices read."""
         o = self.options
         tokens = corpus.batch(step, batch=o.batch, length=o.seq, seed=o.seed)
         batches = tokens.reshape(o.microbatches, -1, tokens.shape[-1])
