@@ -38,7 +38,8 @@ def test_write_your_own_runs():
     exec(block(README, "unbiased_low_rank"), names)
     updates, state = run(names["tx"], [{"w": jnp.ones((8, 16, 24))}] * 2)
     assert updates[-1]["w"].shape == (8, 16, 24)
-    assert state[0].outside.index["16x24"].shape == (2,)
+    (sampled,) = states_of(go.SampledState, state)
+    assert sampled.index["16x24"].shape == (2,)
 
 
 def test_the_usage_lines_build_the_transformation_that_they_show():
@@ -87,12 +88,16 @@ def test_the_patterns_for_scanned_kernels_make_stacks_of_layers():
     exec(TRAINERS[-1], names)
     shapes = {"mlp/up": (16, 3, 32), "query": (16, 3, 4, 8), "out": (4, 3, 8, 16)}
     params = {f"decoder/{name}/kernel": jnp.ones(shape) for name, shape in shapes.items()}
-    (projectors,) = [x.projectors for x in low_rank_states(names["tx"].init(params))]
+    (projectors,) = [x.projectors for x in states_of(go.LowRankState, names["tx"].init(params))]
     assert list(map(jnp.shape, jax.tree.leaves(projectors))) == [(3, 16, 2)] * 3
 
 
-def low_rank_states(state):
-    is_one = lambda x: isinstance(x, go.LowRankState)  # noqa: E731
+def states_of(kind, state):
+    """The parts of a state that are of one type, without those within others of that type."""
+
+    def is_one(x):
+        return isinstance(x, kind)
+
     return [x for x in jax.tree.leaves(state, is_leaf=is_one) if is_one(x)]
 
 
