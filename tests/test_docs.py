@@ -12,7 +12,7 @@ import pytest
 
 import gum_optax as go
 
-from helpers import OPTIMIZERS, run
+from helpers import OPTIMIZERS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
@@ -36,8 +36,11 @@ def block(text, word):
 def test_write_your_own_runs():
     names: dict = {}
     exec(block(README, "unbiased_low_rank"), names)
-    updates, state = run(names["tx"], [{"w": jnp.ones((8, 16, 24))}] * 2)
-    assert updates[-1]["w"].shape == (8, 16, 24)
+    tx, params = names["tx"], {"w": jnp.ones((8, 16, 24))}
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = jax.jit(tx.update)(params, state, params)
+    assert updates["w"].shape == (8, 16, 24)
     (sampled,) = states_of(go.SampledState, state)
     assert sampled.index["16x24"].shape == (2,)
 
