@@ -1,21 +1,22 @@
-"""Everything on whatever device is here: right, lean, fast, and training.
+"""Checks and measures everything on the device at hand: results, memory, time, training.
 
     python benchmarks/accelerator.py                      # a GPU or a TPU: 1B and 8B shapes
-    python benchmarks/accelerator.py --small              # the same at toy size, on a CPU in minutes
+    python benchmarks/accelerator.py --small              # toy sizes, on a CPU in minutes
     python benchmarks/accelerator.py --text corpus.txt    # pretrain on your own text
 
-Its parts, each of which can be had by itself with `--parts`:
+The script has seven parts, and `--parts` selects some of them:
 
-- `memory`: the compiled update's temporaries, and the allocator's peak where it keeps one (a process each);
-- `pretrain`: `examples/pretrain.py` with AdamW, Muon, GaLore-Muon and GUM for one budget of tokens;
-- `check`: every optimizer's steps against the same on the CPU, both in full float32;
+- `memory`: the compiled update's temporaries, and the allocator's peak where the device records one, each in
+  a process of its own;
+- `pretrain`: `examples/pretrain.py` with AdamW, Muon, GaLore-Muon and GUM, for one number of tokens;
+- `check`: every optimizer's steps against its steps on the CPU, both in full float32;
 - `speed`: the update beside optax's;
 - `refresh`: every finder beside the exact SVD;
 - `step`: whole training steps beside SGD's;
 - `scaling`: what grows how.
 
-Results go to `docs/results/accelerator.json`, with a table and the losses' figure beside it. What choices
-cost in loss is `benchmarks/choices.py`, on any device.
+The script writes `docs/results/accelerator.json`, a table and a figure of the losses. `benchmarks/choices.py`
+measures what choices cost in loss, on any device.
 """
 
 import argparse
@@ -44,8 +45,9 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 from optimizers import OPTIMIZERS, Settings, optimizer  # noqa: E402
 
-# Of the largest change of a leaf. Both sides round every product in float32, in another order, which is worth
-# 3e-5 (measured: gradients rounded otherwise); and of wide matrices a CPU takes the Gram form, 1.3e-3 off.
+# Relative to the largest change of a leaf. Both sides round every product in float32 and add in another
+# order, which costs 3e-5 (measured with gradients that were rounded otherwise). A CPU also takes the Gram
+# form of wide matrices, which is 1.3e-3 off.
 TOLERANCE = 1e-2
 
 
@@ -68,7 +70,7 @@ class Shape(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How large each part is."""
+    """The size of each part."""
 
     shapes: dict[str, Shape]
     rounds: int
@@ -107,7 +109,7 @@ STEPPED = ("optax.sgd", "optax.adamw", "muon", "gum", "galore_muon", "sinkgd")
 
 
 def check(steps: int = 5) -> dict[str, dict[str, Any]]:
-    """For each optimizer the largest difference from the CPU's, over its leaf's largest change."""
+    """For each optimizer, the largest difference from the CPU's steps, over the leaf's largest change."""
     gradients = [
         speed.gradients_of(32, 48, 2, scanned=False, seed=step) | {"embedding": jnp.ones((64, 32))}
         for step in range(steps)
@@ -135,12 +137,12 @@ def check(steps: int = 5) -> dict[str, dict[str, Any]]:
 
 
 def allocator_peak(name: str, shape: Shape) -> int | None:
-    """Bytes that the allocator held at most in one update and apply, this process's first."""
+    """The most bytes that the allocator held in one update and apply, the first of this process."""
     tx, gradients = shape.optimizers[name](), shape.gradients
     params = jax.tree.map(jnp.zeros_like, gradients)
     state = jax.jit(tx.init)(params)
 
-    def step(params, state, gradients):  # in the order of the results, as `memory_report` has it
+    def step(params, state, gradients):  # in the order of the results, as in `memory_report`
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
@@ -150,7 +152,7 @@ def allocator_peak(name: str, shape: Shape) -> int | None:
 
 
 def allocator_peaks(shape: Shape) -> dict[str, int | str | None]:
-    """Of every optimizer, in a process of its own. Too little memory is an outcome too."""
+    """The peak of every optimizer, each in a process of its own. Too little memory is an outcome too."""
     found = {}
     for name in shape.optimizers:
         command = [sys.executable, __file__, "--peak", json.dumps([name, *shape])]
@@ -209,7 +211,7 @@ def pretrain(arguments: tuple[str, ...], text: Path | None, out: Path) -> dict[s
 
 
 def table(rows: dict[str, dict[str, Any]]) -> list[str]:
-    """As the benchmark has it that the rows are of; else a column a quantity."""
+    """The table of the benchmark that made the rows, or one column for each quantity."""
     heads = list(next(iter(rows.values())))
     if "amortised" in heads:
         return speed.table(rows)
@@ -227,7 +229,7 @@ def table(rows: dict[str, dict[str, Any]]) -> list[str]:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--small", action="store_true", help="toy sizes, to see that everything runs")
+    p.add_argument("--small", action="store_true", help="toy sizes, to check that everything runs")
     p.add_argument("--parts", default=",".join(PARTS), help="default: all")
     p.add_argument("--text", type=Path, help="for `pretrain`; default: chitchat-dataset")
     p.add_argument("--peak", help=argparse.SUPPRESS)
@@ -246,7 +248,8 @@ def main(argv: list[str] | None = None) -> None:
     if not set(parts) <= set(PARTS):
         p.error(f"--parts takes some of {','.join(PARTS)}; got {options.parts}.")
     options.out.mkdir(parents=True, exist_ok=True)
-    # Processes that need the device, before this one takes it: a TPU for good, most of a GPU's memory.
+    # Child processes that need the device run first: this process then takes a TPU, or most of a GPU's
+    # memory, for good.
     peaks = {name: allocator_peaks(shape) for name, shape in plan.shapes.items() if "memory" in parts}
     trained = pretrain(plan.pretrain, options.text, options.out) if "pretrain" in parts else None
     device = jax.devices()[0].device_kind

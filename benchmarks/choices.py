@@ -1,9 +1,9 @@
-"""What a choice costs in loss, on real text: the dtype of the momentum, the way of Newton-Schulz.
+"""What a choice costs in loss on real text: the dtype of the momentum, the form of Newton-Schulz.
 
     python benchmarks/choices.py
 
-The runs of `corpus_comparison.py`, each optimizer at its best rate there, with one thing changed. Every
-finished run is written to `docs/results/choices.json` at once; a run that is there already is not made again.
+Repeats the runs of `corpus_comparison.py`, each optimizer at its best rate there, with one thing changed. The
+script writes every finished run to `docs/results/choices.json` at once, and skips runs that the file holds.
 """
 
 import argparse
@@ -23,13 +23,13 @@ import gum_optax as go
 
 from corpus_comparison import run, settings
 
-# `corpus_comparison` has put the examples on the path.
+# Importing `corpus_comparison` put the examples on the path.
 from corpus import Corpus  # isort: skip
 from optimizers import OPTIMIZERS, Settings  # isort: skip
 from training import StopSignal  # isort: skip
 
 DEFAULT = "float32, as by default"
-# What is changed in a run: a column each, with the settings or the arguments of the optimizer that are.
+# One column for each change, with the settings of the run or the arguments of the optimizer that change.
 MOMENTA = {"momentum in bfloat16": {"momentum_dtype": "bfloat16"}}
 METHODS = {
     "`newton_schulz`": {"orthogonalizer": go.newton_schulz},
@@ -40,7 +40,7 @@ METHODS = {
 
 
 def changed(chosen: Settings, column: str) -> Settings:
-    """A run's settings with the column's change; other arguments make an optimizer of their own."""
+    """A run's settings with the column's change. Changed arguments register an optimizer of their own."""
     chosen = dataclasses.replace(chosen, **MOMENTA.get(column, {}))
     if column not in METHODS:
         return chosen
@@ -51,7 +51,7 @@ def changed(chosen: Settings, column: str) -> Settings:
 
 
 def table(runs: dict[str, dict[str, dict[str, float]]]) -> list[str]:
-    """Mean and deviation over the seeds, a column a choice."""
+    """Mean and deviation over the seeds, one column for each choice."""
     columns = [DEFAULT, *MOMENTA, *METHODS]
     lines = [f"| optimizer | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, row in runs.items():

@@ -3,10 +3,10 @@
     python benchmarks/collectives.py                     # eight forced host devices
     python benchmarks/collectives.py --platform tpu      # TPU v5e 2x4, ahead of time: needs libtpu, no TPU
 
-One stack [8, 1024, 4096], float32, rank 128, two full-rank slots, sharded in three ways. Counted are bytes
-that each device sends in a ring that is optimal in bandwidth; what is in a loop counts once a turn. A branch
-that an ordinary step does not take, the refresh, counts apart. Results: `collectives.json` and `.md`
-in `docs/results`.
+The update is that of one stack [8, 1024, 4096], float32, rank 128, two full-rank slots, sharded in three
+ways. The script counts the bytes that each device sends in a bandwidth-optimal ring. A collective in a loop
+counts once for each turn. The refresh, a branch that an ordinary step does not take, counts apart. The
+results are `collectives.json` and `collectives.md` in `docs/results`.
 """
 
 import argparse
@@ -37,7 +37,7 @@ LAYOUTS = {"n": P(None, None, "all"), "m": P(None, "all", None), "2-D": P(None, 
 
 
 class Collective(NamedTuple):
-    """One of the program's exchanges."""
+    """One exchange of the program."""
 
     kind: str
     shapes: str
@@ -52,7 +52,7 @@ def _bytes(shapes: str) -> int:
 
 
 def _group(line: str, devices: int) -> int:
-    """How many devices exchange with each other."""
+    """The number of devices that exchange with each other."""
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
         return int(found[2])
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
@@ -77,7 +77,7 @@ def _wire(kind: str, size: int, group: int) -> float:
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of each computation, and the name of the first to run."""
+    """The lines of each computation, and the name of the entry computation."""
     found: dict[str, list[str]] = {}
     name = entry = ""
     for line in text.splitlines():
@@ -97,7 +97,8 @@ def _loop(line: str, computations: dict[str, list[str]], times: int) -> tuple[st
     assert condition, line
     written = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
     if written is None:
-        # Not on a TPU: there, the bound of the counter, which is the only constant of the condition.
+        # A TPU's program lacks the trip count. It is the bound of the counter, the only constant of the
+        # condition.
         bounds = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(computations[condition[1]]))
         assert len(bounds) == 1, (line, bounds)
         return body[1], times * int(bounds[0])
@@ -114,7 +115,7 @@ def collectives(text: str, devices: int = 8) -> list[Collective]:
             if made := re.search(rf"= (.*?) ({KINDS})(-start)?\(", line):
                 result, kind, start = made.groups()
                 if start and kind != "all-reduce":
-                    result = re.sub(r"^\(.*?\}, ", "", result)  # its operand stands before its result
+                    result = re.sub(r"^\(.*?\}, ", "", result)  # the operand precedes the result
                 wire = _wire(kind, _bytes(result), _group(line, devices))
                 found.append(Collective(kind, result, wire, times, refresh))
             elif " while(" in line:
@@ -126,7 +127,7 @@ def collectives(text: str, devices: int = 8) -> list[Collective]:
         return found
 
     def either(names: list[str], times: int, refresh: bool) -> list[Collective]:
-        """The cheapest branch, and the dearest as the refresh where it sends more."""
+        """The cheapest branch, and as the refresh the dearest branch if it sends more."""
         branches = [within(name, times, refresh) for name in names if name in computations]
         cheap, *_, dear = sorted(branches, key=total)
         if total(dear) > total(cheap):
@@ -141,19 +142,19 @@ def total(found: list[Collective]) -> float:
 
 
 def one_gram(x: jax.Array) -> jax.Array:
-    """Newton-Schulz through one Gram matrix: what a sharded side has to exchange, it exchanges once."""
+    """Newton-Schulz through one Gram matrix: the devices of a sharded side exchange once."""
     return go.gram_newton_schulz(x, restart=5)
 
 
-def optimizers(told: Any) -> dict[str, Callable[[], Any]]:
-    """By dimension numbers that tell the shardings."""
-    # Every refresh but the first: one power step.
+def optimizers(numbers: Any) -> dict[str, Callable[[], Any]]:
+    """Optimizers that get the shardings from dimension numbers, and peers that do not."""
+    # One power step, as at every refresh but the first.
     low = {"rank": 128, "find_subspace": functools.partial(go.subspace_iteration, iterations=1)}
     gum = {**low, "full_rank_fraction": 2 / 8}
-    known = {"orthogonalizer": one_gram, "weight_dimension_numbers": told}
+    known = {"orthogonalizer": one_gram, "weight_dimension_numbers": numbers}
     return {
         "gum": lambda: go.gum(1e-3, **gum, **known),
-        "gum, nothing told": lambda: go.gum(1e-3, **gum),
+        "gum, no shardings": lambda: go.gum(1e-3, **gum),
         "galore_muon": lambda: go.galore_muon(1e-3, **low, **known),
         "muon": lambda: go.muon(1e-3, **known),
         "sinkgd": lambda: go.sinkgd(1e-3),
@@ -172,7 +173,7 @@ def mesh_of(platform: str, spec: P) -> Mesh:
 
 
 def compiled(name: str, mesh: Mesh, spec: P) -> str:
-    """The program of one update, of gradients, state and steps sharded as they should be."""
+    """The program of one update, with gradients, state and steps sharded as in training."""
     params = {"kernel": jax.ShapeDtypeStruct(SHAPE, jnp.float32)}
     shardings = {"kernel": NamedSharding(mesh, spec)}
     tx = optimizers(go.with_shardings(shardings))[name]()
@@ -184,7 +185,7 @@ def compiled(name: str, mesh: Mesh, spec: P) -> str:
 
 
 def table(rows: dict[str, dict[str, list[float]]]) -> list[str]:
-    """One row an optimizer, one column a layout: MiB an update, and a refresh where that sends more."""
+    """MiB sent in an update, and more at a refresh: a row for each optimizer, a column for each layout."""
     layouts = list(LAYOUTS)
     lines = ["| optimizer | " + " | ".join(layouts) + " |", "|---" * (len(layouts) + 1) + "|"]
     for name, found in rows.items():

@@ -1,10 +1,11 @@
-"""Seconds until an update of separate layers is compiled, and lines of the optimized HLO.
+"""Seconds to compile an update of separate layers, and lines of the optimized HLO.
 
     python benchmarks/compilation.py
 
-Decoder layers of width 512. Each compilation, tracing included, has a process of its own, for in one process
-a second one is faster; rounds go round-robin over the optimizers, and medians are reported. Results are
-merged into `docs/results/compilation.json`, and the table of all of them is written beside it.
+The layers are decoder layers of width 512. Each compilation, tracing included, has a process of its own,
+because a second compilation in one process is faster. Rounds go round-robin over the optimizers, and the
+script reports medians. It merges the results into `docs/results/compilation.json` and writes the table of all
+results beside it.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import memory
 import speed
 from results import RESULTS, Results
 
-COLUMNS = (("seconds", 1), ("lines", 0))  # with their digits
+COLUMNS = (("seconds", 1), ("lines", 0))  # and the digits shown
 NAMES = (speed.PEER, "galore_muon", "gum", "sumo")
 
 
@@ -37,7 +38,7 @@ def compiled(name: str, layers: int) -> tuple[float, int]:
 
 
 def table(rows: dict[str, dict[str, float]]) -> list[str]:
-    """A row an optimizer, with its share of the peer's."""
+    """One row for each optimizer, with its ratio to the peer."""
     lines = ["| optimizer | s | of optax's Muon | lines of HLO | of optax's Muon |", "|---" * 5 + "|"]
     for name, row in rows.items():
         cells = (f"{row[key]:.{digits}f} | {row[key] / rows[speed.PEER][key]:.2f}" for key, digits in COLUMNS)

@@ -2,12 +2,12 @@
 
     python benchmarks/corpus_comparison.py
 
-The grid is 1.5e-3 times the powers of two, unbounded: from an optimizer's default the search goes to the
-better side until both neighbours of the best rate are worse.
+The grid is 1.5e-3 times the powers of two, unbounded. The search starts at an optimizer's default and moves
+to the better side until both neighbours of the best rate are worse.
 
-Every finished run is written to `docs/results/comparison.json` at once; stopped (Ctrl-C, SIGTERM) and
-started again, the script goes on to the bit with the run that was under way. What a step costs is measured
-last, round-robin in one process; `--costs` measures it alone.
+The script writes every finished run to `docs/results/comparison.json` at once. Stopped (Ctrl-C, SIGTERM) and
+started again, it continues the interrupted run bit for bit. It measures the cost of a step last, round-robin
+in one process; `--costs` measures only that.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def settings(corpus: Corpus, optimizer: str, lr: float, seed: int) -> Settings:
 
 
 def run(corpus: Corpus, chosen: Settings, place: Path, stop: StopSignal) -> dict[str, Any] | None:
-    """One run and its losses, from where it was stopped if it was; `None` if it is stopped again."""
+    """The losses of one run, resumed if it was stopped before; `None` if it is stopped again."""
     directory = RunDirectory(place, chosen, resume=place.exists())
     trainer = Trainer(chosen, corpus)
     directory.open()
@@ -85,7 +85,7 @@ def run(corpus: Corpus, chosen: Settings, place: Path, stop: StopSignal) -> dict
 
 
 class Results:
-    """The JSON file, written after every run; all its runs are of one protocol."""
+    """The JSON file, written after every run. All its runs follow one protocol."""
 
     def __init__(self, path: Path, corpus: Corpus):
         self.path = path
@@ -131,7 +131,7 @@ class Results:
 
 
 def costs(corpus: Corpus, results: Results, optimizers: list[str]) -> None:
-    """What a step holds and takes: the median of rounds in which all take a few steps in turn."""
+    """Memory and time of a step: medians of rounds in which every optimizer takes a few steps in turn."""
     rates = {name: results.best_rate(name) or OPTIMIZERS[name][1] for name in optimizers}
     trainers = {name: Trainer(settings(corpus, name, rates[name], 0), corpus) for name in optimizers}
     times: dict[str, list[float]] = {name: [] for name in optimizers}
@@ -206,7 +206,7 @@ def plot(results: Results, rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def compare(corpus: Corpus, results: Results, name: str, stop: StopSignal) -> None:
-    """Do the runs of one optimizer that are missing: the search, then the other seeds."""
+    """Do the missing runs of one optimizer: the search, then the other seeds."""
 
     def do(lr: float, seed: int) -> None:
         start = time.perf_counter()

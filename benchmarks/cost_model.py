@@ -2,9 +2,10 @@
 
     python benchmarks/cost_model.py
 
-For decoders of 1B, 8B and 70B on 8, 256 and 4096 chips, each matrix sharded along its longer side over all of
-them; beyond what training itself exchanges. `docs/results/cost_model.md` has the table, the docstrings have
-the formulas, and the tests hold these against compiled programs.
+The decoders have 1B, 8B and 70B parameters and run on 8, 256 and 4096 chips. Each matrix is sharded along its
+longer side over all chips. The costs come on top of what training itself exchanges.
+`docs/results/cost_model.md` has the table, the docstrings have the formulas, and the tests compare the
+formulas with compiled programs.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 from results import RESULTS
 
-FLOAT = 4  # bytes of gradients, momenta and what is exchanged: float32
+FLOAT = 4  # bytes of a number in gradients, momenta and messages: float32
 STEPS = 5  # of Newton-Schulz
 PERIOD = 200
 CHIPS = (8, 256, 4096)
@@ -29,7 +30,7 @@ class Matrices(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Of one update, for each chip."""
+    """The cost of one update on each chip."""
 
     flops: float
     traffic: float  # bytes between a chip and its memory
@@ -37,7 +38,7 @@ class Cost(NamedTuple):
 
 
 class Decoder(NamedTuple):
-    """The sizes of its block matrices."""
+    """The sizes of a decoder's block matrices."""
 
     layers: int
     width: int
@@ -45,7 +46,7 @@ class Decoder(NamedTuple):
     feed_forward: int
 
     def matrices(self) -> list[Matrices]:
-        """Grouped as GUM groups them."""
+        """The matrices, grouped by shape as GUM groups them."""
         sides = [(self.width, self.width)] * 2 + [(self.keys, self.width)] * 2
         sides += [(self.width, self.feed_forward)] * 3
         return [Matrices(self.layers * sides.count(s), *s) for s in dict.fromkeys(sides)]
@@ -80,12 +81,12 @@ def gram_newton_schulz(x: Matrices) -> float:
 
 
 def muon(x: Matrices, chips: int) -> Cost:
-    """The ideal: whole matrices go to chips by an all-to-all, and their steps back: `2 f · 4 L m n / chips`.
+    """The ideal: an all-to-all sends whole matrices to chips and their steps back: `2 f · 4 L m n / chips`.
 
-    Every chip has its share of the work, as if L were a multiple of the chips.
+    Every chip has an equal share of the work, as if L were a multiple of the number of chips.
     """
     size = x.blocks * x.m * x.n / chips
-    # Reads W, G and the momentum, writes the momentum and W; X in and out of four products a step.
+    # Reads W, G and the momentum, writes the momentum and W. X goes in and out of four products in each step.
     traffic = (3 + 2 + 4 * STEPS) * FLOAT * size
     return Cost(newton_schulz(x) / chips, traffic, 2 * ring(chips) * FLOAT * size)
 
@@ -93,7 +94,7 @@ def muon(x: Matrices, chips: int) -> Cost:
 def galore_muon(x: Matrices, chips: int, rank: int) -> Cost:
     """Project, lift, and Newton-Schulz through the r × r Gram matrix, an all-reduce of L r² numbers.
 
-    Every `PERIOD` steps a power step, which is two products more and an all-reduce of L m r numbers.
+    Every `PERIOD` steps a power step adds two products and an all-reduce of L m r numbers.
     """
     if x.m <= rank:
         return muon(x, chips)
@@ -108,9 +109,9 @@ def galore_muon(x: Matrices, chips: int, rank: int) -> Cost:
 def gum(x: Matrices, chips: int, rank: int, fraction: float, *, whole: bool = False) -> Cost:
     """GaLore-Muon, and for k slots the residual and Newton-Schulz through their m × m Gram matrices.
 
-    These are summed over all chips, `2 f · 4 k m²`, which does not shrink with their number. With `whole`, a
-    slot goes to one chip by an all-to-all, and its step back, as in the ideal Muon: `2 f · 4 k m n / chips`
-    on average, but k chips then work while the others wait.
+    All chips sum the Gram matrices, `2 f · 4 k m²`, which does not shrink with the number of chips. With
+    `whole`, an all-to-all sends a slot to one chip and its step back, as in the ideal Muon. That is
+    `2 f · 4 k m n / chips` on average, but k chips then work while the others wait.
     """
     if x.m <= rank:
         return muon(x, chips)
@@ -126,7 +127,7 @@ def gum(x: Matrices, chips: int, rank: int, fraction: float, *, whole: bool = Fa
 def total(
     cost: Callable[..., Cost], decoder: Decoder, chips: int, *arguments: float, **options: bool
 ) -> Cost:
-    """Of all matrices of a model."""
+    """The cost of all matrices of a model."""
     costs = [cost(x, chips, *arguments, **options) for x in decoder.matrices()]
     return Cost(*map(sum, zip(*costs, strict=True)))
 

@@ -1,10 +1,10 @@
-"""What it costs to skip a gradient that is not finite: a rule alone, with the guard, within optax's.
+"""What skipping gradients that are not finite costs: a rule alone, under our guard, under optax's.
 
     python benchmarks/guard.py --model 60m
 
-The rules are what `muon`, `galore_muon` and `gum` are made of, on the matrices of a LLaMA. `skip_non_finite`
-is the guard that these optimizers have built in, `optax.apply_if_finite` what one would put around them.
-Times as in `speed.py`; temporaries over gradients' bytes as in `memory.py`, gradients kept.
+The rules are those of `muon`, `galore_muon` and `gum`, on the matrices of a LLaMA. `skip_non_finite` is this
+library's guard, and `optax.apply_if_finite` is optax's. The script takes times as `speed.py` does, and
+temporaries over the gradients' bytes as `memory.py` does, with the gradients kept.
 """
 
 import functools
@@ -25,7 +25,7 @@ GUARDS = {
 
 
 def rules(rank: int) -> dict[str, optax.GradientTransformation]:
-    """Steps of matrices, up the gradient."""
+    """Rules over matrices, whose steps point up the gradient."""
     muon = go.scale_by_muon(together=True)
     return {
         "muon": muon,
@@ -39,7 +39,7 @@ def guarded(rule: optax.GradientTransformation, guard: Any) -> optax.GradientTra
 
 
 def table(rows: dict[str, dict[str, float]]) -> list[str]:
-    """Milliseconds, their ratio to the rule alone, temporaries."""
+    """Milliseconds, their ratio to those of the rule alone, and temporaries."""
     lines = ["| rule | guard | step ms | of alone | refresh ms | of alone | temporaries |", "|---" * 7 + "|"]
     for name, row in rows.items():
         rule, guard = name.split(", ")

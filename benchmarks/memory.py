@@ -3,10 +3,10 @@
     python benchmarks/memory.py                     # CPU
     python benchmarks/memory.py --platform tpu      # TPU v5e, ahead of time: needs libtpu, but no TPU
 
-Exact figures of XLA's buffer assignment, of twelve decoder layers, as separate leaves and as scanned ones.
-Parameters and state are donated. Gradients come from within the compiled step, as in training; with
-`--keep-gradients` they are arguments, which XLA may not write over.
-Results are merged into `docs/results/memory.json`, and the table of all of them is written beside it.
+The figures are exact: they come from XLA's buffer assignment, for twelve decoder layers, as separate and as
+scanned leaves. Parameters and state are donated. The compiled step makes the gradients, as in training; with
+`--keep-gradients` they are arguments, and XLA may not write over them. The script merges the results into
+`docs/results/memory.json` and writes the table of all results beside it.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from results import RESULTS, versions
 
 import gum_optax as go
 
-# (width, feed-forward, rank): the small one of the tests, LLaMA-350M's, LLaMA-1B's, the rank an eighth of the
-# width. A TPU's XLA gives every scalar 16 KiB: at width 512 most of a TPU's figures are that.
+# (width, feed-forward, rank) of the tests' small model, of LLaMA-350M and of LLaMA-1B; the rank is an eighth
+# of the width. XLA gives every scalar 16 KiB on a TPU, which is most of a TPU's figures at width 512.
 SIZES = {"512": (512, 1376, 64), "1024": (1024, 2736, 128), "2048": (2048, 5461, 256)}
 
 
@@ -42,7 +42,7 @@ def layers(width: int, ff: int, count: int, *, scanned: bool) -> dict[str, Any]:
 
 
 def optax_muon() -> Any:
-    """`optax.contrib.muon`, told that leaves of three axes are stacks: by itself it gives them to AdamW."""
+    """`optax.contrib.muon` with leaves of three axes as stacks; by default it gives them to AdamW."""
 
     def stacks(tree: Any) -> Any:
         return jax.tree.map(lambda x: optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), tree)
@@ -51,7 +51,7 @@ def optax_muon() -> Any:
 
 
 def optimizers(rank: int) -> dict[str, Callable[[], Any]]:
-    """The library's, and the peers."""
+    """The library's optimizers, and the peers."""
     return {
         "galore_muon": lambda: go.galore_muon(1e-3, rank),
         "gum": lambda: go.gum(1e-3, rank, full_rank_fraction=1 / 12),
@@ -73,14 +73,14 @@ def optimizers(rank: int) -> dict[str, Callable[[], Any]]:
 
 
 def device_of(platform: str) -> Any:
-    """True for the CPU that is here, or a TPU that is not."""
+    """True for the CPU at hand, or the description of a TPU that need not exist."""
     if platform == "cpu":
         return True
     return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices[0]
 
 
 def measure(tx: Any, shapes: Any, device: Any, *, keep_gradients: bool = False) -> float:
-    """Temporaries over gradients."""
+    """Bytes of temporaries over bytes of gradients."""
     report = go.memory_report(tx, shapes, compiled=device, keep_gradients=keep_gradients)
     assert report.temporaries is not None
     return report.temporaries / report.gradients
@@ -89,8 +89,8 @@ def measure(tx: Any, shapes: Any, device: Any, *, keep_gradients: bool = False) 
 def whole_step(tx: Any, width: int, layers: int, tokens: int = 64, device: Any = None) -> float:
     """Temporaries of a whole training step over the gradients' bytes: forward, backward, update and apply.
 
-    The model is `x = tanh(x @ w)`, each layer a leaf of its own; parameters and state are donated.
-    Activations and gradients are among the temporaries.
+    The model is `x = tanh(x @ w)`, and each layer is a leaf of its own. Parameters and state are donated. The
+    temporaries include activations and gradients.
     """
 
     def loss(params: Any, x: Any) -> Any:
@@ -115,7 +115,7 @@ def whole_step(tx: Any, width: int, layers: int, tokens: int = 64, device: Any =
 
 
 def table(found: dict[str, Any]) -> str:
-    """One row an optimizer, one column a setting."""
+    """One row for each optimizer, one column for each setting."""
     settings = list(dict.fromkeys(setting for row in found.values() for setting in row))
     lines = ["| optimizer | " + " | ".join(settings) + " |", "|---" * (len(settings) + 1) + "|"]
     for name, row in found.items():
@@ -131,10 +131,12 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--layers", type=int, default=12)
     p.add_argument("--optimizers", help="some of them, separated by commas; default: all")
     p.add_argument("--kinds", default="separate,scanned", help="default: both")
-    p.add_argument("--keep-gradients", action="store_true", help="as arguments of the compiled function")
+    p.add_argument(
+        "--keep-gradients", action="store_true", help="make them arguments of the compiled function"
+    )
     p.add_argument("--out", type=Path, default=RESULTS)
     options = p.parse_args(argv)
-    # A TPU is only compiled for; everything else is on the CPU.
+    # Programs for a TPU are only compiled; everything else runs on the CPU.
     jax.config.update("jax_platforms", "cpu")
     width, ff, rank = SIZES[options.width]
     makers = optimizers(rank)
@@ -148,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
         data["versions"][setting] = versions(*(["libtpu"] if options.platform == "tpu" else []))
         for name in names:
             if scanned and name == "optax.contrib.galore":
-                continue  # it has no batch axes: stacked leaves raise
+                continue  # it has no batch axes and raises on stacked leaves
             share = measure(
                 makers[name](),
                 layers(width, ff, options.layers, scanned=scanned),

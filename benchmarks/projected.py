@@ -1,10 +1,10 @@
-"""What projecting before the reduce saves: bytes sent, accumulated and held, by compiled programs.
+"""What projecting before the reduce saves: bytes sent, accumulated and held, from compiled programs.
 
     python benchmarks/projected.py --model 60m
 
-Data parallel on eight forced host devices: the mean gradient over microbatches and devices, and an update.
-`plain` accumulates and averages whole gradients, `projected` is `projected_update`. Nothing is run. Results:
-`projected.json` and `.md` in `docs/results`.
+A program computes the mean gradient over microbatches and eight forced host devices, data parallel, and an
+update. `plain` accumulates and averages whole gradients, `projected` is `projected_update`. The script
+compiles the programs and runs none. The results are `projected.json` and `projected.md` in `docs/results`.
 """
 
 import argparse
@@ -38,7 +38,7 @@ DEVICES = 8
 
 
 def optimizers(rank: int) -> dict[str, Any]:
-    # Every refresh but the first: one power step.
+    # One power step, as at every refresh but the first.
     find = functools.partial(go.subspace_iteration, iterations=1)
     return {
         "gum": go.gum(1e-3, rank, find_subspace=find),
@@ -55,7 +55,7 @@ def model(name: str) -> tuple[Any, Any]:
 
 
 def plain_update(tx: Any, loss: Any, batches: Any, state: Any, params: Any) -> tuple[Any, Any]:
-    """The mean gradient, accumulated and averaged whole."""
+    """The update of the mean gradient, which is accumulated and averaged whole."""
     own = jax.lax.pcast(params, "data", to="varying")
     start = jax.lax.pcast(optax.tree.zeros_like(params), "data", to="varying")
 
@@ -68,7 +68,7 @@ def plain_update(tx: Any, loss: Any, batches: Any, state: Any, params: Any) -> t
 
 
 def accumulated(step: Any, arguments: Any, microbatches: int) -> int:
-    """Bytes that the loop over the microbatches carries, refreshes apart."""
+    """Bytes that the loop over the microbatches carries, without refreshes."""
 
     def loops(jaxpr):
         for eqn in jaxpr.eqns:
@@ -78,15 +78,16 @@ def accumulated(step: Any, arguments: Any, microbatches: int) -> int:
                 for sub in jaxprs_in_params(eqn.params):
                     yield from loops(sub)
 
-    # Of loops of this length, the one that carries most: the model may have some of its own.
+    # The model may have loops of this length, too: take the one that carries most.
     found = loops(jax.make_jaxpr(step)(*arguments).jaxpr)
     carried = [eqn.outvars for eqn in found]
     return max(sum(v.aval.size * v.aval.dtype.itemsize for v in variables) for variables in carried)
 
 
 def measure(name: str, optimizer: str, projected: bool, microbatches: int, length: int) -> dict[str, float]:
-    """MiB, of matrices alone: sent in an update and in a refresh, carried from microbatch to microbatch;
-    temporaries of the whole program.
+    """MiB of matrices sent in an update and in a refresh, and carried from microbatch to microbatch.
+
+    The temporaries are those of the whole program.
     """
     loss, params = model(name)
     tx = optimizers(SIZES[name].rank)[optimizer]
@@ -119,7 +120,7 @@ def measure(name: str, optimizer: str, projected: bool, microbatches: int, lengt
 
 
 def unprojected(params: Any) -> int:
-    """Bytes of the leaves that are no matrices, embedding, head, norms: averaged whole in any case."""
+    """Bytes of the leaves that are not matrices (embedding, head, norms); they are always averaged whole."""
     matrices = go.hidden_matrices(params)
     leaves = jax.tree.leaves(params)
     entries = jax.tree.structure(params).flatten_up_to(matrices)

@@ -2,10 +2,10 @@
 
     python benchmarks/refresh.py
 
-The decoder `3m` of `examples/llama.py` trains with Muon on real text; at every refresh each finder follows
-its own chain of subspaces, from a random start, on the same gradients. Energy is `|PᵀG|²` over the top `r`
-singular vectors'. Times are medians on the largest matrix of LLaMA-130M and of LLaMA-350M, at rank 128.
-Results go to `docs/results/refresh.json` and a table beside it.
+The decoder `3m` of `examples/llama.py` trains with Muon on real text. Each finder follows its own chain of
+subspaces from a random start, and all finders see the same gradients. Energy is `|PᵀG|²` over that of the top
+`r` singular vectors. Times are medians on the largest matrix of LLaMA-130M and of LLaMA-350M, at rank 128.
+The script writes `docs/results/refresh.json` and a table beside it.
 """
 
 import argparse
@@ -46,7 +46,7 @@ FINDERS: dict[str, Any] = {
 
 
 def energies(trainer: Trainer, rank: int, period: int, refreshes: int) -> dict[str, list[list[float]]]:
-    """For each finder and refresh the energies of all matrices, over the exact one's."""
+    """The energies of all matrices over the exact ones, for each finder and refresh."""
     gradient = jax.jit(jax.grad(trainer._loss))
     finders = {name: jax.jit(finder) for name, finder in FINDERS.items()}
     chains: dict[str, dict[int, jax.Array]] = {name: {} for name in FINDERS}

@@ -1,4 +1,4 @@
-"""Where benchmarks keep what they measured: a JSON each, a section a setting, and a table beside it."""
+"""How a benchmark stores its results: a JSON file with a section for each setting, and a table beside it."""
 
 import importlib.metadata
 import json
@@ -14,20 +14,20 @@ RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 
 
 def versions(*more: str) -> dict[str, str]:
-    """Of what figures depend on."""
+    """The versions of what the figures depend on."""
     found = {name: importlib.metadata.version(name) for name in ("jax", "optax", *more)}
     return found | {"python": platform.python_version()}
 
 
 class Results:
-    """Settings measured at different times, in one file; a setting measured again replaces itself."""
+    """Settings measured at different times, in one file; a new measurement replaces the old one."""
 
     def __init__(self, path: Path, table: Callable[[Any], list[str]]):
         self.path, self.table = path, table
         self.data: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"settings": {}}
 
     def add(self, setting: str, rows: Any) -> None:
-        """Keep the rows of a setting, with what they were measured by and on."""
+        """Store the rows of a setting, with the versions and the machine."""
         machine = f"{jax.devices()[0].device_kind}, {len(os.sched_getaffinity(0))} cores"
         self.data["settings"][setting] = {"rows": rows, "versions": versions(), "machine": machine}
         self.path.parent.mkdir(parents=True, exist_ok=True)

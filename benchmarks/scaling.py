@@ -2,9 +2,9 @@
 
     python benchmarks/scaling.py
 
-Decoder matrices in separate leaves, one size varied at a time from a common middle. Temporaries are exact
-(`memory_analysis()`), times are medians of ordinary steps. Results go to `docs/results/scaling.json`, and a
-figure beside it.
+Decoder matrices are separate leaves, and one size at a time varies from a common middle. Temporaries are
+exact (`memory_analysis()`), and times are medians of ordinary steps. The script writes
+`docs/results/scaling.json` and a figure beside it.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from results import RESULTS, versions
 
 import gum_optax as go
 
-# (width, layers, rank), varied one at a time.
+# Sizes vary one at a time from the middle.
 MIDDLE = {"width": 256, "layers": 8, "rank": 32}
 SWEEPS = {"layers": (2, 4, 8, 16), "rank": (8, 32, 128), "width": (64, 128, 256, 512)}
 SMALL = {"layers": (1, 2), "rank": (2, 4), "width": (16, 32)}
@@ -33,7 +33,7 @@ QUANTITIES = {"step": "ms a step", "state": "state / gradients", "temporaries": 
 
 
 def point(name: str, width: int, layers: int, rank: int, rounds: int) -> dict[str, float]:
-    """Milliseconds, and bytes over those of the gradients."""
+    """Milliseconds, and bytes over the bytes of the gradients."""
     tx = speed.optimizers(rank)[name]()
     ff = 8 * width // 3
     timed = speed.Timed(tx, speed.gradients_of(width, ff, layers, scanned=False))
@@ -78,7 +78,9 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--small", action="store_true", help="two tiny points an axis, to see that it runs")
+    p.add_argument(
+        "--small", action="store_true", help="two tiny points for each axis, to check that it runs"
+    )
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--out", type=Path, default=RESULTS)
     options = p.parse_args(argv)

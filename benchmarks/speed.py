@@ -1,12 +1,13 @@
-"""Time of one jitted update, this library beside its peers in one process.
+"""Time of one compiled update, for this library and its peers in one process.
 
     python benchmarks/speed.py --model 130m --rank 128
 
-The matrices of a LLaMA (Lialin et al.'s sizes, as in the GaLore paper) with random gradients, state donated.
-Rounds go round-robin over the optimizers, so that a busy machine slows all of them; medians are reported.
-A refresh is timed by itself and amortised over the period of 200. The very first step is timed by itself
-too, after one that is not: whatever runs first also waits for the machine's memory. Results are merged into
-`docs/results/speed.json`; the table and the figure of all of them are written beside it.
+The gradients are random, for the matrices of a LLaMA (Lialin et al.'s sizes, as in the GaLore paper); the
+state is donated. Rounds go round-robin over the optimizers, so that a busy machine slows all of them, and the
+script reports medians. It times a refresh by itself and spreads it over the period of 200. It times the very
+first step by itself, too, after an untimed run, because the first run of a process also waits for the
+machine's memory. The script merges the results into `docs/results/speed.json` and writes the table and the
+figure of all results beside it.
 """
 
 import argparse
@@ -32,11 +33,11 @@ import gum_optax as go
 MODELS = {"tiny": (32, 48, 2), "60m": (512, 1376, 8), "130m": (768, 2048, 12), "350m": (1024, 2736, 24)}
 PERIOD = 200
 FRACTION = 1 / 16
-PEER = "optax.contrib.muon"  # which all ratios are to
+PEER = "optax.contrib.muon"  # the denominator of all ratios
 
 
 def batched_muon(learning_rate: float) -> optax.GradientTransformation:
-    """The plain way: momentum, then Newton-Schulz of all matrices of one shape as a single stack."""
+    """A plain Muon: momentum, then Newton-Schulz of all matrices of one shape as a single stack."""
 
     def orthogonalized(updates, params):
         del params
@@ -55,7 +56,7 @@ def batched_muon(learning_rate: float) -> optax.GradientTransformation:
 
 
 def optimizers(rank: int) -> dict[str, Callable[[], optax.GradientTransformation]]:
-    """The peers first."""
+    """All optimizers, the peers first."""
     return {
         PEER: memory.optax_muon,
         "optax.contrib.galore": lambda: optax.contrib.galore(1e-3, rank, PERIOD),
@@ -74,7 +75,7 @@ def optimizers(rank: int) -> dict[str, Callable[[], optax.GradientTransformation
 
 
 class Timed:
-    """An optimizer's jitted update, compiled, with its state."""
+    """An optimizer's compiled update, with its state."""
 
     def __init__(self, tx: optax.GradientTransformation, gradients: Any):
         self.gradients = gradients
@@ -89,15 +90,15 @@ class Timed:
         self.state: Any = None
 
     def first(self) -> float:
-        """The first step: every subspace is found from nothing."""
-        self.state = None  # let go of before there is another
+        """Seconds of the first step, which finds every subspace without a previous one."""
+        self.state = None  # frees the old state before the new one is made
         self.state = jax.block_until_ready(self.init(self.gradients))
         return self.next()
 
     def refresh(self) -> float:
-        """The first step of a later period."""
+        """Seconds of the first step of a later period."""
 
-        def counted(path, x):  # an array of its own for each counter: the state is donated
+        def counted(path, x):  # each counter gets its own array, because the state is donated
             return jnp.full(x.shape, PERIOD, x.dtype) if getattr(path[-1], "name", "") == "count" else x
 
         self.state = jax.tree_util.tree_map_with_path(counted, self.state)
@@ -123,7 +124,7 @@ Makers = dict[str, Callable[[], optax.GradientTransformation]]
 
 
 def measure(makers: Makers, gradients: Any, rounds: int) -> dict[str, dict[str, float]]:
-    """Seconds of an ordinary step, of the first, of a refresh, amortised, and of compilation."""
+    """Seconds of an ordinary step, the first, a refresh, the amortised step, and the compilation."""
     timed = {}
     for name, make in makers.items():
         timed[name] = Timed(make(), gradients)
@@ -164,7 +165,7 @@ def table(rows: dict[str, dict[str, float]]) -> list[str]:
 
 
 def plot(settings: dict[str, Any], path: Path) -> None:
-    """Amortised time over the peer's, a colour a setting."""
+    """Amortised time over the peer's, one colour for each setting."""
     names = list(dict.fromkeys(name for found in settings.values() for name in found["rows"]))[::-1]
     figure, axes = plt.subplots(figsize=(8, 6), layout="constrained")
     thickness = 0.8 / len(settings)
@@ -194,7 +195,7 @@ def parser(doc: str | None, *, model: str, rounds: int) -> argparse.ArgumentPars
 
 
 def settings(options: argparse.Namespace) -> Iterator[tuple[str, str, Any]]:
-    """For each kind of layers: it, what the setting is called, the gradients."""
+    """For each kind of layers, yields the kind, the name of the setting and the gradients."""
     for kind in options.kinds.split(","):
         setting = f"{jax.default_backend()}, {options.model}, {kind} layers, rank {options.rank}"
         print(setting, flush=True)

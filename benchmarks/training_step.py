@@ -1,10 +1,10 @@
-"""Time and temporaries of whole training steps, forward and backward pass included, beside plain SGD's.
+"""Time and temporaries of whole training steps, forward and backward pass included, beside plain SGD.
 
     python benchmarks/training_step.py --model 60m
 
-The presets of `examples/pretrain.py` on random tokens. Rounds go round-robin over the optimizers in one
-process; medians are reported, without refreshes. Results are merged into `docs/results/training_step.json`,
-and the table of all of them is written beside it.
+The models are the presets of `examples/pretrain.py`, and the tokens are random. Rounds go round-robin over
+the optimizers in one process, and the script reports medians of steps without a refresh. It merges the
+results into `docs/results/training_step.json` and writes the table of all results beside it.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from llama import SIZES, Llama, next_token_loss
 
 
 def optimizers(rank: int) -> dict[str, Callable[[], optax.GradientTransformation]]:
-    """The first is what the others are compared with."""
+    """All optimizers; the first is the base of the comparison."""
     makers = speed.optimizers(rank)
     names = ("optax.adamw", "muon", "gum", "galore_muon", "sinkgd")
     return {"optax.sgd": lambda: optax.sgd(1e-3)} | {name: makers[name] for name in names}
@@ -67,7 +67,7 @@ class Step:
 def measure(
     model: str, names: list[str], rank: int, batch: int, length: int, rounds: int
 ) -> dict[str, dict[str, float]]:
-    """Seconds a step, tokens a second, time over that of SGD, and MiB of temporaries."""
+    """Seconds for a step, tokens in a second, time over that of SGD, and MiB of temporaries."""
     makers = optimizers(rank)
     steps = {name: Step(model, makers[name](), batch, length) for name in names}
     for name, step in steps.items():

@@ -1,4 +1,4 @@
-"""Real text as token ids: a byte-level BPE tokenizer trained once, and cached with the ids.
+"""Real text as token ids, from a byte-level BPE tokenizer that is trained once and cached with the ids.
 
 The default text is the `chitchat-dataset` package (MIT): 7,168 conversations between people.
 """
@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 END = "<|end|>"  # between documents
 VALIDATION_SHARE = 0.05
-ENCODED_AT_ONCE = 1000  # documents: an encoding takes a hundred times the memory of its ids
+ENCODED_AT_ONCE = 1000  # documents; an encoding takes a hundred times the memory of its ids
 
 
 class CorpusError(ValueError):
@@ -23,7 +23,7 @@ class CorpusError(ValueError):
 
 
 def conversations() -> list[str]:
-    """The documents of `chitchat-dataset`, one a conversation, one line a message."""
+    """The documents of `chitchat-dataset`: one for each conversation, with a line for each message."""
     spec = importlib.util.find_spec("chitchat_dataset")
     if spec is None or not spec.submodule_search_locations:
         raise CorpusError("The default text is missing: run `pip install chitchat-dataset==0.9.0`.")
@@ -34,9 +34,10 @@ def conversations() -> list[str]:
 
 
 def documents_of(path: Path) -> list[str]:
-    r"""The user's own text, maybe compressed by xz, in parts, of which some can be held out.
+    r"""The documents of the user's own text, which may be compressed by xz.
 
-    Documents are separated by `\x1e`, ASCII's record separator, or else by blank lines.
+    `\x1e`, ASCII's record separator, separates documents. Without it, blank lines do. A text of few
+    paragraphs is split into lines or pieces, so that some documents can be held out.
     """
     opened = lzma.open if path.suffix == ".xz" else open
     try:
@@ -56,7 +57,7 @@ def documents_of(path: Path) -> list[str]:
 
 
 def train_tokenizer(documents: list[str], vocabulary: int) -> Tokenizer:
-    """A byte-level BPE: any text encodes, and decodes to itself."""
+    """A byte-level BPE, which encodes any text and decodes it to the same text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -78,7 +79,7 @@ def cache_directory() -> Path:
 class Corpus:
     """Training and validation ids, and their tokenizer.
 
-    Documents go to validation by their place, every twentieth, so that the split never changes.
+    Every twentieth document is for validation, so that the split never changes.
     """
 
     def __init__(self, text: Path | None, vocabulary: int):
@@ -107,7 +108,7 @@ class Corpus:
             "validation": encoded[::every],
         }
         replace_file(folder / "tokenizer.json", lambda part: tokenizer.save(str(part)))
-        for name, ids in parts.items():  # validation.npy is last: with it the folder is complete
+        for name, ids in parts.items():  # validation.npy comes last: a folder with it is complete
             flat = np.concatenate([np.empty(0, np.uint16), *ids])
             replace_file(folder / f"{name}.npy", lambda part, flat=flat: np.save(part, flat))
 
@@ -121,13 +122,14 @@ class Corpus:
             )
 
     def opening(self) -> str:
-        """The start of the validation text: a prompt for a text of unknown kind."""
+        """The start of the validation text, as a prompt in the style of the text."""
         return self.tokenizer.decode(self.validation[:16].tolist())
 
     def batch(self, step: int, *, batch: int, length: int, seed: int) -> np.ndarray:
-        """Windows of `length + 1` ids for one step: a pure function, so that a resumed run sees the same.
+        """Windows of `length + 1` ids for one step.
 
-        Each epoch is a permutation of the text's windows.
+        The function is pure, so that a resumed run sees the same windows. Each epoch is a permutation of
+        them.
         """
         windows = (len(self.train) - 1) // length
         places = np.arange(step * batch, (step + 1) * batch)
@@ -147,7 +149,7 @@ class Corpus:
 
 
 def replace_file(path: Path, write) -> None:
-    """Write beside `path`, then rename: a stopped run leaves no half file."""
+    """Write beside `path`, then rename, so that a stopped run leaves no incomplete file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{os.getpid()}-{path.name}")
     write(part)

@@ -1,11 +1,12 @@
-"""Pretrain a LLaMA with GUM on many devices and hosts, and go on after a preemption.
+"""Pretrain a LLaMA with GUM on many devices and hosts, and continue after a preemption.
 
     python examples/distributed.py --out runs/mesh                      # all devices of one host
     python examples/distributed.py --out gs://bucket/run --distributed  # on every host of a TPU slice
 
-Three ways to share the work, all with the same loss: `--parallel fsdp` splits every matrix and its state over
-all devices, `data` keeps them whole on each, and `projected` does too, but sends and accumulates projected
-gradients (`--microbatches`). The same command goes on from the newest checkpoint, on any number of devices.
+There are three ways to share the work, all with the same loss. `--parallel fsdp` splits every matrix and its
+state over all devices. `data` keeps them whole on each device. `projected` keeps them whole, too, but sends
+and accumulates projected gradients (`--microbatches`). The same command continues from the newest checkpoint,
+on any number of devices.
 """
 
 import argparse
@@ -39,26 +40,40 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--parallel", choices=PARALLEL, default="fsdp")
     p.add_argument("--model", choices=SIZES, default="3m")
     p.add_argument("--steps", type=positive, default=200)
-    p.add_argument("--batch", type=positive, default=16, help="windows a step, of all devices (default: 16)")
-    p.add_argument("--microbatches", type=positive, default=1, help="of a step, with --parallel projected")
-    p.add_argument("--seq", type=positive, default=128, help="tokens a window (default: 128)")
-    p.add_argument("--lr", type=rate, default=3e-3, help="of the matrices (default: 3e-3)")
-    p.add_argument("--others-lr", type=rate, default=3e-2, help="AdamW's, of the rest (default: 3e-2)")
+    p.add_argument(
+        "--batch", type=positive, default=16, help="windows in a step, on all devices (default: 16)"
+    )
+    p.add_argument(
+        "--microbatches",
+        type=positive,
+        default=1,
+        help="microbatches in a step, with --parallel projected (default: 1)",
+    )
+    p.add_argument("--seq", type=positive, default=128, help="tokens in a window (default: 128)")
+    p.add_argument("--lr", type=rate, default=3e-3, help="learning rate of the matrices (default: 3e-3)")
+    p.add_argument(
+        "--others-lr",
+        type=rate,
+        default=3e-2,
+        help="AdamW's learning rate, for the other leaves (default: 3e-2)",
+    )
     p.add_argument("--period", type=positive, default=100, help="steps between new subspaces (default: 100)")
-    p.add_argument("--save-every", type=positive, default=100, help="steps (default: 100)")
+    p.add_argument(
+        "--save-every", type=positive, default=100, help="steps between checkpoints (default: 100)"
+    )
     p.add_argument("--seed", type=seed, default=0)
     p.add_argument("--text", type=Path, help="your own text, UTF-8 (default: chitchat-dataset)")
-    p.add_argument("--out", required=True, help="of checkpoints: a folder that all hosts see, or gs://...")
-    p.add_argument("--distributed", action="store_true", help="several processes, one a host")
-    by_hand = p.add_argument_group("where JAX can't tell by itself, as it does on TPU, SLURM and GKE")
+    p.add_argument("--out", required=True, help="for checkpoints: a folder that all hosts see, or gs://...")
+    p.add_argument("--distributed", action="store_true", help="several processes, one on each host")
+    by_hand = p.add_argument_group("for clusters that JAX does not detect; it detects TPU, SLURM and GKE")
     by_hand.add_argument("--coordinator", help="host:port of the first process")
     by_hand.add_argument("--processes", type=positive)
-    by_hand.add_argument("--process", type=int, help="the number of this one")
+    by_hand.add_argument("--process", type=int, help="the number of this process")
     return p
 
 
 def shardings_of(params: Any, mesh: Mesh, parallel: str) -> Any:
-    """FSDP: the longer side of each matrix over all devices, where they divide it; else all of it on each."""
+    """For FSDP, the longer side of each matrix over all devices if they divide it; otherwise no side."""
 
     def of(x):
         longer = max(range(x.ndim), key=lambda axis: (x.shape[axis], axis), default=0)
@@ -70,9 +85,9 @@ def shardings_of(params: Any, mesh: Mesh, parallel: str) -> Any:
 
 
 def optimizer(options: argparse.Namespace, shardings: Any) -> optax.GradientTransformation:
-    """GUM for the matrices, told where they live, and AdamW for embedding, head and norms.
+    """GUM with the matrices' shardings, and AdamW for embedding, head and norms.
 
-    No clipping by a global norm: a projected gradient has none, and neither rule depends on its scale.
+    Gradients are not clipped: a projected gradient has no global norm, and neither rule depends on its scale.
     """
 
     def schedule(peak):
@@ -85,18 +100,18 @@ def optimizer(options: argparse.Namespace, shardings: Any) -> optax.GradientTran
         key=options.seed,
         weight_decay=0.1,
         others=optax.adamw(schedule(options.others_lr), b2=0.95, weight_decay=0.1),
-        # With the sides told, FSDP exchanges one small Gram matrix for each full-rank block.
+        # With the shardings, FSDP exchanges one small Gram matrix for each full-rank block.
         orthogonalizer=functools.partial(go.gram_newton_schulz, restart=5),
         weight_dimension_numbers=go.with_shardings(shardings),
     )
 
 
 class Run:
-    """A model and its optimizer on a mesh, and the program of a step; `start` makes the arrays."""
+    """A model and its optimizer on a mesh, and the compiled step; `start` makes the arrays."""
 
     def __init__(self, options: argparse.Namespace, mesh: Mesh):
         self.options, self.mesh = options, mesh
-        # Matrix units of accelerators want bfloat16; a CPU has none.
+        # The matrix units of accelerators want bfloat16; a CPU has no such units.
         dtype = jnp.float32 if mesh.devices.flat[0].platform == "cpu" else jnp.bfloat16
         make = functools.partial(Llama, SIZES[options.model], dtype=dtype)
         self.graph, _ = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))), nnx.Param)
@@ -115,11 +130,11 @@ class Run:
         )
 
     def start(self) -> Any:
-        """Parameters and optimizer state, born where they live."""
+        """Parameters and optimizer state, sharded from the start."""
         params, state = self.shardings
         weights = jax.jit(self.weights, out_shardings=params)()
         found = weights, jax.jit(self.tx.init, out_shardings=state)(weights)
-        # Nothing else would notice a seed that differs between hosts.
+        # No other check notices a seed that differs between hosts.
         go.check_processes_agree(found)
         return found
 
@@ -133,7 +148,7 @@ class Run:
         return (optax.apply_updates(params, updates), opt_state), loss
 
     def projected_step(self, state: Any, batches: jax.Array) -> tuple[Any, jax.Array]:
-        """The same step, of gradients that are projected before they are averaged over the devices."""
+        """The same step from gradients that are projected before the devices average them."""
 
         def on_each(state, batches):
             params, opt_state = state
@@ -146,14 +161,14 @@ class Run:
         return jax.shard_map(on_each, mesh=self.mesh, in_specs=specs, out_specs=P())(state, batches)
 
     def batches(self, corpus: Corpus, step: int) -> jax.Array:
-        """Microbatches of a step `(microbatches, windows, tokens)`; each host keeps what its devices read."""
+        """The `(microbatches, windows, tokens)` of a step; each host keeps what its devices read."""
         o = self.options
         tokens = corpus.batch(step, batch=o.batch, length=o.seq, seed=o.seed)
         batches = tokens.reshape(o.microbatches, -1, tokens.shape[-1])
         return jax.make_array_from_callback(batches.shape, self.split, lambda index: batches[index])
 
 
-# What makes a run the run it is; devices, hosts and ways to share the work may change.
+# The settings that a resumed run must share. Devices, hosts and ways to share the work may change.
 SETTINGS = ("model", "steps", "batch", "seq", "lr", "others_lr", "period", "seed")
 
 
@@ -164,7 +179,7 @@ def settings_of(options: argparse.Namespace, corpus: Corpus) -> dict[str, Any]:
 def restored(
     run: Run, state: Any, settings: dict[str, Any], checkpoints: ocp.CheckpointManager, step: int
 ) -> Any:
-    """The state of a checkpoint, if it is of this run."""
+    """The state of a checkpoint; raises if the checkpoint belongs to another run."""
     found = checkpoints.restore(step, args=ocp.args.Composite(settings=ocp.args.JsonRestore()))["settings"]
     check_settings(run.options.out, found, settings)
     like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
@@ -176,7 +191,7 @@ def restored(
 def train(
     run: Run, state: Any, corpus: Corpus, checkpoints: ocp.CheckpointManager, stop: StopSignal | None
 ) -> Iterator[tuple[int, float]]:
-    """From the newest checkpoint to the last step or a preemption; yields each step's number and loss."""
+    """Train from the newest checkpoint to the last step or a preemption; yields number and loss of a step."""
     settings = settings_of(run.options, corpus)
     step = checkpoints.latest_step() or 0
     if step:
@@ -185,8 +200,8 @@ def train(
     while going and step < run.options.steps:
         state, loss = run.step(state, run.batches(corpus, step))
         step += 1
-        # Saves every so many steps, at the last, and when a host is told that it will be taken away: JAX
-        # tells all processes; alone, one hears it by itself.
+        # Saves at intervals, at the last step, and before a preemption. JAX tells all processes of a
+        # preemption; a single process gets the signal itself.
         going = not (checkpoints.reached_preemption(step) or (stop is not None and stop.came))
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), settings=ocp.args.JsonSave(settings))
         checkpoints.save(step, args=args, force=step == run.options.steps or not going)
@@ -195,7 +210,7 @@ def train(
 
 
 def check(options: argparse.Namespace) -> None:
-    """Numbers that fit each other and the devices, and a folder."""
+    """Refuse numbers that do not fit each other or the devices, and a file as --out."""
     windows = jax.device_count() * options.microbatches
     if options.batch % windows:
         raise RunError(
@@ -209,7 +224,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def note(line: str) -> None:
-    """Print once, not once a host."""
+    """Print on one host only."""
     if jax.process_index() == 0:
         print(line, flush=True)
 
@@ -242,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
         p.error("--coordinator, --processes and --process are for --distributed; add it")
     try:
         run_all(options)
-    except ValueError as error:  # RunError and CorpusError are such
+    except ValueError as error:  # RunError and CorpusError are ValueErrors
         print(f"distributed.py: {error}", file=sys.stderr)
         return 2
     return 0

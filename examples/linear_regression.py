@@ -3,9 +3,9 @@
     minimise  f(X) = ½|A X|² + <B, X>,   A = [I 0],   B Gaussian in its leading block,
     from gradients  ∇f(X) + ξ σ C,   ξ = ±1,   C = diag(0, I_r)
 
-The noise is large and of rank r, so the top r singular vectors of a gradient are the noise's: GaLore-Muon
-never sees the signal. That is bias: no learning rate or period helps. The seeds are the blocks of one
-stack, so that GUM can draw half of them.
+The noise is large and of rank r, so the top r singular vectors of a gradient are those of the noise, and
+GaLore-Muon never sees the signal. This is bias: no learning rate or period helps. The seeds are the blocks of
+one stack, so that GUM can draw half of them.
 
     python examples/linear_regression.py
 """
@@ -23,12 +23,12 @@ import gum_optax
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-# The setting of arXiv 2510.17802, Figure 1, as far as stated; its code is not public.
+# The setting of arXiv 2510.17802, Figure 1, as far as the paper states it; its code is not public.
 SIZE, RANK, NOISE, MOMENTUM, LEARNING_RATE, PERIOD, FRACTION = 20, 12, 100.0, 0.95, 1e-2, 10, 0.5
 
 
 def rules() -> dict[str, optax.GradientTransformation]:
-    """What gives the step of each method, all of Muon's kind."""
+    """The rule of each method, all with Muon's step."""
     inner = optax.chain(optax.trace(MOMENTUM), gum_optax.orthogonalize())
     svd = gum_optax.svd_subspace
     return {
@@ -56,7 +56,7 @@ def excess_losses(rule: optax.GradientTransformation, steps: int, seeds: int) ->
         sign = jax.random.rademacher(key, (seeds, 1, 1)).astype(jnp.float32)
         updates, state = tx.update(signal @ x + b + sign * noise, state, x)
         x = x + updates
-        # f - f* = ½ |A X + B|², exact where the difference of two losses would cancel.
+        # f - f* = ½ |A X + B|². This form is exact where the difference of two losses would cancel.
         return (x, state), 0.5 * jnp.sum(jnp.square(signal @ x + b), axis=(1, 2))
 
     start = jnp.zeros((seeds, SIZE, SIZE))

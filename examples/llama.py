@@ -90,6 +90,6 @@ class Llama(nnx.Module):
 
 
 def next_token_loss(graph: nnx.GraphDef, params: Any, tokens: jax.Array) -> jax.Array:
-    """The mean cross-entropy, in nats, of each token `(batch, length + 1)` given those before it."""
+    """The mean cross-entropy, in nats, of each token in `(batch, length + 1)` given the tokens before it."""
     logits = nnx.merge(graph, params)(tokens[:, :-1])
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()

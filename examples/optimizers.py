@@ -1,4 +1,4 @@
-"""The optimizers that `pretrain.py` knows, each from the settings of a run."""
+"""The optimizers of `pretrain.py`, made from the settings of a run."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import gum_optax as go
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What makes a run the run it is: the same settings give the same losses, bit for bit."""
+    """The settings that determine a run: the same settings give the same losses, bit for bit."""
 
     optimizer: str
     model: str
@@ -26,7 +26,7 @@ class Settings:
     full_rank_fraction: float
     weight_decay: float
     seed: int
-    text: str  # the name of the corpus, with a digest of its content
+    text: str  # the name of the corpus and a digest of its content
     momentum_dtype: str = "float32"  # or bfloat16, for the optimizers in MOMENTUM_DTYPE
 
 
@@ -41,7 +41,7 @@ def _adamw(lr: optax.ScalarOrSchedule, weight_decay: float) -> optax.GradientTra
 
 
 def _adamw_by_kind(lr: Any, *, others: Any, weight_decay: float) -> optax.GradientTransformation:
-    """AdamW for all, at one rate for the matrices that the others' rules take and another for the rest."""
+    """AdamW for all leaves, at one rate for the hidden matrices and another for the other leaves."""
 
     def kinds(params):
         entries = go.hidden_matrices(params)
@@ -50,15 +50,15 @@ def _adamw_by_kind(lr: Any, *, others: Any, weight_decay: float) -> optax.Gradie
     return optax.partition({"matrices": _adamw(lr, weight_decay), "others": others}, kinds)
 
 
-# (settings, learning rate, what all take: others and weight_decay) -> the optimizer.
+# (settings, learning rate, others=, weight_decay=) -> the optimizer.
 Maker = Callable[..., optax.GradientTransformation]
 
 
-# The peak rate of AdamW for all leaves that are not matrices, found with `3m` on the benchmark's runs: see
-# docs/results/README.md. A larger model or a longer run wants less.
+# AdamW's peak rate for all leaves that are not matrices, tuned with `3m` on the benchmark's runs
+# (docs/results/losses.md). A larger model or a longer run wants less.
 OTHERS_LR = 9.6e-2
 
-# Each with its default learning rate, the best of docs/results/comparison.json.
+# Each optimizer and its default learning rate; docs/results/comparison.json has the search.
 OPTIMIZERS: dict[str, tuple[Maker, float]] = {
     "adamw": (lambda s, lr, **kw: _adamw_by_kind(lr, **kw), 1.5e-3),
     "muon": (lambda s, lr, **kw: go.muon(lr, momentum_dtype=s.momentum_dtype, **kw), 6e-3),
@@ -80,7 +80,7 @@ OPTIMIZERS: dict[str, tuple[Maker, float]] = {
     ),
     "galore": (lambda s, lr, **kw: go.galore(lr, s.rank, s.period, **kw), 1.2e-2),
     "golore": (
-        # The paper's experiments: random for the last fifth.
+        # As in the paper's experiments, the subspace is random for the last fifth.
         lambda s, lr, **kw: go.golore(lr, s.rank, s.period, random_after=s.steps * 4 // 5, key=s.seed, **kw),
         1.2e-2,
     ),
@@ -95,17 +95,17 @@ OPTIMIZERS: dict[str, tuple[Maker, float]] = {
     "trion": (lambda s, lr, **kw: go.trion(lr, s.rank, **kw), 3e-3),
     "dion": (lambda s, lr, **kw: go.dion(lr, s.rank, key=s.seed, **kw), 2.4e-2),
     "cosmos": (lambda s, lr, **kw: go.cosmos(lr, s.rank, key=s.seed, **kw), 6e-3),
-    # Its own balls for embedding, head and norms too.
+    # Scion has norm balls of its own for embedding, head and norms.
     "scion": (lambda s, lr, others, **kw: go.scion(lr, **kw), 3.75e-4),
 }
 
 
-# Those whose momentum can be kept in bfloat16.
+# The optimizers that can keep their momentum in bfloat16.
 MOMENTUM_DTYPE = ("muon", "galore_muon", "gum", "sumo")
 
 
 def optimizer(s: Settings) -> optax.GradientTransformation:
-    """Gradients clipped to norm one; embedding, head and norms by AdamW at `others_lr`."""
+    """The optimizer of a run, with gradients clipped to norm one and `others_lr` for AdamW."""
     make, _ = OPTIMIZERS[s.optimizer]
     others = _adamw(schedule(s, s.others_lr), s.weight_decay)
     made = make(s, schedule(s, s.lr), others=others, weight_decay=s.weight_decay)

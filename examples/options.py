@@ -1,4 +1,4 @@
-"""Kinds of numbers for argparse, which say what they wanted."""
+"""Number types for argparse, with error messages that say what is allowed."""
 
 import argparse
 import math
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def number(kind: Callable[[str], Any], valid: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
-    """An argparse type that says what it wanted."""
+    """An argparse type whose error message says what is allowed."""
 
     def parse(text: str) -> Any:
         try:

@@ -4,7 +4,7 @@
     python examples/pretrain.py --compare adamw,muon,galore_muon,gum --out runs/compare
     python examples/pretrain.py --out runs/mine --resume
 
-Runs as it is on CPU, GPU and TPU (there in bfloat16).
+The script runs on CPU, GPU and TPU without changes, in bfloat16 on the latter two.
 """
 
 import argparse
@@ -45,12 +45,12 @@ def parser() -> argparse.ArgumentParser:
         "--compare",
         type=_names,
         metavar="A,B,C",
-        help="train with each, from the same start on the same data",
+        help="train with each of them, from the same start on the same data",
     )
-    p.add_argument("--model", choices=SIZES, default="3m", help="parameters, about (default: 3m)")
+    p.add_argument("--model", choices=SIZES, default="3m", help="about how many parameters (default: 3m)")
     p.add_argument("--steps", type=positive, default=1200)
-    p.add_argument("--batch", type=positive, default=8, help="windows a step (default: 8)")
-    p.add_argument("--seq", type=positive, default=128, help="tokens a window (default: 128)")
+    p.add_argument("--batch", type=positive, default=8, help="windows in a step (default: 8)")
+    p.add_argument("--seq", type=positive, default=128, help="tokens in a window (default: 128)")
     p.add_argument("--lr", type=rate, help="peak learning rate (default: the optimizer's, tuned on 3m)")
     p.add_argument(
         "--others-lr",
@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
         help="AdamW's peak rate for embedding, head and norms (default: %(default)g, tuned on 3m)",
     )
     p.add_argument(
-        "--rank", type=positive, help="of the low-rank optimizers (default: a quarter of the width)"
+        "--rank", type=positive, help="rank of the low-rank optimizers (default: a quarter of the width)"
     )
     p.add_argument("--period", type=positive, default=100, help="steps between new subspaces (default: 100)")
     p.add_argument("--full-rank-fraction", type=fraction, default=1 / 16, help="GUM's q (default: 1/16)")
@@ -68,16 +68,20 @@ def parser() -> argparse.ArgumentParser:
         "--momentum-dtype",
         choices=("float32", "bfloat16"),
         default="float32",
-        help=f"what {', '.join(MOMENTUM_DTYPE)} keep their momentum in (default: float32)",
+        help=f"the dtype of the momentum of {', '.join(MOMENTUM_DTYPE)} (default: float32)",
     )
     p.add_argument("--seed", type=seed, default=0)
     p.add_argument("--out", type=Path, metavar="DIR", help="default: the next free runs/NAME-N")
-    p.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    p.add_argument("--resume", action="store_true", help="continue the run in --out")
     p.add_argument(
         "--text", type=Path, metavar="FILE", help="your own text, UTF-8 (default: chitchat-dataset)"
     )
-    p.add_argument("--eval-every", type=positive, help="steps (default: a tenth of the run)")
-    p.add_argument("--save-every", type=positive, default=200, help="steps (default: 200)")
+    p.add_argument(
+        "--eval-every", type=positive, help="steps between evaluations (default: a tenth of the run)"
+    )
+    p.add_argument(
+        "--save-every", type=positive, default=200, help="steps between checkpoints (default: 200)"
+    )
     return p
 
 
@@ -108,7 +112,7 @@ def free_directory(name: str) -> Path:
 
 
 def plot_losses(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Training loss, averaged over a fiftieth of the run, and validation loss with markers."""
+    """Plot training loss, averaged over a fiftieth of the run, and validation loss with markers."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for name, records in runs.items():
         width = max(1, len(records) // 50)
@@ -152,7 +156,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def run_one(
     settings: Settings, corpus: Corpus, directory: RunDirectory, options: argparse.Namespace, stop: StopSignal
 ) -> tuple[dict[str, Any], list[dict[str, Any]], bool]:
-    """Train one optimizer; its row of the table, its records, and whether it reached the end."""
+    """Train one optimizer; returns its row of the table, its records, and whether it reached the end."""
     print(f"{settings.optimizer}: compiling the step of {settings.model} ...", flush=True)
     trainer = Trainer(settings, corpus)
     directory.open()
@@ -173,7 +177,7 @@ def run_one(
 
 
 def directories(options: argparse.Namespace, corpus: Corpus, out: Path) -> dict[str, RunDirectory]:
-    """The directory of each optimizer's run, all of them claimed before any is trained."""
+    """The directory of each optimizer's run. All are claimed before the first run starts."""
     names = options.compare or [options.optimizer]
     if options.compare and (out / "settings.json").exists():
         raise RunError(f"{out} holds a single run; give a new directory as --out.")

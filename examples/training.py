@@ -35,7 +35,7 @@ class Trainer:
 
     def __init__(self, settings: Settings, corpus: Corpus):
         self.settings, self.corpus = settings, corpus
-        # Matrix units of accelerators want bfloat16; a CPU has none.
+        # The matrix units of accelerators want bfloat16; a CPU has no such units.
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         model = Llama(SIZES[settings.model], dtype=dtype, rngs=nnx.Rngs(settings.seed))
         self.graph, params = nnx.split(model, nnx.Param)
@@ -60,13 +60,13 @@ class Trainer:
         return (optax.apply_updates(params, updates), opt_state), loss, gum_optax.metrics(opt_state)
 
     def train_step(self) -> dict[str, Any]:
-        """One step; what it did, as plain numbers."""
+        """Take one step and return its record, as plain numbers."""
         s = self.settings
         tokens = self.corpus.batch(self.step, batch=s.batch, length=s.seq, seed=s.seed)
         start = time.perf_counter()
         state, loss, metrics = self.compiled(self.state, tokens)
         loss, metrics = jax.device_get((loss, metrics))
-        # Only now is the step done: a failure while waiting must not leave a state of another step.
+        # The step is done only now: a failure while waiting must leave state and step number in agreement.
         self.state, self.step = state, self.step + 1
         self.seconds += time.perf_counter() - start
         record = {"step": self.step, "train_loss": float(loss), "tokens": self.step * s.batch * s.seq}
@@ -80,7 +80,7 @@ class Trainer:
         return sum(x.nbytes for x in jax.tree.leaves(self.state[1]))
 
     def peak_bytes(self) -> int | None:
-        """What the compiled step holds at once: its arguments, results that are not donated, temporaries."""
+        """Bytes that the compiled step holds: arguments, results that are not donated, temporaries."""
         m = self.compiled.memory_analysis()
         if m is None:
             return None
@@ -88,7 +88,7 @@ class Trainer:
         return m.argument_size_in_bytes + new + m.temp_size_in_bytes
 
     def sample(self, prompt: str, tokens: int = 80, temperature: float = 0.8) -> str:
-        """Continue `prompt`; one fixed window, so one compilation."""
+        """Continue `prompt`, in one fixed window, so that JAX compiles once."""
         ids = self.corpus.tokenizer.encode(prompt).ids
         length = len(ids) + tokens
         window = np.zeros((1, length), np.int32)
@@ -105,7 +105,7 @@ class Trainer:
 
 
 def checksum(state: Any) -> dict[str, int]:
-    """Of all numbers of a state: a bit that flips in a file, Orbax would restore without a word."""
+    """A checksum of a state. Orbax restores a file with a flipped bit without an error."""
     found = 0
     for x in jax.device_get(jax.tree.leaves(state)):
         found = zlib.crc32(x.tobytes(), found)
@@ -113,7 +113,7 @@ def checksum(state: Any) -> dict[str, int]:
 
 
 def check_settings(where: Any, held: dict[str, Any], asked: dict[str, Any]) -> None:
-    """Refuse to go on with a run of other settings; the message names each of them."""
+    """Refuse to continue a run of other settings; the message reports each difference."""
     different = [f"{k}={held.get(k)!r} (asked {v!r})" for k, v in asked.items() if held.get(k) != v]
     if different:
         raise RunError(f"{where} holds another run, with {', '.join(different)}; give a new --out.")
@@ -132,7 +132,7 @@ class RunDirectory:
             raise RunError(f"{self.path} can't be used: {error.strerror}; give another --out.") from None
 
     def open(self) -> None:
-        """Start the checkpoints; until here nothing but the settings is written."""
+        """Open the checkpoints. Before this call, the folder holds nothing but the settings."""
         options = ocp.CheckpointManagerOptions(max_to_keep=2)
         self.checkpoints = ocp.CheckpointManager(self.path / "checkpoints", options=options)
 
@@ -151,7 +151,7 @@ class RunDirectory:
             raise RunError(f"{self.path} holds this run already; add --resume to go on, or give a new --out.")
 
     def restore(self, trainer: Trainer) -> None:
-        """Put the trainer where the newest readable checkpoint left off, and forget metrics after it."""
+        """Restore the newest readable checkpoint into the trainer, and drop later metrics."""
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, trainer.state)
         for step in sorted(self.checkpoints.all_steps(), reverse=True):
             try:
@@ -161,7 +161,7 @@ class RunDirectory:
                     raise ValueError("its numbers are not those that were saved")
                 trainer.state, trainer.step = found["state"], step
                 break
-            except Exception as error:  # what a damaged file raises depends on which it is
+            except Exception as error:  # the type depends on which file is damaged
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 print(f"The checkpoint of step {step} can't be read, trying an older one: {reason}")
                 self.checkpoints.delete(step)
@@ -175,7 +175,7 @@ class RunDirectory:
             self.checkpoints.save(trainer.step, args=ocp.args.Composite(state=state, sum=own))
 
     def records(self) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl`; a last line cut short by a crash is not one."""
+        """The complete lines of `metrics.jsonl`; a crash may cut the last line short."""
         if not self.metrics_file.exists():
             return []
         lines = self.metrics_file.read_text().splitlines(keepends=True)
@@ -187,7 +187,7 @@ class RunDirectory:
 
 
 class StopSignal:
-    """Whether Ctrl-C or SIGTERM has come; a second Ctrl-C stops at once."""
+    """Records whether Ctrl-C or SIGTERM has come; a second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
         self.came = False
@@ -223,6 +223,6 @@ def train(
                 if trainer.step % save_every == 0:
                     directory.save(trainer)
                 yield record
-        directory.save(trainer)  # not after an error: what is in memory then may be half a step
+        directory.save(trainer)  # not after an error, when the memory may hold half a step
     finally:
         directory.close()

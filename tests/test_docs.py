@@ -1,5 +1,6 @@
 """What the documents say is what happens."""
 
+import ast
 import inspect
 import re
 from pathlib import Path
@@ -11,36 +12,49 @@ import pytest
 
 import gum_optax as go
 
-from helpers import OPTIMIZERS, run
+from helpers import OPTIMIZERS
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language):
-    return [body for name, body in re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL) if name == language]
+def page(name):
+    return (ROOT / "docs" / name).read_text()
+
+
+def blocks(language, text=README):
+    return [body for name, body in re.findall(r"```(\w*)\n(.*?)```", text, re.DOTALL) if name == language]
+
+
+def block(text, word):
+    """The one Python block of a page that contains a word."""
+    (code,) = [code for code in blocks("python", text) if word in code]
+    return code
 
 
 def test_write_your_own_runs():
-    (code,) = [block for block in blocks("python") if "unbiased_low_rank" in block]
     names: dict = {}
-    exec(code, names)
-    updates, state = run(names["tx"], [{"w": jnp.ones((8, 16, 24))}] * 2)
-    assert updates[-1]["w"].shape == (8, 16, 24)
-    assert state[0].outside.index["16x24"].shape == (2,)
+    exec(block(README, "unbiased_low_rank"), names)
+    tx, params = names["tx"], {"w": jnp.ones((8, 16, 24))}
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = jax.jit(tx.update)(params, state, params)
+    assert updates["w"].shape == (8, 16, 24)
+    (sampled,) = states_of(go.SampledState, state)
+    assert sampled.index["16x24"].shape == (2,)
 
 
 def test_the_usage_lines_build_the_transformation_that_they_show():
-    (code,) = [block for block in blocks("python") if "nnx.Optimizer" in block]
+    code = block(README, "nnx.Optimizer")
     names: dict = {}
     exec(code[: code.index("state = ")], names)
     assert names["tx"].init({"kernel": jnp.ones((3, 4))})
 
 
 def test_the_lines_for_a_mesh_place_the_state_and_take_a_step():
-    (code,) = [block for block in blocks("python") if "state_shardings" in block]
     names: dict = {}
-    exec(code, names)
+    exec(block(page("meshes.md"), "state_shardings"), names)
     params, state = names["params"], names["state"]
     steps, state = jax.jit(names["tx"].update)(params, state, params)
     assert jax.tree.structure(steps) == jax.tree.structure(params)
@@ -49,15 +63,14 @@ def test_the_lines_for_a_mesh_place_the_state_and_take_a_step():
 
 
 def test_the_lines_that_project_before_the_reduce_take_a_step_of_several_microbatches():
-    (code,) = [block for block in blocks("python") if "projected_update" in block]
     names: dict = {}
-    exec(code, names)
+    exec(block(page("meshes.md"), "projected_update"), names)
     assert float(names["value"]) > 0
     assert int(go.metrics(names["state"])["refresh_count"]) == 1
     assert all(float(jnp.ptp(x)) > 0 for x in jax.tree.leaves(names["params"]))
 
 
-TRAINERS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "trainers.md").read_text(), re.DOTALL)
+TRAINERS = blocks("python", page("trainers.md"))
 
 
 @pytest.mark.parametrize("code", TRAINERS[:3], ids=["nnx", "linen", "equinox"])
@@ -78,12 +91,16 @@ def test_the_patterns_for_scanned_kernels_make_stacks_of_layers():
     exec(TRAINERS[-1], names)
     shapes = {"mlp/up": (16, 3, 32), "query": (16, 3, 4, 8), "out": (4, 3, 8, 16)}
     params = {f"decoder/{name}/kernel": jnp.ones(shape) for name, shape in shapes.items()}
-    (projectors,) = [x.projectors for x in low_rank_states(names["tx"].init(params))]
+    (projectors,) = [x.projectors for x in states_of(go.LowRankState, names["tx"].init(params))]
     assert list(map(jnp.shape, jax.tree.leaves(projectors))) == [(3, 16, 2)] * 3
 
 
-def low_rank_states(state):
-    is_one = lambda x: isinstance(x, go.LowRankState)  # noqa: E731
+def states_of(kind, state):
+    """The parts of a state that are of one type, without those within others of that type."""
+
+    def is_one(x):
+        return isinstance(x, kind)
+
     return [x for x in jax.tree.leaves(state, is_leaf=is_one) if is_one(x)]
 
 
@@ -105,7 +122,7 @@ def test_the_readme_has_exactly_the_two_commands_and_ci_runs_the_second():
     assert commands[1] in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
-STATE = dict(re.findall(r"^\| `(\w+)` \|.*\| `([^`]*)` \|$", README, re.MULTILINE))
+STATE = dict(re.findall(r"^\| `(\w+)` \|.*\| `([^`]*)` \|$", page("parts.md"), re.MULTILINE))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -122,14 +139,145 @@ def test_the_state_in_the_table_is_what_init_allocates(name):
 
 
 def test_every_link_within_the_repository_leads_somewhere():
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")]:
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+    for path in PAGES:
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", path.read_text()):
+            leads_to = (path.parent / target) if target else path
+            assert leads_to.exists(), f"{path.name}: {target}"
+            assert not anchor or anchor in anchors(leads_to), f"{path.name}: {target}#{anchor}"
 
 
-def test_the_readmes_table_of_results_is_the_measured_one():
-    for name in ("comparison.md", "linear_regression.md"):
-        assert (ROOT / "docs" / "results" / name).read_text().strip() in README
+def anchors(path):
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(
+        r"^#+ (.*)$", re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL), re.MULTILINE
+    )
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+# Pages that hold the tables of the benchmarks, and the tables that are so long that a page links to them.
+RESULTS = ("losses.md", "memory_and_compilation.md", "times.md", "devices.md")
+LINKED = ("speed.md", "guard.md", "cost_model.md")
+
+
+def test_the_pages_of_results_have_the_measured_tables():
+    pages = "".join(page(f"results/{name}") for name in RESULTS)
+    tables = sorted(path.name for path in ROOT.glob("docs/results/*.md"))
+    for name in set(tables) - {"README.md", *RESULTS, *LINKED}:
+        assert page(f"results/{name}").strip() in pages, name
+    for name in LINKED:
+        assert f"]({name})" in pages, name
+
+
+def test_the_first_pages_are_short():
+    for path in (ROOT / "README.md", ROOT / "docs" / "results" / "README.md"):
+        assert len(path.read_text().splitlines()) <= 150, path
+
+
+def test_the_lines_about_matrices_describe_a_model_and_take_each_leaf_for_its_role(capsys):
+    see, decide = blocks("python", page("matrices.md").replace("\n  ", "\n"))
+    exec(see, {})
+    assert "an embedding by name" in capsys.readouterr().out
+    names: dict = {}
+    exec(decide, names)
+    shapes = {
+        "b/router": (64, 8),
+        "decoder/layers/up": (64, 3, 128),
+        "a/c_attn": (64, 32),
+        "a/qkv": (64, 128),
+    }
+    params = {f"{name}/kernel": jnp.ones(shape) for name, shape in shapes.items()}
+    found = {leaf.name: leaf.blocks for leaf in go.describe(names["tx"], params).leaves}
+    assert [found[name] for name in params] == [
+        "",
+        "3 of 64 × 128",
+        "1 of 32 × 64",
+        "1 of 64 × 64 + 1 of 32 × 64 + 1 of 32 × 64",
+    ]
+
+
+# Names in backticks that others define: shells, JAX, trainers, models of other libraries, the reader.
+FOREIGN = {
+    *("print", "OPENBLAS_NUM_THREADS", "pytest_cache", "new_tx"),
+    *("jax_enable_x64", "jax_threefry_partitionable", "memory_analysis", "out_shardings", "shard_map"),
+    *("static_args", "MuonDimensionNumbers", "CheckpointManager", "PeftTrainer", "adamw_mask", "opt_type"),
+    *("dt_bias", "output_proj"),
+}
+
+
+def words_of(path):
+    """What a file defines: functions, classes, arguments, fields, constants, and strings that are names."""
+    words = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            words.add(node.name)
+        elif isinstance(node, ast.arg):
+            words.add(node.arg)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
+            words.add(node.value)
+        if isinstance(node, ast.Module | ast.ClassDef):  # not a function's variables
+            targets = [getattr(x, "targets", None) or [getattr(x, "target", x)] for x in node.body]
+            words |= {x.id for found in targets for x in found if isinstance(x, ast.Name)}
+    return words
+
+
+FOLDERS = ("gum_optax", "examples", "benchmarks", "tests", "docs", "findings")
+FILES = [path for folder in FOLDERS for path in (ROOT / folder).glob("**/*")] + list(ROOT.glob("*.*"))
+WORDS = {word for path in FILES for word in (path.stem, *path.relative_to(ROOT).parts)} | FOREIGN
+WORDS |= {
+    word for path in FILES if path.suffix == ".py" and "tests" not in path.parts for word in words_of(path)
+}
+CALLS = {name for name in dir(go) if not name.startswith("_")} | FOREIGN
+FILE = r"[\w/.-]+\.(?:py|md|toml|sh|json|jsonl|png|txt|cff)\b"
+# Not looked at in backticks: files, dotted names of other libraries, options of commands, quoted values.
+ELSEWHERE = FILE + r"|(?<![\w.])\w+(?:\.\w+)+|--[\w-]+|\"[^\"]*\""
+LIKE_OURS = r"(?<!\w)(?:_[a-z]\w*|[a-z]+(?:_[a-z0-9]+)+|[A-Z][a-z]+(?:[A-Z][a-z]+)+|[A-Z]+_[A-Z_]+)(?!\w)"
+
+
+def exists(name):
+    """Whether a dotted name is public, a module of ours, or what such a module defines."""
+    folder, _, last = name.rpartition(".")
+    module = ROOT / folder.replace(".", "/")
+    if module == ROOT / "gum_optax" and hasattr(go, last):
+        return True
+    if (module / last).is_dir() or (module / f"{last}.py").exists():
+        return True
+    file = module.with_suffix(".py")
+    return file.exists() and last in words_of(file)
+
+
+def invented(text):
+    """Names that look like ours and do not exist.
+
+    They are `gum_optax.x` anywhere, and in backticks files, calls, and names of several words.
+    """
+    found = {name for name in re.findall(r"\bgum_optax(?:\.\w+)+", text) if not exists(name)}
+    for span in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
+        files = {name for name in re.findall(FILE, span) if name.endswith((".py", ".md", ".toml"))}
+        found |= {name for name in files if not any(path.match(name) for path in FILES)}
+        rest = re.sub(ELSEWHERE, "", span)
+        found |= set(re.findall(r"\b([a-z]\w*)\(", rest)) - CALLS
+        found |= set(re.findall(LIKE_OURS, rest)) - WORDS
+    return found
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_name_in_backticks_that_looks_like_ours_exists(path):
+    assert invented(path.read_text()) == set()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("gum_optax.gumm", "gum_optax.trainers.nobody", "tests/test_nothing.py", "nothing.md"),
+        *("lower_rank_fraction", "_optimiser", "LowerRankState", "IN_OUT"),
+    ],
+)
+def test_a_name_that_does_not_exist_is_found(name):
+    assert invented(f"This is `{name}`, beside `full_rank_fraction` of `gum(1e-3)`.") == {name}
+
+
+def test_a_call_of_a_function_that_does_not_exist_is_found():
+    assert invented("`switch(steps, first, then)` and `switch_subspace(steps, first, then)`") == {"switch"}
 
 
 PUBLIC = [name for name, x in vars(go).items() if not name.startswith("_") and not inspect.ismodule(x)]

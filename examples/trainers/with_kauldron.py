@@ -25,7 +25,7 @@ class Sequences:
 
 @flax.struct.dataclass
 class Predictions:
-    """What the loss reads."""
+    """The outputs that the loss reads."""
 
     logits: kd.typing.Float["*b l v"]
 
@@ -45,7 +45,7 @@ class Decoder(nn.Module):
 
 
 class Losses(kd.train.KDMetricWriter):
-    """Hands each step's loss to a record besides."""
+    """Also hands each step's loss to a record."""
 
     def write_scalars(self, step, scalars):
         super().write_scalars(step, scalars)
@@ -66,7 +66,7 @@ def main() -> None:
             "next": kd.losses.SoftmaxCrossEntropyWithIntLabels(logits="preds.logits", labels="batch.next")
         },
         optimizer=gum_optax.gum(1e-2, **GUM),
-        # The same rule serves the state, whose shapes it reads.
+        # The same strategy shards the state, because it reads shapes.
         sharding=kd.sharding.ShardingStrategy(params=everywhere, opt_state=everywhere),
         checkpointer=kd.ckpts.Checkpointer(save_interval_steps=1),
         num_train_steps=asked.steps,

@@ -44,7 +44,7 @@ def main() -> None:
         require_accelerator=False,
     )
     record = Record(asked.out)
-    # A constant learning rate, which does not depend on how far a run is asked to go.
+    # A constant learning rate: a schedule would depend on the number of steps.
     optimizer = GumConfig(learning_rate=1e-2, weight_decay=0.0, lr_schedule="constant", warmup=0.0, **GUM)
     Batch, Pos, Vocab = config.TrainBatch, TINY.max_Pos, hax.Axis("vocab", VOCABULARY)
     with Trainer(config, optimizer.build(asked.steps), next_token_loss) as trainer:
@@ -56,7 +56,7 @@ def main() -> None:
             if number >= asked.steps:
                 break
             if number < int(state.step):
-                continue  # had before the run was stopped
+                continue  # a batch from before the stop
             example = hax.vmap(LmExample.causal, Batch)(hax.named(jnp.asarray(tokens), (Batch, Pos)))
             info = trainer.train_step(state, hax.shard(example, trainer.compute_axis_mapping))
             state = info.state

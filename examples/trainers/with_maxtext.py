@@ -33,7 +33,7 @@ TINY = {
     "learning_rate": 0.01,
     "adam_weight_decay": 0.0,
     "warmup_steps_fraction": 0.0,
-    # The schedule's length, which must not change when a run is resumed.
+    # The length of the schedule must not change when a run is resumed.
     "learning_rate_schedule_steps": 100,
     "hardware": "cpu",
     "skip_jax_distributed_system": True,
@@ -57,7 +57,7 @@ def main() -> None:
     asked.out.mkdir(parents=True, exist_ok=True)
     told = [f"{name}={value}" for name, value in settings.items()]
     config, recorder = train.initialize(["", f"{MAXTEXT_CONFIGS_DIR}/base.yml", *told])
-    state = train.train_loop(config, recorder)  # train.main(argv) does it, and gives nothing back
+    state = train.train_loop(config, recorder)  # train.main(argv) does the same, and returns nothing
     report(state["optimizer"]["opt_state"])
 
 

@@ -32,7 +32,7 @@ TINY = ModelConfig(
 
 @nnx.jit
 def sharded_llama() -> Llama3:
-    """The model, sharded as its variables say, over the mesh in force."""
+    """The model, sharded by its variables over the mesh in force."""
     model = Llama3(TINY, rngs=nnx.Rngs(0))
     state = nnx.state(model)
     nnx.update(model, jax.lax.with_sharding_constraint(state, nnx.get_partition_spec(state)))
@@ -40,7 +40,7 @@ def sharded_llama() -> Llama3:
 
 
 def model_input(batch: TrainingInput) -> dict:
-    """What the default loss of `PeftTrainer` asks of a batch."""
+    """The inputs that the default loss of `PeftTrainer` needs from a batch."""
     shape = batch.input_tokens.shape
     return {
         "input_tokens": batch.input_tokens,
@@ -79,7 +79,7 @@ def main() -> None:
         trainer = PeftTrainer(sharded_llama(), gum_optax.gum(1e-2, **GUM), config)
         trainer = trainer.with_gen_model_input_fn(model_input)
         trainer.with_training_hooks(Losses(Record(asked.out)))
-        # It skips by itself the batches that it has had.
+        # The trainer skips the batches that it has seen.
         trainer.train(TrainingInput(tokens, np.ones((len(tokens), LENGTH), bool)) for tokens in batches())
     report(trainer.optimizer.opt_state)
 
