@@ -1,7 +1,8 @@
 """Temporaries of a compiled update and apply, over the bytes of the gradients.
 
     python benchmarks/memory.py                     # CPU
-    python benchmarks/memory.py --platform tpu      # TPU v5e, ahead of time: needs libtpu, but no TPU
+    python benchmarks/memory.py --platform tpu      # TPU v5e, ahead of time: chips.py says what that needs
+    python benchmarks/memory.py --whole-steps       # forward, backward, update and apply, on any platform
 
 The figures are exact: they come from XLA's buffer assignment, for twelve decoder layers, as separate and as
 scanned leaves. Parameters and state are donated. The compiled step makes the gradients, as in training; with
@@ -18,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.experimental import topologies
+from chips import CHIPS, PACKAGES, device_of
 from results import RESULTS, versions
 
 import gum_optax as go
@@ -26,6 +27,8 @@ import gum_optax as go
 # (width, feed-forward, rank) of the tests' small model, of LLaMA-350M and of LLaMA-1B; the rank is an eighth
 # of the width. XLA gives every scalar 16 KiB on a TPU, which is most of a TPU's figures at width 512.
 SIZES = {"512": (512, 1376, 64), "1024": (1024, 2736, 128), "2048": (2048, 5461, 256)}
+# (width, layers) of whole training steps; the rank is an eighth of the width there too.
+WHOLE_STEPS = ((512, 8), (256, 12))
 
 
 def layers(width: int, ff: int, count: int, *, scanned: bool) -> dict[str, Any]:
@@ -72,13 +75,6 @@ def optimizers(rank: int) -> dict[str, Callable[[], Any]]:
     }
 
 
-def device_of(platform: str) -> Any:
-    """True for the CPU at hand, or the description of a TPU that need not exist."""
-    if platform == "cpu":
-        return True
-    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices[0]
-
-
 def measure(tx: Any, shapes: Any, device: Any, *, keep_gradients: bool = False) -> float:
     """Bytes of temporaries over bytes of gradients."""
     report = go.memory_report(tx, shapes, compiled=device, keep_gradients=keep_gradients)
@@ -86,7 +82,7 @@ def measure(tx: Any, shapes: Any, device: Any, *, keep_gradients: bool = False) 
     return report.temporaries / report.gradients
 
 
-def whole_step(tx: Any, width: int, layers: int, tokens: int = 64, device: Any = None) -> float:
+def whole_step(tx: Any, width: int, layers: int, tokens: int = 64, device: Any = True) -> float:
     """Temporaries of a whole training step over the gradients' bytes: forward, backward, update and apply.
 
     The model is `x = tanh(x @ w)`, and each layer is a leaf of its own. Parameters and state are donated. The
@@ -106,12 +102,23 @@ def whole_step(tx: Any, width: int, layers: int, tokens: int = 64, device: Any =
     params = {f"layer_{i:02d}": one for i in range(layers)}
     batch = jax.ShapeDtypeStruct((tokens, width), jnp.float32)
     arguments = params, jax.eval_shape(tx.init, params), batch
-    if device is not None:
+    if device is not True:
         place = jax.sharding.SingleDeviceSharding(device)
         arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments)
     analysis = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile().memory_analysis()
     assert analysis is not None
     return analysis.temp_size_in_bytes / (4 * layers * width**2)
+
+
+def measure_whole_steps(platform: str, names: list[str], data: dict[str, Any]) -> None:
+    """Add the whole steps of each optimizer to what was measured before."""
+    for width, layers in WHOLE_STEPS:
+        setting = f"{platform} {width} × {layers}"
+        data["versions"]["whole step, " + setting] = versions(*PACKAGES.get(platform, []))
+        for name in names:
+            share = whole_step(optimizers(width // 8)[name](), width, layers, device=device_of(platform))
+            data["whole_steps"].setdefault(name, {})[setting] = round(share, 4)
+            print(f"whole step, {setting}  {name}  {share:.3f}", flush=True)
 
 
 def table(found: dict[str, Any]) -> str:
@@ -126,7 +133,7 @@ def table(found: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--platform", choices=("cpu", "tpu"), default="cpu")
+    p.add_argument("--platform", choices=CHIPS, default="cpu")
     p.add_argument("--width", choices=SIZES, default="512")
     p.add_argument("--layers", type=int, default=12)
     p.add_argument("--optimizers", help="some of them, separated by commas; default: all")
@@ -134,20 +141,35 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument(
         "--keep-gradients", action="store_true", help="make them arguments of the compiled function"
     )
+    p.add_argument("--whole-steps", action="store_true", help="gradients and activations included")
     p.add_argument("--out", type=Path, default=RESULTS)
     options = p.parse_args(argv)
-    # Programs for a TPU are only compiled; everything else runs on the CPU.
+    # Programs for other chips are only compiled; everything else runs on the CPU.
     jax.config.update("jax_platforms", "cpu")
-    width, ff, rank = SIZES[options.width]
-    makers = optimizers(rank)
+    makers = optimizers(SIZES[options.width][2])
     names = options.optimizers.split(",") if options.optimizers else list(makers)
     path = options.out / "memory.json"
-    data = json.loads(path.read_text()) if path.exists() else {"temporaries": {}, "versions": {}}
+    data = {"whole_steps": {}, "temporaries": {}, "versions": {}}
+    if path.exists():
+        data |= json.loads(path.read_text())
+    if options.whole_steps:
+        measure_whole_steps(options.platform, names, data)
+    else:
+        measure_updates(options, makers, names, data)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=1) + "\n")
+    (options.out / "memory.md").write_text(table(data["temporaries"]))
+    (options.out / "whole_steps.md").write_text(table(data["whole_steps"]))
+
+
+def measure_updates(options: Any, makers: dict[str, Any], names: list[str], data: dict[str, Any]) -> None:
+    """Add the updates of each optimizer to what was measured before."""
+    width, ff, _ = SIZES[options.width]
     for kind in options.kinds.split(","):
         scanned = kind == "scanned"
         kept = ", gradients kept" * options.keep_gradients
         setting = f"{options.platform} {width} × {options.layers} {kind}{kept}"
-        data["versions"][setting] = versions(*(["libtpu"] if options.platform == "tpu" else []))
+        data["versions"][setting] = versions(*PACKAGES.get(options.platform, []))
         for name in names:
             if scanned and name == "optax.contrib.galore":
                 continue  # it has no batch axes and raises on stacked leaves
@@ -159,9 +181,6 @@ def main(argv: list[str] | None = None) -> None:
             )
             data["temporaries"].setdefault(name, {})[setting] = round(share, 4)
             print(f"{setting}  {name}  {share:.3f}", flush=True)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=1) + "\n")
-    (options.out / "memory.md").write_text(table(data["temporaries"]))
 
 
 if __name__ == "__main__":

@@ -87,12 +87,15 @@ def power_steps(mean_of: MeanOf, keys: Any, p: Any, iterations: Any = ITERATIONS
     del keys
 
     def replaced(p, y):
+        y = y.astype(p.dtype)
         squares = jnp.sum(y * y, axis=(-2, -1), keepdims=True)
         return orthonormalize(regularized(y * inverse(jnp.sqrt(squares)), p))
 
     def step(_, p):
         return jax.tree.map(replaced, p, _power_step(mean_of, p))
 
+    # In float32, whatever the gradient and the state are kept in.
+    p = jax.tree.map(lambda p: p.astype(jnp.float32), p)
     return jax.lax.fori_loop(0, iterations, step, p)
 
 

@@ -1,0 +1,81 @@
+"""Chips that programs are compiled for ahead of time, without the chip.
+
+A TPU needs libtpu. A GPU needs XLA's CUDA plugin, but neither the CUDA toolkit nor a driver:
+
+    python -m pip install --no-deps jax-cuda12-pjrt==V jax-cuda12-plugin==V     # V: the version of jaxlib
+
+Both need `jax_platforms="cpu"`, and the GPU `JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1` before jax is imported.
+"""
+
+from typing import Any
+
+from jax.experimental import topologies
+
+# NVIDIA's data sheets and the tuning guides for compute capability 9.0 and 8.9. What both chips share: 1024
+# threads a block, warps of 32, 65536 registers.
+_GPUS = {
+    "h200": {
+        "core_count": 132,
+        "threads_per_core_limit": 2048,
+        "shared_memory_per_core": 233472,
+        "shared_memory_per_block_optin": 232448,
+        "l2_cache_size": 52428800,
+        "memory_bandwidth": 4_800_000_000_000,
+        "device_memory_size": 151397597184,
+        "clock_rate_ghz": 1.98,
+        "capability": (9, 0),
+    },
+    "24gb": {
+        "core_count": 128,
+        "threads_per_core_limit": 1536,
+        "shared_memory_per_core": 102400,
+        "shared_memory_per_block_optin": 101376,
+        "l2_cache_size": 75497472,
+        "memory_bandwidth": 1_008_000_000_000,
+        "device_memory_size": 25769803776,
+        "clock_rate_ghz": 2.52,
+        "capability": (8, 9),
+    },
+}
+CHIPS = ("cpu", "tpu", *_GPUS)
+# The packages that compile for a chip, for the record of versions.
+PACKAGES = {"tpu": ["libtpu"], "h200": ["jax-cuda12-pjrt"], "24gb": ["jax-cuda12-pjrt"]}
+
+
+def device_of(chip: str) -> Any:
+    """The description of one chip, or True for the CPU at hand, as `memory_report(compiled=...)` takes it.
+
+    Args:
+      chip: `cpu`, `tpu` (v5e), `h200`, or `24gb`, a card of compute capability 8.9.
+    """
+    if chip == "cpu":
+        return True
+    if chip == "tpu":
+        return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices[0]
+    target = _target_config(chip)
+    return topologies.get_topology_desc(
+        chip, platform="cuda", topology="1x1x1", target_config=target
+    ).devices[0]
+
+
+def _target_config(chip: str) -> str:
+    """XLA's text proto of a GPU."""
+    numbers = dict(_GPUS[chip])
+    major, minor = numbers.pop("capability")
+    numbers |= {
+        "threads_per_block_limit": 1024,
+        "threads_per_warp": 32,
+        "shared_memory_per_block": 49152,
+        "fpus_per_core": 128,
+        "block_dim_limit_x": 2147483647,
+        "block_dim_limit_y": 65535,
+        "block_dim_limit_z": 65535,
+        "registers_per_core_limit": 65536,
+        "registers_per_block_limit": 65536,
+    }
+    fields = " ".join(f"{name}: {number}" for name, number in numbers.items())
+    capability = f"cuda_compute_capability {{ major: {major} minor: {minor} }}"
+    return (
+        f'gpu_device_info {{ {fields} {capability} }} platform_name: "CUDA"'
+        f' dnn_version_info {{ major: 9 minor: 10 patch: 0 }} device_description_str: "{chip}"'
+    )
