@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from .._core.checks import check_function, check_integer, check_matrix_leaf, check_rule
+from .._core.context import NO_CONTEXT, MatrixContext
 from .._core.guard import Guard
 from .._core.keys import check_key, key_data, stream, streams
 from .._core.measurements import Sketches
@@ -21,7 +22,8 @@ from .._mesh.explicit import zeros
 from .finders import SubspaceFinder, first_subspace
 from .gradient import Energy, Held, Sketched
 from .on_refresh import FOLLOWING, Carry, keep
-from .residuals import Residual, Told, drop, stepping
+from .plan import LowRankStep, Plan
+from .residuals import Residual, drop, lift_with
 from .switch import track_subspace
 
 
@@ -95,7 +97,13 @@ def low_rank(
     check_function("carry", carry, "gum_optax.keep")
     check_key(key)
     subspace = Subspace(rank, period, find_subspace, carry, key)
-    return in_subspace(inner, subspace, stepping(residual), lambda shape: min(shape) > rank)
+    lift = lift_with(residual)
+
+    def plan_for(tree):
+        is_projected = [min(leaf.shape[-2:]) > rank for leaf in jax.tree.leaves(tree)]
+        return Plan(is_projected, None, lift)
+
+    return in_subspace(inner, subspace, plan_for)
 
 
 class Subspace(NamedTuple):
@@ -109,86 +117,60 @@ class Subspace(NamedTuple):
 
 
 def in_subspace(
-    inner: optax.GradientTransformationExtraArgs,
-    subspace: Subspace,
-    step_from: optax.GradientTransformationExtraArgs,
-    is_projected: Callable[[tuple[int, int]], bool],
+    inner: optax.GradientTransformationExtraArgs, subspace: Subspace, plan_for: Callable[[Any], Plan]
 ) -> optax.GradientTransformationExtraArgs:
-    """`low_rank` with any way of making the full-size step, and any choice of shapes that are projected.
+    """`low_rank` and `unbiased_low_rank`: a rule run in a subspace, after a plan.
 
     Args:
       inner: the rule in the subspace.
-      subspace: where it comes from.
-      step_from: from gradients to steps; its `update` takes `told`, a `Told`, besides.
-      is_projected: of the shape `(m, n)` of a leaf's blocks.
+      subspace: where the subspace comes from.
+      plan_for: from a tree to its plan.
     """
-    _, period, find_subspace, carry, _ = subspace
-
-    def split_by_shape(tree):
-        return split(tree, [is_projected(leaf.shape[-2:]) for leaf in jax.tree.leaves(tree)])
 
     def init(params):
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
             check_matrix_leaf(path, leaf)
-        return _initial(inner, subspace, step_from, *split_by_shape(params))
+        return _initial(inner, subspace, plan_for(params), params)
 
-    def update(
-        updates, state, params=None, *, views=None, guard: Guard | None = None, sketches=None, **extra_args
-    ):
+    def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
         del params
-        extra_args |= {"guard": guard}
-        low, full = split_by_shape(updates)
-        leaves, treedef = jax.tree.flatten(low)
-        views, _ = split_by_shape(views_beside(updates, views))
-        gradient = _gradient(low, jax.tree.leaves(views), sketches)
-        due = jax.lax.rem(state.count, jnp.asarray(period, state.count.dtype)) == 0
-        accepted = [jnp.asarray(True)] * len(leaves)
-        if guard is not None:
-            due, accepted = guard.due(due), guard.accepted(low)
-        keys = streams(state.key, state.count // period, len(leaves))
-        seen = gradient.seen(
-            find_subspace, due, accepted, state.count, keys, jax.tree.leaves(state.projectors)
+        plan, accept = plan_for(updates), context.accept
+        low, full = split(updates, plan.is_projected)
+        views, _ = split(views_beside(updates, context.views), plan.is_projected)
+        extra_args |= {"context": MatrixContext(accept=accept)}
+        gradient = _gradient(low, jax.tree.leaves(views), context.measurements)
+        is_refresh = _is_refresh(state.count, subspace.period, accept)
+        seen = _see(gradient, subspace, state, is_refresh, low, accept)  # P, R = PᵀG
+        low_state = _on_refresh(inner, subspace, state.low, seen, is_refresh, accept)
+        coordinates = _times(plan.weights, seen.coordinates)
+        steps, low_state = inner.update(coordinates, low_state, None, **extra_args)  # S
+        steps, energies = _measured_before(steps, seen.energies)
+        step = LowRankStep(
+            low, seen.projectors, seen.coordinates, steps, gradient, views, is_refresh, state.count, state.key
         )
-        projectors, rotation, coordinates = (treedef.unflatten([x[i] for x in seen]) for i in range(3))
-        if guard is not None:
-            guard.as_kept(projectors)
-        zeros_like_them = optax.tree.zeros_like(coordinates)
-        inner_state = carry(inner, state.low, zeros_like_them, rotation, due)
-        if guard is not None and carry not in FOLLOWING:
-            inner_state = guard.carried(inner, inner_state, state.low, zeros_like_them)
-        steps, inner_state = inner.update(coordinates, inner_state, None, **extra_args)
-        # Measured before the steps are used: put off to the end, it would keep every leaf's coordinates.
-        energies = [x.energy for x in seen]
-        rows = zip(jax.tree.leaves(steps), energies, strict=True)
-        rows = [jax.lax.optimization_barrier(row) for row in rows]
-        steps = treedef.unflatten([step for step, _ in rows])
-        told = Told(projectors, coordinates, steps, gradient, views, due, state.count, state.key)
-        steps, outside_state = step_from.update(low, state.outside, None, **extra_args | {"told": told})
+        lifted, outside_state = plan.lift.update(step, state.outside, **extra_args)  # P S + the rest
         full_steps, full_state = inner.update(as_float32(full), state.full, None, **extra_args)
         new_state = LowRankState(
             count=jnp.asarray(optax.safe_increment(state.count)),
-            refreshes=state.refreshes + due,
+            refreshes=state.refreshes + is_refresh,
             period=state.period,
             key=state.key,
-            captured=_captured([energy for _, energy in rows]),
-            projectors=projectors,
-            low=inner_state,
+            captured=_captured(energies),
+            projectors=seen.projectors,
+            low=low_state,
             full=full_state,
             outside=outside_state,
         )
-        return merge(steps, full_steps), new_state
+        return merge(lifted, full_steps), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _initial(
-    inner: optax.GradientTransformationExtraArgs,
-    subspace: Subspace,
-    step_from: optax.GradientTransformationExtraArgs,
-    low: Any,
-    full: Any,
+    inner: optax.GradientTransformationExtraArgs, subspace: Subspace, plan: Plan, params: optax.Params
 ) -> LowRankState:
     """The state before the first step, which finds a subspace in place of the random one here."""
+    low, full = split(params, plan.is_projected)
     data = key_data(subspace.key)
     if (heard := listener()) is not None:
         heard.ranks.append(subspace.rank)
@@ -211,7 +193,7 @@ def _initial(
         projectors=map_with_place(start, low),
         low=inner_state,
         full=inner.init(float32_zeros(full)),
-        outside=step_from.init(float32_zeros(low)),
+        outside=plan.lift.init(float32_zeros(low)),
     )
 
 
@@ -221,6 +203,73 @@ def _gradient(low: Any, views: Sequence[View], sketches: Sketches | None) -> Hel
         return Sketched(sketches, places_of(low), views)
     leaves = jax.tree.leaves(low)
     return Held([view.back(g) for g, view in zip(leaves, views, strict=True)], views)
+
+
+def _is_refresh(count: Int[Array, ""], period: int, accept: Guard | None) -> Bool[Array, ""]:
+    """Whether this step begins a period."""
+    begins = jax.lax.rem(count, jnp.asarray(period, count.dtype)) == 0
+    return begins if accept is None else accept.due(begins)
+
+
+class _Seen(NamedTuple):
+    """What the subspace makes of the projected leaves: trees, and a list."""
+
+    projectors: Any  # P
+    rotations: Any  # from the projectors before
+    coordinates: Any  # R = PᵀG
+    energies: list[Energy]
+
+
+def _see(
+    gradient: Held | Sketched,
+    subspace: Subspace,
+    state: LowRankState,
+    is_refresh: Bool[Array, ""],
+    low: optax.Updates,
+    accept: Guard | None,
+) -> _Seen:
+    """The projectors of this step, new ones at a refresh, and the coordinates of the gradient."""
+    leaves, treedef = jax.tree.flatten(low)
+    accepted = [jnp.asarray(True)] * len(leaves) if accept is None else accept.accepted(low)
+    keys = streams(state.key, state.count // subspace.period, len(leaves))
+    rows = gradient.seen(
+        subspace.find, is_refresh, accepted, state.count, keys, jax.tree.leaves(state.projectors)
+    )
+    projectors, rotations, coordinates = (treedef.unflatten([row[i] for row in rows]) for i in range(3))
+    if accept is not None:
+        accept.as_kept(projectors)
+    return _Seen(projectors, rotations, coordinates, [row.energy for row in rows])
+
+
+def _on_refresh(
+    inner: optax.GradientTransformationExtraArgs,
+    subspace: Subspace,
+    state: optax.OptState,
+    seen: _Seen,
+    is_refresh: Bool[Array, ""],
+    accept: Guard | None,
+) -> optax.OptState:
+    """The state of `inner` for the subspace of this step."""
+    like = optax.tree.zeros_like(seen.coordinates)
+    new = subspace.carry(inner, state, like, seen.rotations, is_refresh)
+    if accept is None or subspace.carry in FOLLOWING:
+        return new
+    return accept.carried(inner, new, state, like)
+
+
+def _times(weights: Sequence[float] | None, tree: optax.Updates) -> optax.Updates:
+    """Each leaf times its weight."""
+    if weights is None:
+        return tree
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef.unflatten([w * x for w, x in zip(weights, leaves, strict=True)])
+
+
+def _measured_before(steps: Any, energies: Sequence[Energy]) -> tuple[Any, list[Energy]]:
+    """Steps that wait for the energies: energies measured at the end would keep every leaf's coordinates."""
+    leaves, treedef = jax.tree.flatten(steps)
+    rows = [jax.lax.optimization_barrier(row) for row in zip(leaves, energies, strict=True)]
+    return treedef.unflatten([step for step, _ in rows]), [energy for _, energy in rows]
 
 
 def float32_zeros(tree: Any) -> Any:

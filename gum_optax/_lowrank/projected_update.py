@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from .._core.checks import check_rule
+from .._core.context import MatrixContext
 from .._core.measurements import Answering, Asking
 from .._core.trees import flat, is_hole
 
@@ -76,7 +77,7 @@ def projected_update(
     zeros = flat(optax.tree.zeros_like(params))
 
     asking = Asking(lambda f: mean_of(lambda _, leaves: f(leaves)), zeros)
-    update(treedef.unflatten(zeros), state, params, sketches=asking, **extra_args)
+    update(treedef.unflatten(zeros), state, params, context=MatrixContext(measurements=asking), **extra_args)
 
     def everything(value, leaves):
         whole = {i: x for i, x in enumerate(leaves) if i not in asking.places and not is_hole(x)}
@@ -85,7 +86,8 @@ def projected_update(
     value, whole, answers = mean_of(everything)
     leaves = [whole[i].astype(x.dtype) if i in whole else x for i, x in enumerate(zeros)]
     answering = Answering(asking, leaves, answers)
-    updates, state = update(treedef.unflatten(leaves), state, params, sketches=answering, **extra_args)
+    context = MatrixContext(measurements=answering)
+    updates, state = update(treedef.unflatten(leaves), state, params, context=context, **extra_args)
     return value, updates, state
 
 

@@ -1,17 +1,18 @@
 """What becomes of the gradient outside the subspace: nothing, its raw self, or the step of a rule."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import optax
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Float
 
 from .._core.checks import check_residual, is_rule
 from .._core.xla import map_in_turn
 from .._linalg.numerics import inverse, norm
 from .._linalg.orthonormal import lift, outside
 from .gradient import Sketched
+from .plan import Lift, LowRankStep
 
 # A choice (gradient, projector, coordinates R, inner step S) -> full-size step, or a rule for `G - P R`.
 Residual = Callable[[Array, Array, Array, Array], Array] | optax.GradientTransformation
@@ -62,51 +63,43 @@ def scale_as_inside() -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
-class Told(NamedTuple):
-    """What `low_rank` tells of a step to whatever makes the full-size step of it."""
-
-    projectors: Any  # P, a leaf (*, m, r)
-    coordinates: Any  # R = PᵀG, a leaf (*, r, n)
-    steps: Any  # S, a leaf (*, r, n)
-    gradient: Any  # of the projected leaves, `Held` or `Sketched`
-    views: Any  # how leaves are seen as `(*, m, n)`
-    due: Bool[Array, ""]  # whether this step begins a period
-    count: Int[Array, ""]  # steps before this one  # pyright: ignore[reportIncompatibleMethodOverride]
-    key: UInt32[Array, "2"]
-
-
-def stepping(residual: Any) -> optax.GradientTransformationExtraArgs:
-    """From the gradient and what the subspace made of it to the full-size step.
-
-    Either kind of residual as one transformation; its `update` takes `told` besides.
-    """
+def lift_with(residual: Residual) -> Lift:
+    """The lift of `low_rank`: `P S`, and what a residual of either kind makes of the rest."""
     check_residual(residual)
+    return _lift_with_rule(residual) if is_rule(residual) else _lift_with_function(residual)
 
-    def check_held(told):
-        if residual is not drop and isinstance(told.gradient, Sketched):
-            raise ValueError(
-                "residual needs the gradient outside the subspace, which projected_update never forms;"
-                " pass residual=gum_optax.drop."
-            )
 
-    if not is_rule(residual):
+def _lift_with_function(residual: Any) -> Lift:
+    """The residual makes the full-size step of each leaf."""
 
-        def choose(updates, state, params=None, *, told, **extra_args):
-            del params, extra_args
-            check_held(told)
-            if jax.tree.leaves(state):
-                raise ValueError("the state holds arrays of a rule outside the subspace, and there is none.")
-            return map_in_turn(residual, updates, told.projectors, told.coordinates, told.steps), state
+    def update(step: LowRankStep, state, *, context, **extra_args):
+        del context, extra_args
+        if residual is not drop:
+            _check_dense(step)
+        if jax.tree.leaves(state):
+            raise ValueError("the state holds arrays of a rule outside the subspace, and there is none.")
+        return map_in_turn(residual, step.updates, step.projectors, step.coordinates, step.steps), state
 
-        return optax.GradientTransformationExtraArgs(optax.init_empty_state, choose)  # pyright: ignore[reportArgumentType]
+    return Lift(optax.init_empty_state, update)
 
+
+def _lift_with_rule(residual: Any) -> Lift:
+    """The residual runs on `G - P R`, and its step is added to `P S`."""
     rule = optax.with_extra_args_support(residual)
 
-    def add(updates, state, params=None, *, told, **extra_args):
-        check_held(told)
-        extra_args |= {"coordinates": told.coordinates, "steps": told.steps}
-        rest = map_in_turn(lambda g, p: outside(p, g), updates, told.projectors)
-        rest, state = rule.update(rest, state, params, **extra_args)
-        return map_in_turn(lambda p, x, s: lift(p, s) + x, told.projectors, rest, told.steps), state
+    def update(step: LowRankStep, state, **extra_args):
+        _check_dense(step)
+        extra_args |= {"coordinates": step.coordinates, "steps": step.steps}
+        rest = map_in_turn(lambda g, p: outside(p, g), step.updates, step.projectors)
+        rest, state = rule.update(rest, state, None, **extra_args)
+        return map_in_turn(lambda p, x, s: lift(p, s) + x, step.projectors, rest, step.steps), state
 
-    return optax.GradientTransformationExtraArgs(rule.init, add)  # pyright: ignore[reportArgumentType]
+    return Lift(rule.init, update)
+
+
+def _check_dense(step: LowRankStep) -> None:
+    if isinstance(step.gradient, Sketched):
+        raise ValueError(
+            "residual needs the gradient outside the subspace, which projected_update never forms;"
+            " pass residual=gum_optax.drop."
+        )

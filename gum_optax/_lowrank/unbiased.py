@@ -11,10 +11,11 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from .._core.checks import check_fraction, check_function, check_integer, check_matrix_leaf, check_rule
+from .._core.checks import check_fraction, check_function, check_integer, check_rule
+from .._core.context import MatrixContext
 from .._core.guard import Guard
 from .._core.keys import check_key, draw, key_data
-from .._core.trees import is_hole, map_with_place, split
+from .._core.trees import map_with_place, split
 from .._core.xla import in_one, map_in_turn, unknown
 from .._linalg.orthonormal import lift, outside, project
 from .._matrices.view import View, plain_view
@@ -22,6 +23,7 @@ from .._mesh.explicit import zeros
 from .finders import SubspaceFinder
 from .low_rank import Subspace, in_subspace
 from .on_refresh import restart
+from .plan import Lift, LowRankStep, Plan
 from .slots import Group, groups_of, holders, put
 from .switch import track_subspace
 
@@ -126,38 +128,29 @@ def unbiased_low_rank(
     check_function("compensation", compensation, "gum_optax.complement")
     check_key(key)
 
-    def rule_for(tree):
-        """The number of blocks of each shape decides how many are sampled: the rule depends on the tree."""
+    def plan_for(tree):
+        """The number of blocks of each shape decides how many are sampled, and so the weights."""
         groups = groups_of(tree, rank, fraction)
         projected = {group.shape for group in groups.values() if not group.is_full}
-        leaves, treedef = jax.tree.flatten(tree)
-        low, _ = split(leaves, [leaf.shape[-2:] in projected for leaf in leaves])
+        leaves = jax.tree.leaves(tree)
+        is_projected = [leaf.shape[-2:] in projected for leaf in leaves]
+        low, _ = split(leaves, is_projected)
         # Numbered over the projected leaves alone.
         sampled = {n: g for n, g in groups_of(low, rank, fraction).items() if g.slots}
         weight = {group.shape: compensation(group.fraction).low for group in sampled.values()}
-        weights = treedef.unflatten([weight.get(leaf.shape[-2:], 1.0) for leaf in leaves])
-        subspace = Subspace(rank, period, find_subspace, restart, key)
-        step_from = _sampled_steps(inner, sampled, compensation, period, key)
-        return in_subspace(_weighted(inner, weights), subspace, step_from, lambda shape: shape in projected)
+        weights = [weight.get(leaf.shape[-2:], 1.0) for leaf in jax.tree.leaves(low)]
+        return Plan(is_projected, weights, _lift_with_slots(inner, sampled, compensation, period, key))
 
-    def init(params):
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-            check_matrix_leaf(path, leaf)
-        return rule_for(params).init(params)
-
-    def update(updates, state, params=None, **extra_args):
-        return rule_for(updates).update(updates, state, params, **extra_args)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return in_subspace(inner, Subspace(rank, period, find_subspace, restart, key), plan_for)
 
 
-def _sampled_steps(
+def _lift_with_slots(
     inner: optax.GradientTransformationExtraArgs,
     sampled: dict[str, Group],
     compensation: Compensation,
     period: int,
     key: Any,
-) -> optax.GradientTransformationExtraArgs:
+) -> Lift:
     """`P S`, and for the sampled blocks the step of `inner` at full rank in its place."""
 
     def draws(key, count):
@@ -175,52 +168,61 @@ def _sampled_steps(
             return SampledState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
         return SampledState(draws(key_data(key), jnp.zeros((), jnp.int32)), inner.init(fresh(params)))
 
-    def update(updates, state, params=None, *, told, guard: Guard | None = None, **extra_args):
-        del params
-        index = state.index
-        if sampled:
-            index = in_one(draws, told.count >= 0, told.key, told.count)
-        leaves, views, projectors = map(jax.tree.leaves, (updates, told.views, told.projectors))
-        fed = {}
-        for name, group in sampled.items():
-            eps = max(float(jnp.finfo(leaves[place].dtype).eps) for place in group.places)
-            feed = functools.partial(_full_rank_input, weights=compensation(group.fraction), eps=eps)
-            fed[name] = told.gradient.fed(feed, group, index[name], projectors)
-        slot_steps: Any = fed
-        slots = state.slots
-        if sampled:
-            empty = fresh(updates)
-            slots = restart(inner, state.slots, empty, None, told.due)
-            at = {n: _slot_view(fed[n], views[group.places[0]]) for n, group in sampled.items()}
-            own = None if guard is None else _slot_guard(guard, updates, sampled, index)
-            if own is not None:
-                slots = own.carried(inner, slots, state.slots, empty)
-                extra_args |= {"guard": own}
-            slot_steps, slots = inner.update(fed, slots, None, views=at, **extra_args)
-            if guard is not None and own is not None:
-                guard.as_kept([x for x in jax.tree.leaves(slots) if own.has(x)])
-        overlay = {}
-        for name, group in sampled.items():
-            slot = holders(index[name], group.blocks)
-            starts = unknown(group.starts, slot[0])
-            for place, start, size in zip(group.places, starts, group.sizes, strict=True):
-                overlay[place] = slot_steps[name], jax.lax.dynamic_slice_in_dim(slot, start, size)
+    def update(step: LowRankStep, state, *, context: MatrixContext, **extra_args):
+        if not sampled:
+            return _laid_over({}, {}, {}, step), state
+        index = in_one(draws, step.count >= 0, step.key, step.count)
+        fed = _full_rank_inputs(sampled, compensation, index, step)
+        empty = fresh(step.updates)
+        slots = restart(inner, state.slots, empty, None, step.is_refresh)
+        views = jax.tree.leaves(step.views)
+        at = {n: _slot_view(fed[n], views[group.places[0]]) for n, group in sampled.items()}
+        guard = context.accept
+        own = None if guard is None else _slot_guard(guard, step.updates, sampled, index)
+        if own is not None:
+            slots = own.carried(inner, slots, state.slots, empty)
+        steps, slots = inner.update(fed, slots, None, context=MatrixContext(at, own), **extra_args)
+        if guard is not None and own is not None:
+            guard.as_kept([x for x in jax.tree.leaves(slots) if own.has(x)])
+        return _laid_over(sampled, index, steps, step), SampledState(index, slots)
 
-        @jax.jit  # traced once for all leaves of a shape
-        def laid_over(p, s, values, held):
-            lifted = lift(p, s)
-            return lifted, put(lifted, values, held)
+    return Lift(init, update)
 
-        def step(place, p, s):
-            """`P S`, for which the next leaf waits, and the step."""
-            return laid_over(p, s, *overlay[place]) if place in overlay else (lift(p, s),) * 2
 
-        places = map_with_place(lambda place, _: place, updates)
-        pairs = map_in_turn(step, places, told.projectors, told.steps)
-        steps = jax.tree.map(lambda _, pair: pair[1], updates, pairs)
-        return steps, SampledState(index, slots)
+def _full_rank_inputs(
+    sampled: dict[str, Group], compensation: Compensation, index: Any, step: LowRankStep
+) -> dict[str, Array]:
+    """What `inner` is given of each sampled block."""
+    leaves, projectors = map(jax.tree.leaves, (step.updates, step.projectors))
+    fed = {}
+    for name, group in sampled.items():
+        eps = max(float(jnp.finfo(leaves[place].dtype).eps) for place in group.places)
+        feed = functools.partial(_full_rank_input, weights=compensation(group.fraction), eps=eps)
+        fed[name] = step.gradient.fed(feed, group, index[name], projectors)
+    return fed
 
-    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+
+def _laid_over(sampled: dict[str, Group], index: Any, slot_steps: Any, step: LowRankStep) -> optax.Updates:
+    """`P S` of each leaf, and the steps of slots in place of the blocks that they hold."""
+    overlay = {}
+    for name, group in sampled.items():
+        slot = holders(index[name], group.blocks)
+        starts = unknown(group.starts, slot[0])
+        for place, start, size in zip(group.places, starts, group.sizes, strict=True):
+            overlay[place] = slot_steps[name], jax.lax.dynamic_slice_in_dim(slot, start, size)
+
+    @jax.jit  # traced once for all leaves of a shape
+    def laid_over(p, s, values, held):
+        lifted = lift(p, s)
+        return lifted, put(lifted, values, held)
+
+    def one(place, p, s):
+        """`P S`, for which the next leaf waits, and the step."""
+        return laid_over(p, s, *overlay[place]) if place in overlay else (lift(p, s),) * 2
+
+    places = map_with_place(lambda place, _: place, step.updates)
+    pairs = map_in_turn(one, places, step.projectors, step.steps)
+    return jax.tree.map(lambda _, pair: pair[1], step.updates, pairs)
 
 
 def _slot_guard(guard: Guard, updates: Any, sampled: dict[str, Group], index: Any) -> Guard:
@@ -244,18 +246,6 @@ def _slot_view(x: Float[Array, "k m n"], view: View) -> View:
         return plain_view(x)
     spec = PartitionSpec(None, *view.sharding.spec[-2:])
     return dataclasses.replace(plain_view(x), sharding=NamedSharding(view.sharding.mesh, spec))
-
-
-def _weighted(
-    inner: optax.GradientTransformationExtraArgs, weights: Any
-) -> optax.GradientTransformationExtraArgs:
-    """`inner`, fed each leaf, where there is one, times its weight."""
-
-    def update(updates, state, params=None, **extra_args):
-        fed = jax.tree.map(lambda w, x: x if is_hole(x) else w * x, weights, updates)
-        return inner.update(fed, state, params, **extra_args)
-
-    return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 def _full_rank_input(

@@ -1,5 +1,6 @@
 """Leaves whose shardings are part of their types: what stands beside them, and rules on them."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from .._core.context import MatrixContext
 from .._core.guard import Guard
 
 
@@ -64,12 +66,12 @@ def on_auto_axes(update: Callable[..., Any]) -> Callable[..., Any]:
     out sharded as the gradients, and state as it was.
     """
 
-    def run(updates, state, params=None, *, guard: Guard | None = None, **extra_args):
+    def run(updates, state, params, context: MatrixContext, extra_args):
         shardings = [explicit_sharding(x) for x in jax.tree.leaves(updates)]
         meshes = [sharding.mesh for sharding in shardings if sharding is not None]
         if not meshes:
-            return update(updates, state, params, guard=guard, **extra_args)
-        if "sketches" in extra_args:
+            return update(updates, state, params, context, extra_args)
+        if context.measurements is not None:
             raise ValueError(
                 f"on Explicit mesh axes, here {meshes[0].axis_names}, projected_update runs within"
                 " jax.shard_map over those of the data; give the others axis_types=AxisType.Auto."
@@ -79,11 +81,13 @@ def on_auto_axes(update: Callable[..., Any]) -> Callable[..., Any]:
 
         def inside(updates, state, params, told, extra_args):
             inner = None if told is None else Guard(*told)
-            steps, new = update(updates, state, params, guard=inner, **extra_args)
+            own = dataclasses.replace(context, accept=inner)
+            steps, new = update(updates, state, params, own, extra_args)
             kept.extend(inner is not None and inner.has(x) for x in jax.tree.leaves(new))
             return steps, new
 
         out = jax.tree.map(lambda x: explicit_sharding(x) or everywhere, (updates, state))
+        guard = context.accept
         told = None if guard is None else (guard.taken, guard.leaves)
         within = jax.sharding.auto_axes(inside, out_sharding=out)
         steps, new = within(updates, state, params, told, extra_args)  # pyright: ignore[reportCallIssue]

@@ -95,8 +95,9 @@ def matrix_optimizer(
     Args:
       rule: any transformation over trees of `(*blocks, m, n)` leaves, whose step points up the gradient:
         `scale_by_muon()`, `low_rank(...)`, `unbiased_low_rank(...)`, `optax.scale_by_lion()`, or a chain. It
-        keeps its state leaf by leaf if its update takes the argument `guard`, as the rules of this library
-        do; the state of another rule stays whole on a step that any leaf skips.
+        keeps its state leaf by leaf if its update reads `accept` of the argument `context` (a
+        `MatrixContext`), as the rules of this library do; the state of another rule stays whole on a step
+        that any leaf skips.
       learning_rate: `η`, a number or a schedule of the steps that all leaves take.
       scale: the factor of the step, a number or a function `(fan_in, fan_out) -> number`: `shape_factor()`
         for orthogonal steps, `fan_ratio`. (`optax.inject_hyperparams` takes a function for a schedule: name

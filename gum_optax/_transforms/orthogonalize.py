@@ -4,6 +4,7 @@ import jax
 import optax
 
 from .._core.checks import check_function
+from .._core.context import NO_CONTEXT, MatrixContext
 from .._core.xla import map_in_turn, map_together
 from .._linalg.newton_schulz import Orthogonalizer, newton_schulz
 from .._matrices.view import views_beside
@@ -33,9 +34,9 @@ def orthogonalize(
     mapped = map_together if together else map_in_turn
     once = jax.jit(method)  # traced once for all leaves of a shape
 
-    def update(updates, state, params=None, *, views=None, **extra_args):
+    def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
         del params, extra_args
-        views = views_beside(updates, views)
+        views = views_beside(updates, context.views)
         if not any(view.sharding for view in jax.tree.leaves(views)):
             return mapped(once, updates), state
         # Leaves that live apart do not go together.

@@ -1,5 +1,6 @@
 """No step on a gradient that is not finite: of that leaf, or of the whole tree."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
+from .._core.context import NO_CONTEXT, MatrixContext
 from .._core.guard import Guard
 from .._core.measurements import Sketches
 from .._core.trees import concrete, places_of
@@ -46,19 +48,11 @@ def _skipping(guard_of: Any, inner: optax.GradientTransformation) -> optax.Gradi
     def init(params):
         return SkipNonFiniteState(jnp.zeros((), jnp.int32), inner.init(concrete(params)))
 
-    def update(
-        updates,
-        state,
-        params=None,
-        *,
-        guard: Guard | None = None,
-        sketches: Sketches | None = None,
-        **extra_args,
-    ):
-        own = guard_of(updates, sketches) if guard is None else Guard(guard.taken)
-        if sketches is not None:
-            extra_args |= {"sketches": sketches}
-        steps, new = taking.update(updates, state.inner, params, **extra_args | {"guard": own})
+    def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
+        outer = context.accept
+        own = guard_of(updates, context.measurements) if outer is None else Guard(outer.taken)
+        context = dataclasses.replace(context, accept=own)
+        steps, new = taking.update(updates, state.inner, params, context=context, **extra_args)
         steps = _steps(own, steps, updates if params is None else params)
         return steps, SkipNonFiniteState(state.skipped + ~own.taken, own.keep_rest(new, state.inner))
 
@@ -84,8 +78,9 @@ def skip_non_finite(inner: optax.GradientTransformation) -> optax.GradientTransf
     a gradient is used up when the backward pass has made it.
 
     Unlike `optax.apply_if_finite` it never gives up and applies one, and it selects instead of
-    branching, so that state is still updated in place: that of rules that take the argument `guard`, as this
-    library's momentum, Adam and subspaces do; of others, such as `optax.adamw`, a CPU makes a copy. Updates
+    branching, so that state is still updated in place: that of rules that read `accept` of the
+    argument `context` (see `MatrixContext`), as this library's momentum, Adam and subspaces do; of others,
+    such as `optax.adamw`, a CPU makes a copy. Updates
     come back in the parameters' dtype.
 
     The clock of the periods, and that of a schedule within `inner`, stop with the rest of the state, so that
@@ -112,11 +107,13 @@ def skip_as_one(inner: optax.GradientTransformation) -> optax.GradientTransforma
     """A transformation of anybody's under a guard: its leaves step if all of them do. No state of its own."""
     taking = optax.with_extra_args_support(inner)
 
-    def update(updates, state, params=None, *, guard: Guard | None = None, **extra_args):
+    def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
+        guard = context.accept
         if guard is None:
-            return taking.update(updates, state, params, **extra_args)
+            return taking.update(updates, state, params, context=context, **extra_args)
         own = Guard(jnp.all(jnp.stack([jnp.asarray(True), *guard.accepted(updates)])))
-        steps, new = taking.update(updates, state, params, **extra_args | {"guard": own})
+        context = dataclasses.replace(context, accept=own)
+        steps, new = taking.update(updates, state, params, context=context, **extra_args)
         kept = own.keep_rest(new, state)
         return jax.tree.map(lambda s: jnp.where(own.taken, s, 0), steps), guard.as_kept(kept)
 

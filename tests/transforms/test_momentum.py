@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import gum_optax as go
+from gum_optax._core.context import MatrixContext
 from gum_optax._core.guard import Guard
 from gum_optax._transforms.momentum import adam, average, heavy_ball, round_stochastically
 
@@ -106,7 +107,7 @@ def test_under_a_guard_a_rule_is_optax_own_and_a_skipped_step_leaves_its_moments
     state = expected_state = plain.init(gradients[0])
     for number, g in enumerate(gradients):
         taken = number % 3 != 1
-        step, new = guarded.update(g, state, guard=Guard(jnp.asarray(taken)))
+        step, new = guarded.update(g, state, context=MatrixContext(accept=Guard(jnp.asarray(taken))))
         state = new._replace(count=state.count + taken)  # as the guard keeps what the rule does not
         if taken:
             expected, expected_state = plain.update(g, expected_state)
