@@ -14,7 +14,7 @@ from .._linalg.orthonormal import project
 from .._matrices.view import View, plain_view
 from .finders import SubspaceFinder
 from .refresh import Found, refreshed, refreshed_by_means, stayed
-from .slots import Group, map_blocks, map_held_blocks
+from .slots import Group, gather_blocks, gather_early
 
 
 class Energy(NamedTuple):
@@ -32,8 +32,8 @@ def _squares(x: Float[Array, "..."], scale: Float[Array, ""]) -> Float[Array, ""
 # Any number: it names a stream.
 _SIGNS = 1
 
-# From a block of the gradient and its projector to what a full-rank rule is fed.
-Feed = Callable[[Float[Array, "m n"], Float[Array, "m r"]], Float[Array, "m n"]]
+# From a block of the gradient and its projector to the input of the rule at full rank.
+SlotInput = Callable[[Float[Array, "m n"], Float[Array, "m r"]], Float[Array, "m n"]]
 
 
 class Seen(NamedTuple):
@@ -79,18 +79,18 @@ class Held(NamedTuple):
             for new, yes, p in zip(seen, accepted, projectors, strict=True)
         ]
 
-    def fed(
-        self, feed: Feed, group: Group, index: Int[Array, "k"], projectors: Sequence[Array]
+    def gather(
+        self, input_of: SlotInput, group: Group, index: Int[Array, "k"], projectors: Sequence[Array]
     ) -> Float[Array, "k m n"]:
-        """`feed` of the blocks at `index` of a group, one at a time."""
+        """`input_of` of the blocks at `index` of a group, one at a time."""
         members = [
             ((self.stored[i], self.views[i]), (projectors[i], plain_view(projectors[i])))
-            for i in group.places
+            for i in group.leaf_indices
         ]
-        one_by_one = map_held_blocks if set(group.sizes) == {1} else map_blocks
+        one_by_one = gather_early if set(group.sizes) == {1} else gather_blocks
         return jax.lax.platform_dependent(
-            cpu=lambda: one_by_one(feed, members, index, group),
-            default=lambda: map_blocks(feed, members, index, group),
+            cpu=lambda: one_by_one(input_of, members, index, group),
+            default=lambda: gather_blocks(input_of, members, index, group),
         )
 
 
@@ -158,13 +158,15 @@ class Sketched(NamedTuple):
 
         return list(map(energy, coordinates, rows))
 
-    def fed(
-        self, feed: Feed, group: Group, index: Int[Array, "k"], projectors: Sequence[Array]
+    def gather(
+        self, input_of: SlotInput, group: Group, index: Int[Array, "k"], projectors: Sequence[Array]
     ) -> Float[Array, "k m n"]:
         def blocks(leaves, views):
-            return map_blocks(lambda x: x, [((leaves[i], views[i]),) for i in group.places], index, group)
+            return gather_blocks(
+                lambda x: x, [((leaves[i], views[i]),) for i in group.leaf_indices], index, group
+            )
 
         gradients = self.sketches.mean(self.places, lambda stored: blocks(stored, self.views))
         return jax.lax.map(
-            lambda pair: feed(*pair), (gradients, blocks(projectors, list(map(plain_view, projectors))))
+            lambda pair: input_of(*pair), (gradients, blocks(projectors, list(map(plain_view, projectors))))
         )

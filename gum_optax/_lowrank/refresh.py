@@ -13,8 +13,8 @@ from .._core.measurements import MeanOf
 from .._core.xla import companions, in_one, unstacked
 from .._linalg.numerics import exact_matmul
 from .._matrices.view import View, plain_view
+from .blocks import Member, read
 from .finders import LinearForm, SubspaceFinder
-from .slots import Member, read
 from .switch import finders_of
 
 # A leaf's gradient as it is stored, how that is seen as blocks, and its projector.

@@ -14,17 +14,16 @@ from jaxtyping import Array, Float
 from .._core.checks import check_fraction, check_function, check_integer, check_rule
 from .._core.context import MatrixContext
 from .._core.guard import Guard
-from .._core.keys import check_key, draw, key_data
-from .._core.trees import map_with_place, split
-from .._core.xla import in_one, map_in_turn, unknown
+from .._core.keys import check_key, key_data
+from .._core.trees import split
+from .._core.xla import in_one
 from .._linalg.orthonormal import lift, outside, project
 from .._matrices.view import View, plain_view
-from .._mesh.explicit import zeros
 from .finders import SubspaceFinder
 from .low_rank import Subspace, in_subspace
 from .on_refresh import restart
 from .plan import Lift, LowRankStep, Plan
-from .slots import Group, groups_of, holders, put
+from .slots import Group, Index, Slots, groups_of
 from .switch import track_subspace
 
 
@@ -136,108 +135,79 @@ def unbiased_low_rank(
         is_projected = [leaf.shape[-2:] in projected for leaf in leaves]
         low, _ = split(leaves, is_projected)
         # Numbered over the projected leaves alone.
-        sampled = {n: g for n, g in groups_of(low, rank, fraction).items() if g.slots}
-        weight = {group.shape: compensation(group.fraction).low for group in sampled.values()}
+        slots = Slots({n: g for n, g in groups_of(low, rank, fraction).items() if g.slots}, period)
+        weight = {group.shape: compensation(group.fraction).low for group in slots.groups.values()}
         weights = [weight.get(leaf.shape[-2:], 1.0) for leaf in jax.tree.leaves(low)]
-        return Plan(is_projected, weights, _lift_with_slots(inner, sampled, compensation, period, key))
+        return Plan(is_projected, weights, _lift_with_slots(inner, slots, compensation, key))
 
     return in_subspace(inner, Subspace(rank, period, find_subspace, restart, key), plan_for)
 
 
 def _lift_with_slots(
-    inner: optax.GradientTransformationExtraArgs,
-    sampled: dict[str, Group],
-    compensation: Compensation,
-    period: int,
-    key: Any,
+    inner: optax.GradientTransformationExtraArgs, slots: Slots, compensation: Compensation, key: Any
 ) -> Lift:
     """`P S`, and for the sampled blocks the step of `inner` at full rank in its place."""
 
-    def draws(key, count):
-        return {n: draw(key, count // period, n, group.blocks, group.slots) for n, group in sampled.items()}
-
-    def fresh(tree):
-        """Zeros, sharded as the blocks of the first leaf are."""
-        leaves = jax.tree.leaves(tree)
-        return {n: zeros(leaves[g.places[0]], -2, -1, g.slots) for n, g in sampled.items()}
-
     def init(params):
-        if not sampled:
+        if not slots.groups:
             # One ordinary leaf and not an empty dict: `optax.tree.map_params` calls `init` with a leafless
             # tree and compares structures.
             return SampledState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
-        return SampledState(draws(key_data(key), jnp.zeros((), jnp.int32)), inner.init(fresh(params)))
+        index = slots.draw(key_data(key), jnp.zeros((), jnp.int32))
+        return SampledState(index, inner.init(slots.zeros(params)))
 
     def update(step: LowRankStep, state, *, context: MatrixContext, **extra_args):
-        if not sampled:
-            return _laid_over({}, {}, {}, step), state
-        index = in_one(draws, step.count >= 0, step.key, step.count)
-        fed = _full_rank_inputs(sampled, compensation, index, step)
-        empty = fresh(step.updates)
-        slots = restart(inner, state.slots, empty, None, step.is_refresh)
-        views = jax.tree.leaves(step.views)
-        at = {n: _slot_view(fed[n], views[group.places[0]]) for n, group in sampled.items()}
-        guard = context.accept
-        own = None if guard is None else _slot_guard(guard, step.updates, sampled, index)
-        if own is not None:
-            slots = own.carried(inner, slots, state.slots, empty)
-        steps, slots = inner.update(fed, slots, None, context=MatrixContext(at, own), **extra_args)
-        if guard is not None and own is not None:
-            guard.as_kept([x for x in jax.tree.leaves(slots) if own.has(x)])
-        return _laid_over(sampled, index, steps, step), SampledState(index, slots)
+        if not slots.groups:
+            return slots.scatter({}, {}, lift, step.projectors, step.steps), state
+        index = in_one(slots.draw, step.count >= 0, step.key, step.count)
+        input_of = _input_of(compensation, step.updates)
+        inputs = slots.gather(index, step.gradient, step.projectors, input_of)
+        empty = slots.zeros(step.updates)
+        slot_state = restart(inner, state.slots, empty, None, step.is_refresh)
+        outer = context.accept
+        accept = None if outer is None else _slot_guard(outer, step.updates, slots, index)
+        if accept is not None:
+            slot_state = accept.carried(inner, slot_state, state.slots, empty)
+        of_slots = MatrixContext(_slot_views(slots, inputs, step.views), accept)
+        slot_steps, slot_state = inner.update(inputs, slot_state, None, context=of_slots, **extra_args)
+        if outer is not None and accept is not None:
+            outer.as_kept([x for x in jax.tree.leaves(slot_state) if accept.has(x)])
+        steps = slots.scatter(index, slot_steps, lift, step.projectors, step.steps)
+        return steps, SampledState(index, slot_state)
 
     return Lift(init, update)
 
 
-def _full_rank_inputs(
-    sampled: dict[str, Group], compensation: Compensation, index: Any, step: LowRankStep
-) -> dict[str, Array]:
-    """What `inner` is given of each sampled block."""
-    leaves, projectors = map(jax.tree.leaves, (step.updates, step.projectors))
-    fed = {}
-    for name, group in sampled.items():
-        eps = max(float(jnp.finfo(leaves[place].dtype).eps) for place in group.places)
-        feed = functools.partial(_full_rank_input, weights=compensation(group.fraction), eps=eps)
-        fed[name] = step.gradient.fed(feed, group, index[name], projectors)
-    return fed
+def _input_of(compensation: Compensation, updates: optax.Updates) -> Callable[[Group], Callable[..., Array]]:
+    """From a group to the function that makes the input of a sampled block."""
+    leaves = jax.tree.leaves(updates)
+
+    def input_of(group):
+        eps = max(float(jnp.finfo(leaves[i].dtype).eps) for i in group.leaf_indices)
+        return functools.partial(_full_rank_input, weights=compensation(group.fraction), eps=eps)
+
+    return input_of
 
 
-def _laid_over(sampled: dict[str, Group], index: Any, slot_steps: Any, step: LowRankStep) -> optax.Updates:
-    """`P S` of each leaf, and the steps of slots in place of the blocks that they hold."""
-    overlay = {}
-    for name, group in sampled.items():
-        slot = holders(index[name], group.blocks)
-        starts = unknown(group.starts, slot[0])
-        for place, start, size in zip(group.places, starts, group.sizes, strict=True):
-            overlay[place] = slot_steps[name], jax.lax.dynamic_slice_in_dim(slot, start, size)
-
-    @jax.jit  # traced once for all leaves of a shape
-    def laid_over(p, s, values, held):
-        lifted = lift(p, s)
-        return lifted, put(lifted, values, held)
-
-    def one(place, p, s):
-        """`P S`, for which the next leaf waits, and the step."""
-        return laid_over(p, s, *overlay[place]) if place in overlay else (lift(p, s),) * 2
-
-    places = map_with_place(lambda place, _: place, step.updates)
-    pairs = map_in_turn(one, places, step.projectors, step.steps)
-    return jax.tree.map(lambda _, pair: pair[1], step.updates, pairs)
-
-
-def _slot_guard(guard: Guard, updates: Any, sampled: dict[str, Group], index: Any) -> Guard:
+def _slot_guard(guard: Guard, updates: Any, slots: Slots, index: Index) -> Guard:
     """Of the slots, each of which steps if the leaf does whose block it holds."""
     if guard.leaves is None:
         return Guard(guard.taken)
     accepted = guard.accepted(updates)
 
     def of_slots(name):
-        group = sampled[name]
-        flags = [jnp.full(size, accepted[i]) for i, size in zip(group.places, group.sizes, strict=True)]
+        group = slots.groups[name]
+        flags = [jnp.full(size, accepted[i]) for i, size in zip(group.leaf_indices, group.sizes, strict=True)]
         return jnp.concatenate(flags)[index[name]]
 
     # In the order of a dict's leaves.
-    return Guard(guard.taken, {i: of_slots(name) for i, name in enumerate(sorted(sampled))})
+    return Guard(guard.taken, {i: of_slots(name) for i, name in enumerate(sorted(slots.groups))})
+
+
+def _slot_views(slots: Slots, inputs: dict[str, Array], views: Any) -> dict[str, View]:
+    """Of slots, which are sharded as the blocks of the first leaf of their group are."""
+    leaves = jax.tree.leaves(views)
+    return {name: _slot_view(inputs[name], leaves[g.leaf_indices[0]]) for name, g in slots.groups.items()}
 
 
 def _slot_view(x: Float[Array, "k m n"], view: View) -> View:
