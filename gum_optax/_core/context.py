@@ -27,8 +27,8 @@ cost of a copy.
 import dataclasses
 from typing import Any
 
-from .guard import Guard
-from .measurements import Sketches
+from .acceptance import Acceptance
+from .measurements import Measurements
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class MatrixContext:
         def update(updates, state, params=None, *, context=MatrixContext(), **extra_args):
             ...
             if context.accept is not None:
-                momentum = context.accept.keep(momentum, state.momentum)
+                momentum = context.accept.keep_if_rejected(momentum, state.momentum)
 
     Attributes:
       views: a tree with a `View` at each leaf: how the leaf is stored and sharded. `None`: leaves are
@@ -53,8 +53,8 @@ class MatrixContext:
     """
 
     views: Any = None
-    accept: Guard | None = None
-    measurements: Sketches | None = None
+    accept: Acceptance | None = None
+    measurements: Measurements | None = None
 
 
 # The default of the argument `context`: leaves are matrices, every one steps, the gradient is there.

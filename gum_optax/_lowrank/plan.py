@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import optax
 from jaxtyping import Array, Bool, Int, UInt32
 
-from .gradient import Held, Sketched
+from .gradient import DenseGradient, ProjectedGradient
 
 
 class LowRankStep(NamedTuple):
@@ -16,7 +16,7 @@ class LowRankStep(NamedTuple):
     projectors: Any  # P, a leaf (*, m, r)
     coordinates: Any  # R = PᵀG, a leaf (*, r, n)
     steps: Any  # S, a leaf (*, r, n)
-    gradient: Held | Sketched  # of the projected leaves
+    gradient: DenseGradient | ProjectedGradient  # of the projected leaves
     views: Any  # how the leaves are stored
     is_refresh: Bool[Array, ""]  # whether this step begins a period
     count: Int[Array, ""]  # steps before this one  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -30,8 +30,8 @@ import optax
 from jaxtyping import Array, Float, Int, UInt32
 
 from .._core.keys import draw
-from .._core.trees import map_with_place
-from .._core.xla import map_in_turn, rolled_but_on_tpu, unknown
+from .._core.trees import map_with_leaf_index
+from .._core.xla import map_sequentially, opaque_constants, rolled_but_on_tpu
 from .._mesh.explicit import zeros
 from .blocks import Member, read
 
@@ -150,8 +150,8 @@ class Slots(NamedTuple):
             name, slots = held[leaf_index]
             return overwritten(operands, values[name], slots)
 
-        leaf_indices = map_with_place(lambda leaf_index, _: leaf_index, trees[0])
-        pairs = map_in_turn(pair, leaf_indices, *trees)
+        leaf_indices = map_with_leaf_index(lambda leaf_index, _: leaf_index, trees[0])
+        pairs = map_sequentially(pair, leaf_indices, *trees)
         return jax.tree.map(lambda _, found: found[1], trees[0], pairs)
 
     def _slots_of_leaves(self, index: Index) -> dict[int, tuple[str, Int[Array, "size"]]]:
@@ -159,7 +159,7 @@ class Slots(NamedTuple):
         held = {}
         for name, group in self.groups.items():
             slots = slot_of_each_block(index[name], group.blocks)
-            starts = unknown(group.starts, slots[0])
+            starts = opaque_constants(group.starts, slots[0])
             for leaf_index, start, size in zip(group.leaf_indices, starts, group.sizes, strict=True):
                 held[leaf_index] = name, jax.lax.dynamic_slice_in_dim(slots, start, size)
         return held
@@ -168,7 +168,7 @@ class Slots(NamedTuple):
 def gather_blocks(
     f: Callable[..., Float[Array, "..."]], members: Sequence[Member], index: Int[Array, "k"], group: Group
 ) -> Float[Array, "k ..."]:
-    """`f` of the blocks at `index`, counted over the group's leaves, one at a time."""
+    """The results of `f` for the blocks at `index`, one block at a time."""
     starts = jnp.asarray(group.starts)
 
     @jax.jit  # traced once for all slots
@@ -193,16 +193,16 @@ def gather_early(
     first = [member[0] for member in members]
     slots = slot_of_each_block(index, group.blocks)
     rows, columns = group.shape
-    # With one slot, XLA would fuse all writes into one that waits for all gradients; an extra row prevents
-    # that.
+    # With one slot, XLA would fuse all writes into one, which waits for all gradients; an extra row
+    # prevents that.
     one_more = int(group.slots == 1)
     held = jnp.zeros((group.slots * rows + one_more, columns), jnp.float32)
-    for place in reversed(range(len(first))):  # the backward pass begins with the last layers
-        leaf, view = first[place]
-        at = slots[place].astype(jnp.uint32) * rows  # anywhere for -1
+    for member in reversed(range(len(first))):  # the backward pass begins with the last layers
+        leaf, view = first[member]
+        at = slots[member].astype(jnp.uint32) * rows  # anywhere for -1
         before = jax.lax.dynamic_slice_in_dim(held, at, rows)
         block = view.of(leaf).reshape(group.shape).astype(jnp.float32)
-        now = jnp.where(slots[place] < 0, before, block)
+        now = jnp.where(slots[member] < 0, before, block)
         held = jax.lax.dynamic_update_slice_in_dim(held, now, at, 0)
     others = [member[1:] for member in members]
 
@@ -215,13 +215,13 @@ def gather_early(
     return held[: len(held) - one_more].reshape(group.slots, rows, columns)
 
 
-# So many slots go into a stack by choices, each of which reads its slot once a block; more go in one after
-# the other, into a stack that is written out for it.
+# Up to this many slots are written into a stack by choices, each of which reads its slot once for every
+# block. More slots are written one after the other, into a stack that is in memory for it.
 _FEW = 8
 
 
 def _row(values: Float[Array, "k *block"], number: Int[Array, ""]) -> Float[Array, "*block"]:
-    """One of them, or any where the number is -1; unsigned, so that XLA does not count that from the end."""
+    """One row, or any row if the number is -1: unsigned, so that XLA does not count -1 from the end."""
     return jax.lax.dynamic_index_in_dim(values, number.astype(jnp.uint32), keepdims=False)
 
 
@@ -233,25 +233,25 @@ def slot_of_each_block(index: Int[Array, "k"], blocks: int) -> Int[Array, "block
 def scatter_blocks(
     leaf: Float[Array, "... m n"], values: Float[Array, "k m n"], slots: Int[Array, "size"]
 ) -> Float[Array, "... m n"]:
-    """`leaf`, with `values[slots[i]]` in place of its block `i` where that is not -1."""
+    """`leaf`, with `values[slots[i]]` in place of its block `i`, unless `slots[i]` is -1."""
     if len(slots) == 1:
-        # A choice and no branch: it is made where the leaf is next read.
+        # A choice and no branch: XLA makes the choice where it next reads the leaf.
         held = _row(values, slots[0]).reshape(leaf.shape).astype(leaf.dtype)
         return jnp.where(slots[0] < 0, leaf, held)
     if len(values) > _FEW:
-        return _in_turn(leaf, values, slots)
-    return rolled_but_on_tpu(_in_turn, _by_choice, leaf, values, slots)
+        return _sequentially(leaf, values, slots)
+    return rolled_but_on_tpu(_sequentially, _by_choice, leaf, values, slots)
 
 
 def _by_choice(leaf: Array, values: Array, slots: Array) -> Array:
-    """As a single block, once for each slot: on a TPU the leaf is then never written out."""
+    """A choice for each slot, so that a TPU never writes the leaf out."""
     for slot, value in enumerate(values.astype(leaf.dtype)):
         leaf = jnp.where((slots == slot).reshape(*leaf.shape[:-2], 1, 1), value, leaf)
     return leaf
 
 
-def _in_turn(leaf: Array, values: Array, slots: Array) -> Array:
-    """Block by block and in place, where a scatter would write the leaf anew."""
+def _sequentially(leaf: Array, values: Array, slots: Array) -> Array:
+    """Writes block by block and in place; a scatter of XLA would copy the leaf."""
 
     def overwritten(slot, blocks):
         here = slots == slot

@@ -1,4 +1,4 @@
-"""The unbiased paradigm: a few sampled blocks run at full rank and carry what projection loses."""
+"""The unbiased paradigm: a few sampled blocks run at full rank and make up for what projection loses."""
 
 import dataclasses
 import functools
@@ -11,9 +11,9 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from .._core.acceptance import Acceptance
 from .._core.checks import check_fraction, check_function, check_integer, check_rule
 from .._core.context import MatrixContext
-from .._core.guard import Guard
 from .._core.keys import check_key, key_data
 from .._core.trees import split
 from .._core.xla import in_one
@@ -28,7 +28,7 @@ from .switch import track_subspace
 
 
 class Weights(NamedTuple):
-    """What each branch is fed; the mean over the draw is `G` when
+    """The input of each branch; its mean over the draw is `G` when
     `(1-q) low + q inside = 1` and `q outside = 1`.
     """
 
@@ -87,7 +87,7 @@ def unbiased_low_rank(
         sampled block      S = inner((G - P PᵀG) / q)      step = S
 
     (the weights are `complement`'s). For a `P` that does not depend on the draw, the mean over draws
-    of what inner is fed, lifted back, is `G`. What inner makes of it is another matter:
+    of inner's input, lifted back, is `G`. The mean of inner's step depends on inner:
 
     - `optax.identity()` (SGD), `optax.trace` (momentum): linear, so the step itself is unbiased.
     - `optax.scale_by_adam()`: its mean is; the squares have the estimate's variance in them, and so the
@@ -97,7 +97,7 @@ def unbiased_low_rank(
       (`msign(P R) = P msign(R)`) but not with the sign.
 
     `k = clip(round(full_rank_fraction · L), 1, L)`, or 0 when the fraction is 0 (then this is
-    `low_rank` with `carry=restart`). Blocks with `min(m, n) <= rank`, and groups with `k = L`, are not
+    `low_rank` with `on_refresh=restart`). Blocks with `min(m, n) <= rank`, and groups with `k = L`, are not
     projected: inner runs on the full matrix, without restarts.
 
     Args:
@@ -165,13 +165,13 @@ def _lift_with_slots(
         empty = slots.zeros(step.updates)
         slot_state = restart(inner, state.slots, empty, None, step.is_refresh)
         outer = context.accept
-        accept = None if outer is None else _slot_guard(outer, step.updates, slots, index)
+        accept = None if outer is None else _acceptance_of_slots(outer, step.updates, slots, index)
         if accept is not None:
-            slot_state = accept.carried(inner, slot_state, state.slots, empty)
+            slot_state = accept.keep_refreshed_if_rejected(inner, slot_state, state.slots, empty)
         of_slots = MatrixContext(_slot_views(slots, inputs, step.views), accept)
         slot_steps, slot_state = inner.update(inputs, slot_state, None, context=of_slots, **extra_args)
         if outer is not None and accept is not None:
-            outer.as_kept([x for x in jax.tree.leaves(slot_state) if accept.has(x)])
+            outer.mark_kept_by(accept, slot_state)
         steps = slots.scatter(index, slot_steps, lift, step.projectors, step.steps)
         return steps, SampledState(index, slot_state)
 
@@ -189,11 +189,11 @@ def _input_of(compensation: Compensation, updates: optax.Updates) -> Callable[[G
     return input_of
 
 
-def _slot_guard(guard: Guard, updates: Any, slots: Slots, index: Index) -> Guard:
-    """Of the slots, each of which steps if the leaf does whose block it holds."""
-    if guard.leaves is None:
-        return Guard(guard.taken)
-    accepted = guard.accepted(updates)
+def _acceptance_of_slots(accept: Acceptance, updates: Any, slots: Slots, index: Index) -> Acceptance:
+    """Of the slots: a slot accepts a step if the leaf of its block does."""
+    if accept.by_leaf is None:
+        return Acceptance(accept.all_leaves)
+    accepted = accept.of_leaves(updates)
 
     def of_slots(name):
         group = slots.groups[name]
@@ -201,7 +201,7 @@ def _slot_guard(guard: Guard, updates: Any, slots: Slots, index: Index) -> Guard
         return jnp.concatenate(flags)[index[name]]
 
     # In the order of a dict's leaves.
-    return Guard(guard.taken, {i: of_slots(name) for i, name in enumerate(sorted(slots.groups))})
+    return Acceptance(accept.all_leaves, {i: of_slots(name) for i, name in enumerate(sorted(slots.groups))})
 
 
 def _slot_views(slots: Slots, inputs: dict[str, Array], views: Any) -> dict[str, View]:
@@ -222,5 +222,5 @@ def _full_rank_input(
     g: Float[Array, "m n"], p: Float[Array, "m r"], weights: Weights, eps: float
 ) -> Float[Array, "m n"]:
     """`inside · P PᵀG + outside · (G - P PᵀG)`."""
-    fed = weights.outside * outside(p, g, eps)
-    return fed + weights.inside * lift(p, project(p, g)) if weights.inside else fed
+    beyond = weights.outside * outside(p, g, eps)
+    return beyond + weights.inside * lift(p, project(p, g)) if weights.inside else beyond

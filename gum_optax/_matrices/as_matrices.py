@@ -57,7 +57,7 @@ def as_matrices(
         measurements: Any = context.measurements
         if measurements is not None:
             measurements.check_untouched(updates)
-            measurements = kernels.measured(measurements, updates)
+            measurements = kernels.measurements_of_parts(measurements, updates)
         # Before types lose their shardings.
         views = views_of(kernels.entries, kernels.apart(updates), wide=wide)
 
@@ -65,11 +65,11 @@ def as_matrices(
             params = None if params is None else seen(views, kernels.apart(params))
             parts = seen(views, kernels.apart(updates))
             # How leaves are stored, for rules that take them through a conditional: see `low_rank`.
-            own = kernels.guarded(context.accept, updates)
+            own = kernels.acceptance_of_parts(context.accept, updates)
             of_parts = MatrixContext(views, own, measurements)
             steps, state = inner.update(parts, state, params, context=of_parts, **extra_args)
             if context.accept is not None and own is not None:
-                context.accept.as_kept([x for x in jax.tree.leaves(state) if own.has(x)])
+                context.accept.mark_kept_by(own, state)
             if isinstance(measurements, PartMeans):
                 measurements.need_the_rest()
             return kernels.together(jax.tree.map(lambda x, view: view.back(x), steps, views)), state

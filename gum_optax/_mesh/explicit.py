@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from .._core.acceptance import Acceptance
 from .._core.context import MatrixContext
-from .._core.guard import Guard
 
 
 def explicit_sharding(x: Any) -> NamedSharding | None:
@@ -79,20 +79,20 @@ def on_auto_axes(update: Callable[..., Any]) -> Callable[..., Any]:
         everywhere = NamedSharding(meshes[0], PartitionSpec())
         kept = []
 
-        def inside(updates, state, params, told, extra_args):
-            inner = None if told is None else Guard(*told)
+        def inside(updates, state, params, flags, extra_args):
+            inner = None if flags is None else Acceptance(*flags)
             own = dataclasses.replace(context, accept=inner)
             steps, new = update(updates, state, params, own, extra_args)
-            kept.extend(inner is not None and inner.has(x) for x in jax.tree.leaves(new))
+            kept.extend(inner is not None and inner.is_kept(x) for x in jax.tree.leaves(new))
             return steps, new
 
         out = jax.tree.map(lambda x: explicit_sharding(x) or everywhere, (updates, state))
-        guard = context.accept
-        told = None if guard is None else (guard.taken, guard.leaves)
+        accept = context.accept
+        flags = None if accept is None else (accept.all_leaves, accept.by_leaf)
         within = jax.sharding.auto_axes(inside, out_sharding=out)
-        steps, new = within(updates, state, params, told, extra_args)  # pyright: ignore[reportCallIssue]
-        if guard is not None:
-            guard.as_kept([x for x, yes in zip(jax.tree.leaves(new), kept, strict=True) if yes])
+        steps, new = within(updates, state, params, flags, extra_args)  # pyright: ignore[reportCallIssue]
+        if accept is not None:
+            accept.mark_kept([x for x, yes in zip(jax.tree.leaves(new), kept, strict=True) if yes])
         return steps, new
 
     return run

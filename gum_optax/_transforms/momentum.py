@@ -40,7 +40,7 @@ def round_stochastically(key: PRNGKeyArray, x: Float[Array, "*shape"]) -> BFloat
 def heavy_ball(
     decay: Any, nesterov: bool = False, dtype: Any = None
 ) -> optax.GradientTransformationExtraArgs:
-    """`M ← β M + G,  step = M` (with `nesterov`: `β M + G`), in float32: `optax.trace` under a guard.
+    """`M ← β M + G,  step = M` (with `nesterov`: `β M + G`), in float32: `optax.trace` that may reject.
 
     Args:
       decay: `β`.
@@ -76,7 +76,7 @@ def heavy_ball(
         momentum = ahead(state.trace)
         trace = rounded(momentum, state.count) if is_rounded else momentum
         if context.accept is not None:
-            trace = context.accept.keep(trace, state.trace)
+            trace = context.accept.keep_if_rejected(trace, state.trace)
         if is_rounded:
             state = state._replace(count=optax.safe_increment(state.count))
         else:
@@ -88,7 +88,7 @@ def heavy_ball(
 
 
 def adam(b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8) -> optax.GradientTransformationExtraArgs:
-    """`optax.scale_by_adam` under a guard, with its state and defaults.
+    """`optax.scale_by_adam`, which may reject a step, with its state and defaults.
 
         M ← b1 M + (1 - b1) G,   V ← b2 V + (1 - b2) G²,   step = M/(1 - b1ᵗ) / (√(V/(1 - b2ᵗ)) + eps)
 
@@ -106,8 +106,10 @@ def adam(b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8) -> optax.GradientTrans
             lambda g, m: g.astype(jnp.promote_types(m.dtype, jnp.float32)), updates, state.mu
         )
         count = optax.safe_increment(state.count)
-        mu = accept.keep(optax.tree.update_moment(updates, state.mu, b1, 1), state.mu)
-        nu = accept.keep(optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2), state.nu)
+        mu = accept.keep_if_rejected(optax.tree.update_moment(updates, state.mu, b1, 1), state.mu)
+        nu = accept.keep_if_rejected(
+            optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2), state.nu
+        )
         means = optax.tree.bias_correction(mu, b1, count)
         squares = optax.tree.bias_correction(nu, b2, count)
         steps = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), means, squares)
@@ -117,7 +119,7 @@ def adam(b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8) -> optax.GradientTrans
 
 
 def average(decay: Any) -> optax.GradientTransformationExtraArgs:
-    """`M ← β M + (1 - β) G,  step = M`, in float32: `optax.ema` without bias correction, under a guard."""
+    """`M ← β M + (1 - β) G,  step = M`: `optax.ema` without bias correction, which may reject a step."""
     plain = optax.ema(decay, debias=False, accumulator_dtype=jnp.float32)
 
     def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
@@ -125,7 +127,7 @@ def average(decay: Any) -> optax.GradientTransformationExtraArgs:
         if (accept := context.accept) is None:
             return plain.update(updates, state, params)
         moment = optax.tree.update_moment(updates, state.ema, decay, 1)
-        ema = accept.keep(optax.tree.cast(moment, jnp.float32), state.ema)
+        ema = accept.keep_if_rejected(optax.tree.cast(moment, jnp.float32), state.ema)
         return ema, optax.EmaState(optax.safe_increment(state.count), ema)
 
     return optax.GradientTransformationExtraArgs(plain.init, update)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from .._core.checks import check_function
-from .._core.xla import map_in_turn
+from .._core.xla import map_sequentially
 from .._linalg.normalizers import Normalizer
 
 
@@ -32,7 +32,7 @@ def normalize_in_turn(method: Normalizer) -> optax.GradientTransformation:
 
     `sinkhorn` makes none, and would only have the leaf that waits copied.
     """
-    return _of_each(map_in_turn, method)
+    return _of_each(map_sequentially, method)
 
 
 def _of_each(mapped: Callable[..., Any], method: Normalizer) -> optax.GradientTransformation:

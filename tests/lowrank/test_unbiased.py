@@ -1,4 +1,4 @@
-"""The mean over draws of what the inner rule is fed, lifted back, is the gradient."""
+"""The mean over draws of the inner rule's input, lifted back, is the gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +134,7 @@ def test_slots_are_written_back_the_same_by_choice_and_in_turn(held):
     expected = leaf.reshape(6, 4, 5).copy()
     for block, slot in enumerate(held):
         expected[block] = values[slot] if slot >= 0 else expected[block]
-    for put in (slots._by_choice, slots._in_turn):
+    for put in (slots._by_choice, slots._sequentially):
         found = put(jnp.asarray(leaf), jnp.asarray(values), jnp.asarray(held))
         np.testing.assert_array_equal(found, np.float32(expected).reshape(leaf.shape))
 
