@@ -49,7 +49,7 @@ class MatrixContext:
       measurements: takes means of linear functions of a gradient that nobody forms; the leaves of the updates
         are then zeros. `None`: the updates are the gradient.
 
-    The table above shows who passes each field and who reads it.
+    The table of this module shows who passes each field and who reads it.
     """
 
     views: Any = None

@@ -76,7 +76,7 @@ def stream(key: UInt32[Array, "2"], period: Int[Array, ""], number: int | Int[Ar
 
 
 def streams(key: UInt32[Array, "2"], period: Int[Array, ""], count: int) -> Key[Array, "count"]:
-    """The keys of all places in one period, `stream(key, period, number)` at each."""
+    """The keys of `count` leaves in one period, `stream(key, period, leaf_index)` for each."""
     return jax.vmap(stream, in_axes=(None, None, 0))(key, period, jnp.arange(count))
 
 

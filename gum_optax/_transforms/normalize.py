@@ -27,7 +27,7 @@ def normalize(method: Normalizer) -> optax.GradientTransformation:
     return _of_each(jax.tree.map, method)
 
 
-def normalize_in_turn(method: Normalizer) -> optax.GradientTransformation:
+def normalize_sequentially(method: Normalizer) -> optax.GradientTransformation:
     """`normalize`, one leaf after the other: for a method that makes matrices on the way, to hold one leaf's.
 
     `sinkhorn` makes none, and would only have the leaf that waits copied.

@@ -128,7 +128,7 @@ def test_a_users_own_compensation_is_a_function_of_q(problem):
 
 
 @pytest.mark.parametrize("held", [(-1, 0, -1, 1, -1, 2), (2, -1, 1, 0, -1, -1), (-1,) * 6])
-def test_slots_are_written_back_the_same_by_choice_and_in_turn(held):
+def test_slots_are_written_back_the_same_by_choice_and_sequentially(held):
     rng = np.random.default_rng(0)
     leaf, values = rng.standard_normal((2, 3, 4, 5)), rng.standard_normal((3, 4, 5))
     expected = leaf.reshape(6, 4, 5).copy()
