@@ -112,7 +112,8 @@ from ._linalg.normalizers import whiten as whiten
 from ._linalg.polar import polar as polar
 from ._linalg.polar import polar_by_products as polar_by_products
 
-# Draws.
+# Draws, and what travels inside an update.
+from ._core.context import MatrixContext as MatrixContext
 from ._core.keys import draw as draw
 
 __version__ = "0.1.0"

@@ -1,5 +1,8 @@
 """A public name that has changed goes on for one version, with a warning that names the new one."""
 
+import chex
+import jax.numpy as jnp
+import optax
 import pytest
 
 import gum_optax as go
@@ -27,3 +30,16 @@ def test_no_alias_is_untested():
 def test_a_name_that_never_was_is_an_attribute_error():
     with pytest.raises(AttributeError, match=r"module 'gum_optax' has no attribute 'adam_rule'"):
         go.adam_rule  # noqa: B018
+
+
+def test_the_old_name_of_an_argument_is_the_new_one_and_says_so():
+    params = {"w": jnp.ones((4, 6))}
+    with pytest.warns(DeprecationWarning, match="argument carry is now on_refresh") as caught:
+        old = go.low_rank(optax.trace(0.9), 2, 1, carry=go.restart)
+    assert [warning.filename for warning in caught] == [__file__]
+    new = go.low_rank(optax.trace(0.9), 2, 1, on_refresh=go.restart)
+    found, expected = (tx.update(params, tx.update(params, tx.init(params))[1]) for tx in (old, new))
+    chex.assert_trees_all_equal(found, expected)
+    kept = go.low_rank(optax.trace(0.9), 2, 1)
+    other = kept.update(params, kept.update(params, kept.init(params))[1])
+    assert not jnp.array_equal(other[0]["w"], found[0]["w"])

@@ -70,17 +70,17 @@ def typed(data: UInt32[Array, "*keys 2"]) -> Key[Array, "*keys"]:
     return jax.random.wrap_key_data(data, impl=_IMPLEMENTATION)
 
 
-def stream(key: UInt32[Array, "2"], period: Int[Array, ""], place: int | Int[Array, ""]) -> PRNGKeyArray:
-    """The key of one place (a leaf or a group) in one period."""
-    return jax.random.fold_in(jax.random.fold_in(typed(key), period), place)
+def stream(key: UInt32[Array, "2"], period: Int[Array, ""], number: int | Int[Array, ""]) -> PRNGKeyArray:
+    """The key of one leaf, by its index, or of one group, by its checksum, in one period."""
+    return jax.random.fold_in(jax.random.fold_in(typed(key), period), number)
 
 
-def streams(key: UInt32[Array, "2"], period: Int[Array, ""], places: int) -> Key[Array, "places"]:
-    """The keys of all places in one period, `stream(key, period, place)` at each."""
-    return jax.vmap(stream, in_axes=(None, None, 0))(key, period, jnp.arange(places))
+def streams(key: UInt32[Array, "2"], period: Int[Array, ""], count: int) -> Key[Array, "count"]:
+    """The keys of `count` leaves in one period, `stream(key, period, leaf_index)` for each."""
+    return jax.vmap(stream, in_axes=(None, None, 0))(key, period, jnp.arange(count))
 
 
-def some(keys: Key[Array, "places"], chosen: Sequence[int]) -> Key[Array, "chosen"]:
+def some(keys: Key[Array, "count"], chosen: Sequence[int]) -> Key[Array, "chosen"]:
     """`keys[chosen]`, which `jax_debug_key_reuse` would take for a use of all of them."""
     return typed(jax.random.key_data(keys)[jnp.asarray(chosen)])
 
@@ -91,5 +91,5 @@ def draw(key: UInt32[Array, "2"], period: Int[Array, ""], group: str, blocks: in
     A pure function of its arguments: every process draws the same, and so does a resumed run.
     `group` names the draw; its checksum is stable where Python's `hash` is not.
     """
-    place = zlib.crc32(group.encode())
-    return jax.random.permutation(stream(key, period, place), blocks)[:k].astype(jnp.int32)
+    number = zlib.crc32(group.encode())
+    return jax.random.permutation(stream(key, period, number), blocks)[:k].astype(jnp.int32)

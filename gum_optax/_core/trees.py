@@ -1,4 +1,4 @@
-"""Trees with holes: a leaf that a rule does not see is an `optax.MaskedNode` in its place."""
+"""Trees with masked leaves: an `optax.MaskedNode` stands for a leaf that a rule does not see."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,19 +8,19 @@ import jax.numpy as jnp
 import optax
 
 
-def is_hole(x: Any) -> bool:
-    """Whether a leaf's place is empty."""
+def is_masked(x: Any) -> bool:
+    """Whether a leaf is masked."""
     return isinstance(x, optax.MaskedNode)
 
 
-def places_of(tree: Any) -> list[int]:
-    """The positions of a tree's leaves among all leaves, holes being places too."""
-    return [place for place, x in enumerate(flat(tree)) if not is_hole(x)]
+def leaf_indices_of(tree: Any) -> list[int]:
+    """The indices of a tree's leaves among all leaves, masked ones included."""
+    return [leaf_index for leaf_index, x in enumerate(flat(tree)) if not is_masked(x)]
 
 
 def flat(tree: Any) -> list[Any]:
-    """Leaves and holes."""
-    return jax.tree.leaves(tree, is_leaf=is_hole)
+    """Leaves, masked ones included."""
+    return jax.tree.leaves(tree, is_leaf=is_masked)
 
 
 def key_name(key: Any) -> Any:
@@ -38,7 +38,7 @@ def concrete(tree: Any) -> Any:
 
 
 def split(tree: Any, chosen: Sequence[bool]) -> tuple[Any, Any]:
-    """The chosen leaves and the others, each with holes where the other has leaves."""
+    """The chosen leaves and the others, each masked where the other has leaves."""
     leaves, treedef = jax.tree.flatten(tree)
     pairs = list(zip(leaves, chosen, strict=True))
     some = [leaf if yes else optax.MaskedNode() for leaf, yes in pairs]
@@ -48,11 +48,13 @@ def split(tree: Any, chosen: Sequence[bool]) -> tuple[Any, Any]:
 
 def merge(some: Any, rest: Any) -> Any:
     """The tree that `split` took apart."""
-    return jax.tree.map(lambda a, b: b if is_hole(a) else a, some, rest, is_leaf=is_hole)
+    return jax.tree.map(lambda a, b: b if is_masked(a) else a, some, rest, is_leaf=is_masked)
 
 
-def map_with_place(f: Callable[..., Any], tree: Any, *others: Any) -> Any:
+def map_with_leaf_index(f: Callable[..., Any], tree: Any, *others: Any) -> Any:
     """`jax.tree.map`, with the position of each leaf in the tree as the first argument."""
     leaves, treedef = jax.tree.flatten(tree)
     columns = [treedef.flatten_up_to(other) for other in others]
-    return treedef.unflatten([f(place, *row) for place, row in enumerate(zip(leaves, *columns, strict=True))])
+    return treedef.unflatten(
+        [f(leaf_index, *row) for leaf_index, row in enumerate(zip(leaves, *columns, strict=True))]
+    )

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from .._core.checks import check_function, check_integer
 from .._core.xla import always, in_one
 from .newton_schulz import Orthogonalizer, newton_schulz
-from .numerics import frobenius, inverse, norm
+from .numerics import frobenius, norm, safe_reciprocal
 from .polar import polar
 
 Normalizer = Callable[[Float[Array, "*b m n"]], Float[Array, "*b m n"]]
@@ -43,16 +43,16 @@ def sinkhorn(x: Float[Array, "*b m n"], rounds: int = 5, first: int = -1) -> Flo
 
     def scales(g):
         # Rows, then columns, by their largest entry: squares are then safe from 1e-30 to 1e30.
-        row_unit = inverse(jnp.max(jnp.abs(g), axis=first, keepdims=True))
-        column_unit = inverse(jnp.max(jnp.abs(g * row_unit), axis=second, keepdims=True))
+        row_unit = safe_reciprocal(jnp.max(jnp.abs(g), axis=first, keepdims=True))
+        column_unit = safe_reciprocal(jnp.max(jnp.abs(g * row_unit), axis=second, keepdims=True))
 
         def one_round(_, scales):
             _, column = scales
             # Each sum has its own factors: one that both shared would be written out at the matrix's size.
             squares = jnp.sum(jnp.square(g * column * row_unit), axis=first, keepdims=True)
-            row = row_unit * (sizes[0] * inverse(jnp.sqrt(squares)))
+            row = row_unit * (sizes[0] * safe_reciprocal(jnp.sqrt(squares)))
             squares = jnp.sum(jnp.square(g * row * column_unit), axis=second, keepdims=True)
-            return row, column_unit * (sizes[1] * inverse(jnp.sqrt(squares)))
+            return row, column_unit * (sizes[1] * safe_reciprocal(jnp.sqrt(squares)))
 
         # A loop: unrolled, XLA would share more between the sums.
         return jax.lax.fori_loop(0, rounds, one_round, (row_unit, jnp.ones_like(column_unit)))
@@ -70,18 +70,18 @@ def standardize_rows(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
     """
     g = x.astype(jnp.float32)
     largest = jnp.max(jnp.abs(g), axis=-1, keepdims=True)
-    g = g * inverse(largest)
+    g = g * safe_reciprocal(largest)
     centred = g - jnp.mean(g, axis=-1, keepdims=True)
     deviation = jnp.sqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True))
     # A constant row leaves the rounding of its mean, which is no signal.
     deviation = jnp.where(deviation > 4 * jnp.finfo(jnp.float32).eps, deviation, 0)
-    return (centred * inverse(deviation)).astype(x.dtype)
+    return (centred * safe_reciprocal(deviation)).astype(x.dtype)
 
 
 def _unit_rms(x: Float[Array, "*b m n"], axis: int | tuple[int, ...]) -> Float[Array, "*b m n"]:
     """Over `axis` to root mean square one; zeros stay zero."""
     size = math.prod(x.shape[i] for i in np.atleast_1d(axis))
-    return (x.astype(jnp.float32) * (inverse(norm(x, axis)) * size**0.5)).astype(x.dtype)
+    return (x.astype(jnp.float32) * (safe_reciprocal(norm(x, axis)) * size**0.5)).astype(x.dtype)
 
 
 def unit_rows(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
@@ -105,7 +105,7 @@ def whiten(x: Float[Array, "*b m n"], method: Orthogonalizer = polar) -> Float[A
     (Ma et al., SWAN, arXiv 2412.13148, GradWhitening.)
     """
     o = method(x)
-    return (o.astype(jnp.float32) * (frobenius(x) * inverse(frobenius(o)))).astype(x.dtype)
+    return (o.astype(jnp.float32) * (frobenius(x) * safe_reciprocal(frobenius(o)))).astype(x.dtype)
 
 
 def spectral_lmo(x: Float[Array, "*b m n"], method: Orthogonalizer = newton_schulz) -> Float[Array, "*b m n"]:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 LARGEST = 1e15
 
 
-def inverse(x: Float[Array, "..."]) -> Float[Array, "..."]:
+def safe_reciprocal(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """`1 / x` of non-negative numbers, and zero for zero: what is zero stays zero.
 
     So is what is below the normal numbers: its inverse would overflow.

@@ -1,4 +1,4 @@
-"""Subspace finders."""
+"""Subspace finders, each with its linear form if it has one."""
 
 import functools
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._core.measurements import MeanOf
 from .._core.xla import one_by_one_on_cpu
-from .._linalg.numerics import exact_matmul, frobenius, inverse
+from .._linalg.numerics import exact_matmul, frobenius, safe_reciprocal
 from .._linalg.orthonormal import (
     orthonormal_or,
     orthonormalize,
@@ -24,12 +24,13 @@ SubspaceFinder = Callable[
     [PRNGKeyArray, Float[Array, "*b m n"], Float[Array, "*b m r"]], Float[Array, "*b m r"]
 ]
 
-# The same finder for all leaves at once: (mean_of, keys, previous, ...) -> projectors, a list each.
+# A finder for all leaves at once, which reads the gradients by means of linear functions only:
+# (mean_of, keys, previous, ...) -> projectors; keys, previous and projectors are lists.
 LinearForm = Callable[..., Any]
 
 
 def with_linear_form(form: LinearForm) -> Callable[[Any], Any]:
-    """Marks a finder that sees the gradient through linear functions only, and says how."""
+    """Attaches a linear form to a finder, which then never needs the gradient itself."""
 
     def mark(find):
         find.linear_form = form
@@ -39,8 +40,11 @@ def with_linear_form(form: LinearForm) -> Callable[[Any], Any]:
 
 
 def linear_form(find: SubspaceFinder) -> functools.partial[Any]:
-    """How a finder, which may be a `functools.partial`, sees the gradient: as it says, or all of it."""
-    bound = functools.partial(find)  # takes a partial apart
+    """The linear form of a finder, which may be a `functools.partial`.
+
+    The form of a finder without one takes the mean of the gradient itself.
+    """
+    bound = functools.partial(find)  # its `func` is no partial, even if `find` is
 
     def of_the_whole(mean_of, keys, previous, **keywords):
         return [
@@ -53,9 +57,9 @@ def linear_form(find: SubspaceFinder) -> functools.partial[Any]:
 
 # Power steps by default (Halko et al., arXiv 0909.4061, section 4.5: one or two).
 ITERATIONS = 2
-# The same of a sketch, which bounds nothing for sure: `G S` may cancel `δ P`. Of gradients of half the rank,
-# at `r = m - 1`, one in a thousand gives a condition of 100/δ (measured), still in reach of the passes; where
-# they fail, columns are no unit vectors, and the previous subspace is the start.
+# `δ` for a sketch, where it bounds no condition for sure: `G S` may cancel `δ P`. Of gradients of half the
+# rank, at `r = m - 1`, one in a thousand gives a condition of 100/δ (measured), which the passes still
+# orthonormalize. Where they fail, columns are no unit vectors, and the previous subspace is the start.
 _FLOOR_OF_A_SKETCH = 1e-2
 
 
@@ -64,11 +68,11 @@ def svd_subspace(
 ) -> Float[Array, "*b m r"]:
     """The top `r` left singular vectors of the gradient: `P = U[:, :r]`, `G = U Σ Vᵀ`.
 
-    Exact, and slow: its cost grows with `m² n`, whatever the rank.
+    It is exact and slow: its cost grows with `m² n`, whatever the rank.
     (GaLore, arXiv 2403.03507, Algorithm 2; GUM, arXiv 2510.17802, Algorithm 2.)
     """
     del key
-    # More columns than `min(m, n)` can only be completed from the null space.
+    # Columns beyond `min(m, n)` can only come from the null space.
     complete = previous.shape[-1] > gradient.shape[-1]
 
     def top(g):
@@ -78,18 +82,18 @@ def svd_subspace(
 
 
 def _of(gradient: Any, f: Callable[..., Any], *operands: Any) -> Any:
-    """The mean over one gradient."""
+    """The `mean_of` of a single gradient."""
     return f(gradient, *operands)
 
 
 def power_steps(mean_of: MeanOf, keys: Any, p: Any, iterations: Any = ITERATIONS) -> Any:
-    """`subspace_iteration` of all leaves that share their means. `iterations` may be traced."""
+    """`subspace_iteration` of all leaves, which share their means. `iterations` may be traced."""
     del keys
 
     def replaced(p, y):
         y = y.astype(p.dtype)
         squares = jnp.sum(y * y, axis=(-2, -1), keepdims=True)
-        return orthonormalize(regularized(y * inverse(jnp.sqrt(squares)), p))
+        return orthonormalize(regularized(y * safe_reciprocal(jnp.sqrt(squares)), p))
 
     def step(_, p):
         return jax.tree.map(replaced, p, _power_step(mean_of, p))
@@ -117,32 +121,35 @@ def subspace_iteration(
       key: unused.
       gradient: `(*, m, n)`.
       previous: `(*, m, r)`, orthonormal columns, the start.
-      iterations: power steps; one follows a slowly moving subspace, from nothing it takes two or three.
+      iterations: power steps. One step follows a slowly moving subspace; a random start takes two or three.
     """
     return power_steps(functools.partial(_of, gradient), key, previous, iterations)
 
 
 def _power_step(mean_of: MeanOf, p: Any) -> Any:
-    """`G GᵀP` of some scale, of norm at least `1/√r`; zero where that is zero."""
+    """`G GᵀP` up to a positive scale, of norm at least `1/√r`; zero where `G GᵀP` is zero."""
     coordinates = mean_of(lambda g, p: jax.tree.map(project, p, g), p)
-    # Scales are divided out on the small side: G itself is read twice and never copied.
-    by = jax.tree.map(lambda c: inverse(jnp.max(jnp.abs(c), axis=(-2, -1), keepdims=True)), coordinates)
+    # The scale is divided out of the small factor, so that `G` is read twice and never copied.
+    by = jax.tree.map(
+        lambda c: safe_reciprocal(jnp.max(jnp.abs(c), axis=(-2, -1), keepdims=True)), coordinates
+    )
     small = jax.tree.map(jnp.multiply, coordinates, by)
     y = mean_of(lambda g, c: jax.tree.map(lambda g, c: g @ c.mT, g, c), small)
-    # `Pᵀ Y` has a trace of at least one now, so that nothing underflows.
+    # `Pᵀ Y` has a trace of at least one, so that nothing underflows.
     return jax.tree.map(jnp.multiply, y, by)
 
 
 def _to_norm_one(x: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:
-    return x * inverse(frobenius(x))
+    return x * safe_reciprocal(frobenius(x))
 
 
 def _from_sketch(mean_of: MeanOf, keys: Any, p: Any, iterations: int = 1) -> Any:
-    """`sketched_subspace` of all leaves that share their means."""
+    """`sketched_subspace` of all leaves, which share their means."""
 
     def sketch(key, p, g):
         s = count_sketch(key, g.shape[-1], p.shape[-1])
-        # One a block: for one that all share, a CPU copies a leaf that is stored the other way round.
+        # A sketch for each block: for one that all blocks share, a CPU would copy a leaf that is stored
+        # transposed.
         return g @ jnp.broadcast_to(s, (*g.shape[:-2], *s.shape))
 
     def start(p, y):
@@ -159,18 +166,18 @@ def sketched_subspace(
     previous: Float[Array, "*b m r"],
     iterations: int = 1,
 ) -> Float[Array, "*b m r"]:
-    """Power steps from a sketch of the gradient: nearly the top `r` left singular vectors, from nothing.
+    """Power steps from a sketch of the gradient: nearly the top `r` left singular vectors, from no start.
 
         S: n × r, each row has one entry, a random sign, in a random column
         P ← orthonormalize(G S / |G S| + δ P),  δ = 1e-2,   then `iterations` steps of `subspace_iteration`
 
-    A sketch is half a power step, and knows the gradient where a random subspace does not. A zero gradient
-    returns the previous subspace.
+    A sketch costs half a power step, and depends on the gradient where a random subspace does not. A zero
+    gradient returns the previous subspace.
 
     Args:
       key: of `S`, the same for all blocks of a leaf.
       gradient: `(*, m, n)`.
-      previous: `(*, m, r)`, orthonormal columns; only what the gradient does not fill is taken from it.
+      previous: `(*, m, r)`, orthonormal columns, which fill up what the gradient leaves open.
       iterations: power steps after the sketch.
 
     References:
@@ -180,11 +187,11 @@ def sketched_subspace(
 
 
 def count_sketch(key: PRNGKeyArray, n: int, r: int) -> Float[Array, "n r"]:
-    """`S` with `E[S Sᵀ] = I`: adds each column of a matrix to one of `r`, or takes it from that."""
-    # One draw: `r` places to add at, `r` to take from. The same with 64 bits as without.
+    """`S` with `E[S Sᵀ] = I`: adds each column of a matrix to one of `r` columns, or subtracts it."""
+    # One draw decides the column and the sign. It is the same with 64 bits as without.
     drawn = jax.random.randint(key, (n, 1), 0, 2 * r, jnp.int32)
-    places = jnp.arange(r)[None]
-    return (drawn == places).astype(jnp.float32) - (drawn == r + places).astype(jnp.float32)
+    columns = jnp.arange(r)[None]
+    return (drawn == columns).astype(jnp.float32) - (drawn == r + columns).astype(jnp.float32)
 
 
 def randomized_svd(
@@ -194,7 +201,7 @@ def randomized_svd(
     oversampling: int = 8,
     power_iterations: int = 2,
 ) -> Float[Array, "*b m r"]:
-    """The top `r` left singular vectors, found afresh from a random subspace that is a little larger.
+    """The top `r` left singular vectors, from a random subspace that is a little larger.
 
         Q uniform, r + oversampling columns;   repeat:   Q ← orthonormalize(G GᵀQ / |G GᵀQ| + δ Q)
         P = Q V[:, :r],   V the eigenvectors of (QᵀG)(QᵀG)ᵀ
@@ -224,7 +231,7 @@ def _random(mean_of: MeanOf, keys: Any, p: Any) -> Any:
 def random_subspace(
     key: PRNGKeyArray, gradient: Float[Array, "*b m n"], previous: Float[Array, "*b m r"]
 ) -> Float[Array, "*b m r"]:
-    """A subspace drawn uniformly (Haar) whatever the gradient: `P` of a Gaussian's `P R`.
+    """A subspace drawn uniformly (Haar), whatever the gradient: the `P` of a Gaussian's `P R`.
 
     `E[P Pᵀ] = (r/m) I`, so a projection on it is unbiased up to that factor.
     (GoLore, arXiv 2410.11289; Flora, arXiv 2402.03293.)
@@ -234,5 +241,5 @@ def random_subspace(
 
 
 def first_subspace(key: PRNGKeyArray, g: Float[Array, "*b m n"], rank: int) -> Float[Array, "*b m r"]:
-    """A random one to start from, sharded as the rows of `g`."""
+    """A random subspace to start from, sharded as the rows of `g`."""
     return placed(random_subspace(key, g, jnp.zeros((*g.shape[:-1], rank))), g, -2, rank)

@@ -1,32 +1,34 @@
 """A rule run on the coordinates of the gradient in a slowly changing subspace."""
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from .._core.acceptance import Acceptance
 from .._core.checks import check_function, check_integer, check_matrix_leaf, check_rule
-from .._core.guard import Guard
+from .._core.context import NO_CONTEXT, MatrixContext
 from .._core.keys import check_key, key_data, stream, streams
-from .._core.measurements import Sketches
-from .._core.trees import map_with_place, merge, places_of, split
-from .._linalg.numerics import inverse
+from .._core.measurements import Measurements
+from .._core.trees import leaf_indices_of, map_with_leaf_index, merge, split
 from .._matrices.listening import listener
 from .._matrices.view import View, views_beside
 from .._mesh.explicit import zeros
 from .finders import SubspaceFinder, first_subspace
-from .gradient import Energy, Held, Sketched
-from .on_refresh import FOLLOWING, Carry, keep
-from .residuals import Residual, Told, drop, stepping
+from .gradient import DenseGradient, Energy, ProjectedGradient, captured_share
+from .on_refresh import FOLLOWING, OnRefresh, keep
+from .plan import LowRankStep, Plan
+from .residuals import Residual, drop, lift_with
 from .switch import track_subspace
 
 
 class LowRankState(NamedTuple):
-    """State of `low_rank`; trees have holes (`optax.MaskedNode`) where a leaf is not projected."""
+    """State of `low_rank`; a leaf that is not projected is masked (`optax.MaskedNode`)."""
 
     count: Int[Array, ""]  # steps taken  # pyright: ignore[reportIncompatibleMethodOverride]
     refreshes: Int[Array, ""]  # subspaces found
@@ -36,16 +38,10 @@ class LowRankState(NamedTuple):
     projectors: Any  # a leaf (*, m, r) float32, orthonormal columns
     low: Any  # state of `inner` over (*, r, n) leaves
     full: Any  # state of `inner` over the unprojected leaves (*, m, n)
-    outside: Any  # state of what becomes of the rest: of `residual`, where it is a rule; GUM's slots
+    outside: Any  # state of the lift: of `residual`, if it is a rule; GUM's slots
 
 
-def _captured(energies: Sequence[Energy]) -> Float[Array, ""]:
-    """`Σ|PᵀG|² / Σ|G|²`, zero for zero gradients."""
-    if not energies:
-        return jnp.zeros((), jnp.float32)
-    scale, inside, whole = (jnp.stack(x) for x in zip(*energies, strict=True))
-    share = jnp.square(scale * inverse(scale.max()))
-    return share @ inside * inverse(share @ whole)
+_CARRY = "low_rank's argument carry is now on_refresh; the old name goes with the next version."
 
 
 def low_rank(
@@ -54,29 +50,32 @@ def low_rank(
     period: int,
     *,
     find_subspace: SubspaceFinder = track_subspace,
-    carry: Carry = keep,
+    on_refresh: OnRefresh = keep,
     residual: Residual = drop,
     key: int | jax.Array = 0,
+    carry: OnRefresh | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Run `inner` on the coordinates of the gradient in a slowly changing subspace.
 
-        R = Pᵀ G,   S = inner(R),   step = P S  (+ residual),   P found anew every `period` steps
+        R = Pᵀ G,   S = inner(R),   step = P S  (+ residual),   a new P every `period` steps
 
-    A block with `min(m, n) <= rank` is not projected: `inner` runs on the full matrix and is never carried.
+    A block with `min(m, n) <= rank` is not projected: `inner` runs on the full matrix, and a
+    refresh leaves its state as it is.
 
     Args:
-      inner: the rule in the subspace, e.g. `optax.chain(optax.trace(0.95), orthogonalize())`. It is
-        given no parameters: they live in the full space.
+      inner: the rule in the subspace, e.g. `optax.chain(optax.trace(0.95), orthogonalize())`. It sees no
+        parameters, because they live in the full space.
       rank: `r`, columns of the projector.
       period: `K`, steps between refreshes; the first step refreshes.
       find_subspace: `track_subspace`, `svd_subspace`, `random_subspace`, or any function
         `(key, gradient, previous) -> projector` with orthonormal columns; `switch_subspace` changes
         between two.
-      carry: what happens to inner's state at a refresh: `keep`, `rotate` or `restart`.
+      on_refresh: what happens to inner's state at a refresh: `keep`, `rotate` or `restart`.
       residual: what happens to the gradient outside the subspace: `drop`, `add_raw`, or any rule, whose
-        step from `G - P R` is added: `normalize(jnp.sign)` is FRUGAL's, for instance. It is passed
+        step from `G - P R` is added: `normalize(jnp.sign)` is FRUGAL's, for instance. A rule receives
         `coordinates` (R) and `steps` (S) as extra arguments.
       key: an integer seed or a JAX key, for finders that draw.
+      carry: the old name of `on_refresh`, deprecated.
 
     Returns:
       A transformation over trees of `(*, m, n)` leaves, the side of size `m` projected, with state
@@ -92,139 +91,199 @@ def low_rank(
     rank = check_integer("rank", rank, at_least=1)
     period = check_integer("period", period, at_least=1)
     check_function("find_subspace", find_subspace, "gum_optax.svd_subspace")
-    check_function("carry", carry, "gum_optax.keep")
+    if carry is not None:
+        warnings.warn(_CARRY, DeprecationWarning, stacklevel=2)
+        on_refresh = carry
+    check_function("on_refresh", on_refresh, "gum_optax.keep")
     check_key(key)
-    subspace = Subspace(rank, period, find_subspace, carry, key)
-    return in_subspace(inner, subspace, stepping(residual), lambda shape: min(shape) > rank)
+    subspace = Subspace(rank, period, find_subspace, on_refresh, key)
+    lift = lift_with(residual)
+
+    def plan_for(tree):
+        is_projected = [min(leaf.shape[-2:]) > rank for leaf in jax.tree.leaves(tree)]
+        return Plan(is_projected, None, lift)
+
+    return in_subspace(inner, subspace, plan_for)
 
 
 class Subspace(NamedTuple):
-    """The arguments of `low_rank` that say where the subspace comes from, checked."""
+    """The checked arguments of `low_rank` that say where the subspace comes from."""
 
     rank: int
     period: int
     find: SubspaceFinder
-    carry: Carry
+    on_refresh: OnRefresh
     key: Any
 
 
 def in_subspace(
-    inner: optax.GradientTransformationExtraArgs,
-    subspace: Subspace,
-    step_from: optax.GradientTransformationExtraArgs,
-    is_projected: Callable[[tuple[int, int]], bool],
+    inner: optax.GradientTransformationExtraArgs, subspace: Subspace, plan_for: Callable[[Any], Plan]
 ) -> optax.GradientTransformationExtraArgs:
-    """`low_rank` with any way of making the full-size step, and any choice of shapes that are projected.
+    """Runs a rule in a subspace by a plan: GaLore's and GUM's plans differ, their update is this one.
 
     Args:
       inner: the rule in the subspace.
-      subspace: where it comes from.
-      step_from: from gradients to steps; its `update` takes `told`, a `Told`, besides.
-      is_projected: of the shape `(m, n)` of a leaf's blocks.
+      subspace: where the subspace comes from.
+      plan_for: a function from a tree to its plan.
     """
-    _, period, find_subspace, carry, _ = subspace
-
-    def split_by_shape(tree):
-        return split(tree, [is_projected(leaf.shape[-2:]) for leaf in jax.tree.leaves(tree)])
 
     def init(params):
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
             check_matrix_leaf(path, leaf)
-        return _initial(inner, subspace, step_from, *split_by_shape(params))
+        return _initial(inner, subspace, plan_for(params), params)
 
-    def update(
-        updates, state, params=None, *, views=None, guard: Guard | None = None, sketches=None, **extra_args
-    ):
+    def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
         del params
-        extra_args |= {"guard": guard}
-        low, full = split_by_shape(updates)
-        leaves, treedef = jax.tree.flatten(low)
-        views, _ = split_by_shape(views_beside(updates, views))
-        gradient = _gradient(low, jax.tree.leaves(views), sketches)
-        due = jax.lax.rem(state.count, jnp.asarray(period, state.count.dtype)) == 0
-        accepted = [jnp.asarray(True)] * len(leaves)
-        if guard is not None:
-            due, accepted = guard.due(due), guard.accepted(low)
-        keys = streams(state.key, state.count // period, len(leaves))
-        seen = gradient.seen(
-            find_subspace, due, accepted, state.count, keys, jax.tree.leaves(state.projectors)
+        plan, accept = plan_for(updates), context.accept
+        low, full = split(updates, plan.is_projected)
+        views, _ = split(views_beside(updates, context.views), plan.is_projected)
+        extra_args |= {"context": MatrixContext(accept=accept)}
+        gradient = _gradient(low, jax.tree.leaves(views), context.measurements)
+        is_refresh = _is_refresh(state.count, subspace.period, accept)
+        projections = _refresh_and_project(gradient, subspace, state, is_refresh, low, accept)  # P, R = PᵀG
+        low_state = _on_refresh(inner, subspace, state.low, projections, is_refresh, accept)
+        coordinates = _times(plan.weights, projections.coordinates)
+        steps, low_state = inner.update(coordinates, low_state, None, **extra_args)  # S
+        steps, energies = _measured_before(steps, projections.energies)
+        step = LowRankStep(
+            low,
+            projections.projectors,
+            projections.coordinates,
+            steps,
+            gradient,
+            views,
+            is_refresh,
+            state.count,
+            state.key,
         )
-        projectors, rotation, coordinates = (treedef.unflatten([x[i] for x in seen]) for i in range(3))
-        if guard is not None:
-            guard.as_kept(projectors)
-        zeros_like_them = optax.tree.zeros_like(coordinates)
-        inner_state = carry(inner, state.low, zeros_like_them, rotation, due)
-        if guard is not None and carry not in FOLLOWING:
-            inner_state = guard.carried(inner, inner_state, state.low, zeros_like_them)
-        steps, inner_state = inner.update(coordinates, inner_state, None, **extra_args)
-        # Measured before the steps are used: put off to the end, it would keep every leaf's coordinates.
-        energies = [x.energy for x in seen]
-        rows = zip(jax.tree.leaves(steps), energies, strict=True)
-        rows = [jax.lax.optimization_barrier(row) for row in rows]
-        steps = treedef.unflatten([step for step, _ in rows])
-        told = Told(projectors, coordinates, steps, gradient, views, due, state.count, state.key)
-        steps, outside_state = step_from.update(low, state.outside, None, **extra_args | {"told": told})
+        lifted, outside_state = plan.lift.update(step, state.outside, **extra_args)  # P S + the rest
         full_steps, full_state = inner.update(as_float32(full), state.full, None, **extra_args)
         new_state = LowRankState(
             count=jnp.asarray(optax.safe_increment(state.count)),
-            refreshes=state.refreshes + due,
+            refreshes=state.refreshes + is_refresh,
             period=state.period,
             key=state.key,
-            captured=_captured([energy for _, energy in rows]),
-            projectors=projectors,
-            low=inner_state,
+            captured=captured_share(energies),
+            projectors=projections.projectors,
+            low=low_state,
             full=full_state,
             outside=outside_state,
         )
-        return merge(steps, full_steps), new_state
+        return merge(lifted, full_steps), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _initial(
-    inner: optax.GradientTransformationExtraArgs,
-    subspace: Subspace,
-    step_from: optax.GradientTransformationExtraArgs,
-    low: Any,
-    full: Any,
+    inner: optax.GradientTransformationExtraArgs, subspace: Subspace, plan: Plan, params: optax.Params
 ) -> LowRankState:
-    """The state before the first step, which finds a subspace in place of the random one here."""
+    """The state before the first step. Its random subspace only gives the first refresh a start."""
+    low, full = split(params, plan.is_projected)
     data = key_data(subspace.key)
     if (heard := listener()) is not None:
         heard.ranks.append(subspace.rank)
 
-    def start(place, g):
-        return first_subspace(stream(data, jnp.int32(0), place), g, subspace.rank)
+    def start(leaf_index, g):
+        return first_subspace(stream(data, jnp.int32(0), leaf_index), g, subspace.rank)
 
     coordinates = jax.tree.map(lambda g: zeros(g, subspace.rank, -1), low)
     inner_state = inner.init(coordinates)
-    # A carry that does not fit inner says so here, and not at the first refresh.
+    # A function that does not fit inner fails here, and not at the first refresh.
     rotation = jax.tree.map(lambda r: zeros(r, subspace.rank, subspace.rank), coordinates)
-    carried = functools.partial(subspace.carry, inner)
-    jax.eval_shape(carried, inner_state, coordinates, rotation, True)
+    refreshed = functools.partial(subspace.on_refresh, inner)
+    jax.eval_shape(refreshed, inner_state, coordinates, rotation, True)
     return LowRankState(
         count=jnp.zeros((), jnp.int32),
         refreshes=jnp.zeros((), jnp.int32),
         period=jnp.asarray(subspace.period, jnp.int32),
         key=data,
         captured=jnp.zeros((), jnp.float32),
-        projectors=map_with_place(start, low),
+        projectors=map_with_leaf_index(start, low),
         low=inner_state,
         full=inner.init(float32_zeros(full)),
-        outside=step_from.init(float32_zeros(low)),
+        outside=plan.lift.init(float32_zeros(low)),
     )
 
 
-def _gradient(low: Any, views: Sequence[View], sketches: Sketches | None) -> Held | Sketched:
-    """Of the projected leaves, from their updates or in place of them."""
-    if sketches is not None:
-        return Sketched(sketches, places_of(low), views)
+def _gradient(
+    low: Any, views: Sequence[View], measurements: Measurements | None
+) -> DenseGradient | ProjectedGradient:
+    """The gradient of the projected leaves: their updates as they are stored, or measurements."""
+    if measurements is not None:
+        return ProjectedGradient(measurements, leaf_indices_of(low), views)
     leaves = jax.tree.leaves(low)
-    return Held([view.back(g) for g, view in zip(leaves, views, strict=True)], views)
+    return DenseGradient([view.back(g) for g, view in zip(leaves, views, strict=True)], views)
+
+
+def _is_refresh(count: Int[Array, ""], period: int, accept: Acceptance | None) -> Bool[Array, ""]:
+    """Whether this step begins a period."""
+    begins = jax.lax.rem(count, jnp.asarray(period, count.dtype)) == 0
+    return begins if accept is None else accept.allow_refresh(begins)
+
+
+class _Projections(NamedTuple):
+    """The projections of all projected leaves, each field as a tree."""
+
+    projectors: Any  # P
+    rotations: Any  # from the previous projectors
+    coordinates: Any  # R = PᵀG
+    energies: list[Energy]  # of each leaf
+
+
+def _refresh_and_project(
+    gradient: DenseGradient | ProjectedGradient,
+    subspace: Subspace,
+    state: LowRankState,
+    is_refresh: Bool[Array, ""],
+    low: optax.Updates,
+    accept: Acceptance | None,
+) -> _Projections:
+    """The projections of this step, on new projectors at a refresh."""
+    leaves, treedef = jax.tree.flatten(low)
+    accepted = [jnp.asarray(True)] * len(leaves) if accept is None else accept.of_leaves(low)
+    keys = streams(state.key, state.count // subspace.period, len(leaves))
+    rows = gradient.refresh_and_project(
+        subspace.find, is_refresh, accepted, state.count, keys, jax.tree.leaves(state.projectors)
+    )
+    projectors, rotations, coordinates = (treedef.unflatten([row[i] for row in rows]) for i in range(3))
+    if accept is not None:
+        accept.mark_kept(projectors)
+    return _Projections(projectors, rotations, coordinates, [row.energy for row in rows])
+
+
+def _on_refresh(
+    inner: optax.GradientTransformationExtraArgs,
+    subspace: Subspace,
+    state: optax.OptState,
+    projections: _Projections,
+    is_refresh: Bool[Array, ""],
+    accept: Acceptance | None,
+) -> optax.OptState:
+    """The state of `inner` for the subspace of this step."""
+    like = optax.tree.zeros_like(projections.coordinates)
+    new = subspace.on_refresh(inner, state, like, projections.rotations, is_refresh)
+    if accept is None or subspace.on_refresh in FOLLOWING:
+        return new
+    return accept.keep_refreshed_if_rejected(inner, new, state, like)
+
+
+def _times(weights: Sequence[float] | None, tree: optax.Updates) -> optax.Updates:
+    """The leaves, each times its weight."""
+    if weights is None:
+        return tree
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef.unflatten([w * x for w, x in zip(weights, leaves, strict=True)])
+
+
+def _measured_before(steps: Any, energies: Sequence[Energy]) -> tuple[Any, list[Energy]]:
+    """Steps that wait for the energies: energies measured at the end would keep every leaf's coordinates."""
+    leaves, treedef = jax.tree.flatten(steps)
+    rows = [jax.lax.optimization_barrier(row) for row in zip(leaves, energies, strict=True)]
+    return treedef.unflatten([step for step, _ in rows]), [energy for _, energy in rows]
 
 
 def float32_zeros(tree: Any) -> Any:
-    """What `inner.init` sees of unprojected leaves: its accumulators are float32 whatever the model is."""
+    """What `inner.init` sees of unprojected leaves: its accumulators are float32, whatever the model is."""
     return jax.tree.map(lambda g: jnp.zeros_like(g, jnp.float32), tree)
 
 

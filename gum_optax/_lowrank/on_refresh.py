@@ -11,38 +11,40 @@ from jaxtyping import Array, Bool, Float
 
 from .._linalg.numerics import exact_matmul
 
-# Carries: (inner, its state, zeros like the coordinates, rotation P_newᵀ P_old, whether the period is new)
-# -> its state for the subspace of this step.
-Carry = Callable[[Any, Any, Any, Any, Any], Any]
+# `(inner, its state, zeros like the coordinates, rotation P_newᵀ P_old, whether this step is a refresh)
+# -> its state for the subspace of this step`.
+OnRefresh = Callable[[Any, Any, Any, Any, Any], Any]
 
 
-def keep(inner: Any, state: Any, coordinates: Any, rotation: Any, due: Any) -> Any:
-    """The state stays as it is: coordinates in the old subspace are read as ones in the new (GaLore)."""
-    del inner, coordinates, rotation, due
+def keep(inner: Any, state: Any, coordinates: Any, rotation: Any, is_refresh: Any) -> Any:
+    """The state stays: coordinates in the old subspace count as coordinates in the new one (GaLore)."""
+    del inner, coordinates, rotation, is_refresh
     return state
 
 
 def _rotated(
-    due: Bool[Array, ""], rotation: Float[Array, "*b r r"], m: Float[Array, "*b r n"]
+    is_refresh: Bool[Array, ""], rotation: Float[Array, "*b r r"], m: Float[Array, "*b r n"]
 ) -> Float[Array, "*b r n"]:
-    return jax.lax.cond(due, lambda q, m: exact_matmul(q, m).astype(m.dtype), lambda q, m: m, rotation, m)
+    return jax.lax.cond(
+        is_refresh, lambda q, m: exact_matmul(q, m).astype(m.dtype), lambda q, m: m, rotation, m
+    )
 
 
-def rotate(inner: Any, state: Any, coordinates: Any, rotation: Any, due: Any) -> Any:
+def rotate(inner: Any, state: Any, coordinates: Any, rotation: Any, is_refresh: Any) -> Any:
     """Every accumulator follows the subspace: `M ← (P_newᵀ P_old) M` (SUMO).
 
-    Right for what is linear in the gradient, such as `optax.trace`; a second moment is not. Leaves of
-    inner's state that do not have the coordinates' shape, such as norms, stay as they are.
+    This is right for accumulators that are linear in the gradient, such as that of `optax.trace`; a second
+    moment is not linear. Leaves of inner's state without the coordinates' shape, such as norms, stay.
     """
 
     def follow(m, q, r):
-        return _rotated(due, q, m) if m.shape == r.shape else m
+        return _rotated(is_refresh, q, m) if m.shape == r.shape else m
 
     return optax.tree.map_params(inner, follow, state, rotation, coordinates)
 
 
-def rotate_first_moment(inner: Any, state: Any, coordinates: Any, rotation: Any, due: Any) -> Any:
-    """Adam's mean follows the subspace, `M ← (P_newᵀ P_old) M`; its squares stay as they are (GoLore).
+def rotate_first_moment(inner: Any, state: Any, coordinates: Any, rotation: Any, is_refresh: Any) -> Any:
+    """Adam's mean follows the subspace, `M ← (P_newᵀ P_old) M`; its squares stay (GoLore).
 
     For an inner rule whose state has one field `mu`, as those of `optax.scale_by_adam` and its kin.
 
@@ -62,15 +64,17 @@ def rotate_first_moment(inner: Any, state: Any, coordinates: Any, rotation: Any,
         raise ValueError(
             f"rotate_first_moment needs a state with a field mu, got {type(state).__name__}; use rotate."
         )
-    return optax.tree.set(state, is_field, mu=jax.tree.map(functools.partial(_rotated, due), rotation, mean))
+    return optax.tree.set(
+        state, is_field, mu=jax.tree.map(functools.partial(_rotated, is_refresh), rotation, mean)
+    )
 
 
-# These leave alone what a leaf has whose subspace has not changed.
+# These functions do not change the state of a leaf whose subspace has not changed.
 FOLLOWING = (keep, rotate, rotate_first_moment)
 
 
-def restart(inner: Any, state: Any, coordinates: Any, rotation: Any, due: Any) -> Any:
+def restart(inner: Any, state: Any, coordinates: Any, rotation: Any, is_refresh: Any) -> Any:
     """The state starts again from `inner.init` (GUM)."""
     del rotation
-    # A choice entry by entry, which XLA makes where it next reads the state; a branch would copy it.
-    return jax.tree.map(lambda new, old: jnp.where(due, new, old), inner.init(coordinates), state)
+    # XLA makes a choice entry by entry where it next reads the state; a branch would copy the state.
+    return jax.tree.map(lambda new, old: jnp.where(is_refresh, new, old), inner.init(coordinates), state)

@@ -1,4 +1,4 @@
-"""Project before the reduce: an update from means of linear functions of the gradient."""
+"""Projects gradients before they are averaged: an update from means of linear functions of the gradient."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from .._core.checks import check_rule
-from .._core.measurements import Answering, Asking
-from .._core.trees import flat, is_hole
+from .._core.context import MatrixContext
+from .._core.measurements import Record, Replay
+from .._core.trees import flat, is_masked
 
 
 def projected_update(
@@ -30,20 +31,21 @@ def projected_update(
         every step      R = mean(Pᵀ Gᵢ),   and the γ sampled blocks of mean(Gᵢ)
         every K steps   C = mean(Pᵀ Gᵢ),   Y = mean(Gᵢ Cᵀ),   P ← orthonormalize(Y)   (twice, at first)
 
-    `(r + 1) n + γ/L m n` numbers a block and a step (one row is for the energy outside), and `r (m + n)` more
-    a power step, in place of `m n`. Leaves that are not projected are averaged whole. The result is that of
+    A step averages `(r + 1) n + γ/L m n` numbers a block (one row is for the energy outside), and `r (m + n)`
+    more for a power step, in place of `m n`. Leaves that are not projected are averaged whole. The result is
+    that of
 
         tx.update(mean(grad(loss)(params, batch)), state, params)
 
     up to the rounding of sums. `find_subspace` reads the gradient through products (`track_subspace`, the
     default; `sketched_subspace`; `subspace_iteration`) or not at all (`random_subspace`). Any other finder,
-    `svd_subspace` and your own among them, is given the mean gradient itself, which then exists at refreshes
-    only. With several microbatches the gradients are computed once more for each mean of a refresh.
-    `metrics(state)["captured_energy"]` is then an estimate: the energy outside is that of one random
-    combination of rows, right in the mean.
+    `svd_subspace` and your own among them, receives the mean gradient itself, which then exists at refreshes
+    only. With several microbatches, a refresh computes the gradients once more for each of its means.
+    `metrics(state)["captured_energy"]` is then an estimate: one random combination of rows measures the
+    energy outside, which is right in the mean.
 
-    On several devices call it within `jax.shard_map` over the mesh axes of the data, parameters and state
-    being whole (or sharded over other axes, Auto ones) on each:
+    On several devices, call it within `jax.shard_map` over the mesh axes of the data. Each device holds the
+    whole parameters and state, or these are sharded over other axes, which are Auto axes:
 
         @jax.jit
         @partial(jax.shard_map, mesh=mesh, in_specs=(P(), P(), P(None, "data")), out_specs=P())
@@ -52,8 +54,9 @@ def projected_update(
             return optax.apply_updates(params, updates), state, value
 
     Args:
-      tx: any optax transformation; one that holds no low-rank rule, or passes it no extra arguments, gets the
-        mean gradient. Before a low-rank rule nothing may change the gradient, and what reads it reads zeros.
+      tx: any optax transformation. If it holds no low-rank rule, or passes it no extra arguments, it gets the
+        mean gradient. Nothing may change the gradient before a low-rank rule; a transformation that reads it
+        there reads zeros.
       loss: `(params, batch) -> scalar`, a mean over a microbatch.
       batches: a tree of arrays whose first axis counts the microbatches.
       state: of `tx`.
@@ -72,25 +75,26 @@ def projected_update(
     check_rule("tx", tx)
     update = optax.with_extra_args_support(tx).update
     mean_of = _mean_over(loss, batches, params, (axes,) if isinstance(axes, str) else tuple(axes))
-    treedef = jax.tree.structure(params, is_leaf=is_hole)
+    treedef = jax.tree.structure(params, is_leaf=is_masked)
     zeros = flat(optax.tree.zeros_like(params))
 
-    asking = Asking(lambda f: mean_of(lambda _, leaves: f(leaves)), zeros)
-    update(treedef.unflatten(zeros), state, params, sketches=asking, **extra_args)
+    record = Record(lambda f: mean_of(lambda _, leaves: f(leaves)), zeros)
+    update(treedef.unflatten(zeros), state, params, context=MatrixContext(measurements=record), **extra_args)
 
     def everything(value, leaves):
-        whole = {i: x for i, x in enumerate(leaves) if i not in asking.places and not is_hole(x)}
-        return value, whole, [question.of(leaves) for question in asking.questions]
+        whole = {i: x for i, x in enumerate(leaves) if i not in record.leaf_indices and not is_masked(x)}
+        return value, whole, [measurement.of(leaves) for measurement in record.measurements]
 
-    value, whole, answers = mean_of(everything)
+    value, whole, means = mean_of(everything)
     leaves = [whole[i].astype(x.dtype) if i in whole else x for i, x in enumerate(zeros)]
-    answering = Answering(asking, leaves, answers)
-    updates, state = update(treedef.unflatten(leaves), state, params, sketches=answering, **extra_args)
+    replay = Replay(record, leaves, means)
+    context = MatrixContext(measurements=replay)
+    updates, state = update(treedef.unflatten(leaves), state, params, context=context, **extra_args)
     return value, updates, state
 
 
 def _wide(x: Any) -> Any:
-    """What sums of `x` are kept in."""
+    """The dtype of sums of `x`."""
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
@@ -105,7 +109,7 @@ def _mean_over(loss: Any, batches: Any, params: Any, axes: tuple[str, ...]) -> C
     ((count,),) = counts
 
     def own(tree):
-        """Typed as different on every device: else JAX itself would sum gradients with regard to it."""
+        """Marks a tree as device-varying; otherwise JAX inserts the psum of the gradients itself."""
         return jax.lax.pcast(tree, axes, to="varying") if axes else tree
 
     def gradient(batch):

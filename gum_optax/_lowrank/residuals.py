@@ -1,19 +1,20 @@
-"""What becomes of the gradient outside the subspace: nothing, its raw self, or the step of a rule."""
+"""What becomes of the gradient outside the subspace: nothing, the gradient itself, or the step of a rule."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import optax
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Float
 
 from .._core.checks import check_residual, is_rule
-from .._core.xla import map_in_turn
-from .._linalg.numerics import inverse, norm
+from .._core.xla import map_sequentially
+from .._linalg.numerics import norm, safe_reciprocal
 from .._linalg.orthonormal import lift, outside
-from .gradient import Sketched
+from .gradient import ProjectedGradient
+from .plan import Lift, LowRankStep
 
-# A choice (gradient, projector, coordinates R, inner step S) -> full-size step, or a rule for `G - P R`.
+# A function (gradient, projector, coordinates R, inner step S) -> full-size step, or a rule for `G - P R`.
 Residual = Callable[[Array, Array, Array, Array], Array] | optax.GradientTransformation
 
 
@@ -23,7 +24,7 @@ def drop(
     r: Float[Array, "*b r n"],
     s: Float[Array, "*b r n"],
 ) -> Float[Array, "*b m n"]:
-    """What lies outside the subspace is dropped: `P S` (GaLore)."""
+    """Drop what lies outside the subspace: `P S` (GaLore)."""
     del g, r
     return lift(p, s)
 
@@ -34,7 +35,7 @@ def add_raw(
     r: Float[Array, "*b r n"],
     s: Float[Array, "*b r n"],
 ) -> Float[Array, "*b m n"]:
-    """What lies outside is added as it is: `P S + (G - P R) = G + P (S - R)` (SUMO, as printed)."""
+    """Add what lies outside unchanged: `P S + (G - P R) = G + P (S - R)` (SUMO, as printed)."""
     return g + lift(p, s - r)
 
 
@@ -47,66 +48,58 @@ def scale_as_inside() -> optax.GradientTransformationExtraArgs:
     (Fira, arXiv 2410.01623, equation 8.)
     """
 
-    def update(updates, state, params=None, **told):
+    def update(updates, state, params=None, **extra_args):
         del params
-        if "steps" not in told:
+        if "steps" not in extra_args:
             raise ValueError(
-                "scale_as_inside is a rule for low_rank(residual=...), which tells it the steps."
+                "scale_as_inside is a rule for low_rank(residual=...), which passes it the steps."
             )
 
         def scaled(x, r, s):
-            return x * (norm(s, -2) * inverse(norm(r, -2)))
+            return x * (norm(s, -2) * safe_reciprocal(norm(r, -2)))
 
-        return jax.tree.map(scaled, updates, told["coordinates"], told["steps"]), state
+        return jax.tree.map(scaled, updates, extra_args["coordinates"], extra_args["steps"]), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
-class Told(NamedTuple):
-    """What `low_rank` tells of a step to whatever makes the full-size step of it."""
-
-    projectors: Any  # P, a leaf (*, m, r)
-    coordinates: Any  # R = PᵀG, a leaf (*, r, n)
-    steps: Any  # S, a leaf (*, r, n)
-    gradient: Any  # of the projected leaves, `Held` or `Sketched`
-    views: Any  # how leaves are seen as `(*, m, n)`
-    due: Bool[Array, ""]  # whether this step begins a period
-    count: Int[Array, ""]  # steps before this one  # pyright: ignore[reportIncompatibleMethodOverride]
-    key: UInt32[Array, "2"]
-
-
-def stepping(residual: Any) -> optax.GradientTransformationExtraArgs:
-    """From the gradient and what the subspace made of it to the full-size step.
-
-    Either kind of residual as one transformation; its `update` takes `told` besides.
-    """
+def lift_with(residual: Residual) -> Lift:
+    """The lift of `low_rank`: `P S`, and what a residual of either kind makes of the rest."""
     check_residual(residual)
+    return _lift_with_rule(residual) if is_rule(residual) else _lift_with_function(residual)
 
-    def check_held(told):
-        if residual is not drop and isinstance(told.gradient, Sketched):
-            raise ValueError(
-                "residual needs the gradient outside the subspace, which projected_update never forms;"
-                " pass residual=gum_optax.drop."
-            )
 
-    if not is_rule(residual):
+def _lift_with_function(residual: Any) -> Lift:
+    """The residual makes the full-size step of each leaf."""
 
-        def choose(updates, state, params=None, *, told, **extra_args):
-            del params, extra_args
-            check_held(told)
-            if jax.tree.leaves(state):
-                raise ValueError("the state holds arrays of a rule outside the subspace, and there is none.")
-            return map_in_turn(residual, updates, told.projectors, told.coordinates, told.steps), state
+    def update(step: LowRankStep, state, *, context, **extra_args):
+        del context, extra_args
+        if residual is not drop:
+            _check_dense(step)
+        if jax.tree.leaves(state):
+            raise ValueError("the state holds arrays of a rule outside the subspace, and there is none.")
+        return map_sequentially(residual, step.updates, step.projectors, step.coordinates, step.steps), state
 
-        return optax.GradientTransformationExtraArgs(optax.init_empty_state, choose)  # pyright: ignore[reportArgumentType]
+    return Lift(optax.init_empty_state, update)
 
+
+def _lift_with_rule(residual: Any) -> Lift:
+    """The residual runs on `G - P R`, and its step is added to `P S`."""
     rule = optax.with_extra_args_support(residual)
 
-    def add(updates, state, params=None, *, told, **extra_args):
-        check_held(told)
-        extra_args |= {"coordinates": told.coordinates, "steps": told.steps}
-        rest = map_in_turn(lambda g, p: outside(p, g), updates, told.projectors)
-        rest, state = rule.update(rest, state, params, **extra_args)
-        return map_in_turn(lambda p, x, s: lift(p, s) + x, told.projectors, rest, told.steps), state
+    def update(step: LowRankStep, state, **extra_args):
+        _check_dense(step)
+        extra_args |= {"coordinates": step.coordinates, "steps": step.steps}
+        rest = map_sequentially(lambda g, p: outside(p, g), step.updates, step.projectors)
+        rest, state = rule.update(rest, state, None, **extra_args)
+        return map_sequentially(lambda p, x, s: lift(p, s) + x, step.projectors, rest, step.steps), state
 
-    return optax.GradientTransformationExtraArgs(rule.init, add)  # pyright: ignore[reportArgumentType]
+    return Lift(rule.init, update)
+
+
+def _check_dense(step: LowRankStep) -> None:
+    if isinstance(step.gradient, ProjectedGradient):
+        raise ValueError(
+            "residual needs the gradient outside the subspace, which projected_update never forms;"
+            " pass residual=gum_optax.drop."
+        )

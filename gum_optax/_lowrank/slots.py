@@ -1,7 +1,22 @@
-"""Groups of same-shaped blocks across leaves, and the few of them that stand in slots.
+"""How a slot is read and written.
 
-Full-size leaves are never concatenated: a slot is read by a branch on the leaf that holds its block,
-and written back into the leaves that hold one.
+GUM samples a few blocks and runs its rule on them at full rank. A block is a matrix: a leaf of the model, or
+one matrix of a stack. All blocks of one shape form a group, over all leaves, and a group has a fixed number
+of slots. The rule's state of the sampled blocks has the slots' shape, `(slots, m, n)`, so that it keeps its
+size whichever blocks are sampled.
+
+`Slots` has three verbs, and every step uses each of them once:
+
+- `draw` says which blocks stand in the slots. It returns an index `(slots,)` for each group, which counts
+  the blocks over the leaves of the group. The index follows from the key and the number of the period.
+- `gather` reads the sampled blocks of the gradient, each with its projector, and makes the slots' inputs. A
+  loop over the slots reads one block at a time. Where all leaves of the group are single matrices, a CPU
+  copies each gradient into its slot as soon as the backward pass has made it.
+- `scatter` writes the slots' steps over the sampled blocks of the low-rank step. It turns the index round:
+  the slot of each block, or -1, tells each leaf what to read. A single matrix makes one choice. On a TPU a
+  stack makes one choice for each slot, if the slots are few. Any other stack is overwritten in place.
+
+The leaves of a group are never concatenated: a sampled block costs its own size and no more.
 """
 
 import functools
@@ -11,10 +26,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import optax
+from jaxtyping import Array, Float, Int, UInt32
 
-from .._core.xla import rolled_but_on_tpu
-from .._matrices.view import View
+from .._core.keys import draw
+from .._core.trees import map_with_leaf_index
+from .._core.xla import map_sequentially, opaque_constants, rolled_but_on_tpu
+from .._mesh.explicit import zeros
+from .blocks import Member, read
+
+# The sampled blocks of each group, by its name, counted over its leaves: {group: (slots,)}.
+Index = dict[str, Int[Array, "slots"]]
 
 
 class Group(NamedTuple):
@@ -22,7 +44,7 @@ class Group(NamedTuple):
 
     name: str  # its shape, "64x256": stable across processes and the dtypes of gradients
     shape: tuple[int, int]
-    places: tuple[int, ...]  # positions of its leaves in the flattened tree
+    leaf_indices: tuple[int, ...]  # of its leaves in the flattened tree
     sizes: tuple[int, ...]  # blocks of each of these leaves
     slots: int
 
@@ -51,68 +73,102 @@ def groups_of(tree: Any, rank: int, fraction: float) -> dict[str, Group]:
     `slots = clip(round(fraction · L), 1, L)`, 0 when the fraction is 0; all `L` where `min(m, n) <= rank`.
     """
     members: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for place, leaf in enumerate(jax.tree.leaves(tree)):
-        members.setdefault(leaf.shape[-2:], []).append((place, math.prod(leaf.shape[:-2])))
+    for leaf_index, leaf in enumerate(jax.tree.leaves(tree)):
+        members.setdefault(leaf.shape[-2:], []).append((leaf_index, math.prod(leaf.shape[:-2])))
     groups = {}
     for shape, found in sorted(members.items()):
-        places, sizes = zip(*found, strict=True)
+        leaf_indices, sizes = zip(*found, strict=True)
         total = sum(sizes)
         slots = min(max(round(fraction * total), 1), total) if fraction > 0 else 0
         if min(shape) <= rank:
             slots = total
         name = f"{shape[0]}x{shape[1]}"
-        groups[name] = Group(name, shape, places, sizes, slots)
+        groups[name] = Group(name, shape, leaf_indices, sizes, slots)
     return groups
 
 
-# So many slots go into a stack by choices, each of which reads its slot once a block; more go in one after
-# the other, into a stack that is written out for it.
-_FEW = 8
+class Slots(NamedTuple):
+    """The slots of all groups that have some."""
 
-# The arrays to read of one leaf, as they are stored, each with its view.
-Member = Sequence[tuple[Array, View]]
+    groups: dict[str, Group]
+    period: int  # steps between draws
+
+    def draw(self, key: UInt32[Array, "2"], count: Int[Array, ""]) -> Index:
+        """Which blocks stand in slots in the period of a step, without replacement."""
+        return {
+            name: draw(key, count // self.period, name, group.blocks, group.slots)
+            for name, group in self.groups.items()
+        }
+
+    def zeros(self, tree: optax.Params) -> dict[str, Float[Array, "slots m n"]]:
+        """Empty slots, sharded as the blocks of the first leaf of their group are."""
+        leaves = jax.tree.leaves(tree)
+        return {
+            name: zeros(leaves[group.leaf_indices[0]], -2, -1, group.slots)
+            for name, group in self.groups.items()
+        }
+
+    def gather(
+        self, index: Index, gradient: Any, projectors: Any, input_of: Callable[[Group], Callable[..., Array]]
+    ) -> dict[str, Float[Array, "slots m n"]]:
+        """The slots' inputs: of each sampled block, a function of the gradient and the projector.
+
+        Args:
+          index: the sampled blocks.
+          gradient: of the projected leaves, dense or known by projections.
+          projectors: a tree with a leaf for each.
+          input_of: the function, for a group.
+        """
+        leaves = jax.tree.leaves(projectors)
+        return {
+            name: gradient.gather(input_of(group), group, index[name], leaves)
+            for name, group in self.groups.items()
+        }
+
+    def scatter(
+        self, index: Index, values: Any, make: Callable[..., Float[Array, "*b m n"]], *trees: Any
+    ) -> Any:
+        """`make` of each leaf, with the slots' values in place of its sampled blocks.
+
+        Args:
+          index: the sampled blocks.
+          values: of the slots, for each group.
+          make: from the leaves of `trees` at one position to the full-size leaf there.
+          trees: what `make` reads.
+        """
+        held = self._slots_of_leaves(index)
+
+        @jax.jit  # traced once for all leaves of a shape
+        def overwritten(operands, values, slots):
+            whole = make(*operands)
+            return whole, scatter_blocks(whole, values, slots)
+
+        def pair(leaf_index, *operands):
+            """What `make` makes, for which the next leaf waits, and the leaf."""
+            if leaf_index not in held:
+                return (make(*operands),) * 2
+            name, slots = held[leaf_index]
+            return overwritten(operands, values[name], slots)
+
+        leaf_indices = map_with_leaf_index(lambda leaf_index, _: leaf_index, trees[0])
+        pairs = map_sequentially(pair, leaf_indices, *trees)
+        return jax.tree.map(lambda _, found: found[1], trees[0], pairs)
+
+    def _slots_of_leaves(self, index: Index) -> dict[int, tuple[str, Int[Array, "size"]]]:
+        """By the index of a leaf that has slots: its group, and the slot of each of its blocks."""
+        held = {}
+        for name, group in self.groups.items():
+            slots = slot_of_each_block(index[name], group.blocks)
+            starts = opaque_constants(group.starts, slots[0])
+            for leaf_index, start, size in zip(group.leaf_indices, starts, group.sizes, strict=True):
+                held[leaf_index] = name, jax.lax.dynamic_slice_in_dim(slots, start, size)
+        return held
 
 
-def read(
-    members: Sequence[Member], leaf: Int[Array, ""], number: Int[Array, ""]
-) -> list[Float[Array, "m n"]]:
-    """Block `number` of one of several leaves, of each of its arrays, in float32.
-
-    The views of all members show blocks of the same shapes.
-    """
-    are_stacks = all(math.prod(view.shape[:-2]) > 1 for member in members for _, view in member)
-    return (_sliced if are_stacks else _branched)(members, leaf, number)
-
-
-def _sliced(members: Sequence[Member], leaf: Any, number: Any) -> list[Array]:
-    """A block of every stack, and a choice of one: in a branch, a TPU would copy the stack to turn it."""
-    blocks = [[view.block(x, number).astype(jnp.float32) for x, view in member] for member in members]
-    found = blocks[0]
-    for place, others in enumerate(blocks[1:], 1):
-        found = [jnp.where(leaf == place, b, a) for a, b in zip(found, others, strict=True)]
-    return found
-
-
-def _branched(members: Sequence[Member], leaf: Any, number: Any) -> list[Array]:
-    """A branch for every leaf: of many leaves, only the one that holds the block is read."""
-
-    @functools.partial(jax.jit, static_argnums=0)  # traced once for all leaves seen the same way
-    def flat(view, x, number):
-        # Behind a barrier, or XLA would move the view out of the branch, and copy every leaf. Flat, so that
-        # all branches give the block in one layout.
-        return view.block(jax.lax.optimization_barrier(x), number).astype(jnp.float32).ravel()
-
-    def reader(member):
-        return lambda number: [flat(view, x, number) for x, view in member]
-
-    found = jax.lax.switch(leaf, [reader(member) for member in members], number)
-    return [x.reshape(view.shape[-2:]) for x, (_, view) in zip(found, members[0], strict=True)]
-
-
-def map_blocks(
+def gather_blocks(
     f: Callable[..., Float[Array, "..."]], members: Sequence[Member], index: Int[Array, "k"], group: Group
 ) -> Float[Array, "k ..."]:
-    """`f` of the blocks at `index`, counted over the group's leaves, one at a time."""
+    """The results of `f` for the blocks at `index`, one block at a time."""
     starts = jnp.asarray(group.starts)
 
     @jax.jit  # traced once for all slots
@@ -126,27 +182,27 @@ def map_blocks(
     return rolled_but_on_tpu(functools.partial(jax.lax.map, one), unrolled, index)
 
 
-def map_held_blocks(
+def gather_early(
     f: Callable[..., Float[Array, "m n"]], members: Sequence[Member], index: Int[Array, "k"], group: Group
 ) -> Float[Array, "k m n"]:
-    """`map_blocks` for a CPU and leaves of one block each, whose first arrays need not be in memory together.
+    """`gather_blocks` for a CPU and leaves of one block each.
 
-    Each gradient is copied into its slot as soon as the backward pass has made it. `map_blocks` would read
-    the slots' gradients at once, when all of them are in memory.
+    Each gradient is copied into its slot as soon as the backward pass has made it. `gather_blocks` would read
+    all slots' gradients at the end, when every gradient is in memory.
     """
     first = [member[0] for member in members]
-    slots = holders(index, group.blocks)
+    slots = slot_of_each_block(index, group.blocks)
     rows, columns = group.shape
-    # With one slot, XLA would fuse all writes into one that waits for all gradients; an extra row prevents
-    # that.
+    # With one slot, XLA would fuse all writes into one, which waits for all gradients; an extra row
+    # prevents that.
     one_more = int(group.slots == 1)
     held = jnp.zeros((group.slots * rows + one_more, columns), jnp.float32)
-    for place in reversed(range(len(first))):  # the backward pass begins with the last layers
-        leaf, view = first[place]
-        at = slots[place].astype(jnp.uint32) * rows  # anywhere for -1
+    for member in reversed(range(len(first))):  # the backward pass begins with the last layers
+        leaf, view = first[member]
+        at = slots[member].astype(jnp.uint32) * rows  # anywhere for -1
         before = jax.lax.dynamic_slice_in_dim(held, at, rows)
         block = view.of(leaf).reshape(group.shape).astype(jnp.float32)
-        now = jnp.where(slots[place] < 0, before, block)
+        now = jnp.where(slots[member] < 0, before, block)
         held = jax.lax.dynamic_update_slice_in_dim(held, now, at, 0)
     others = [member[1:] for member in members]
 
@@ -159,38 +215,43 @@ def map_held_blocks(
     return held[: len(held) - one_more].reshape(group.slots, rows, columns)
 
 
+# Up to this many slots are written into a stack by choices, each of which reads its slot once for every
+# block. More slots are written one after the other, into a stack that is in memory for it.
+_FEW = 8
+
+
 def _row(values: Float[Array, "k *block"], number: Int[Array, ""]) -> Float[Array, "*block"]:
-    """One of them, or any where the number is -1; unsigned, so that XLA does not count that from the end."""
+    """One row, or any row if the number is -1: unsigned, so that XLA does not count -1 from the end."""
     return jax.lax.dynamic_index_in_dim(values, number.astype(jnp.uint32), keepdims=False)
 
 
-def holders(index: Int[Array, "k"], blocks: int) -> Int[Array, "blocks"]:
+def slot_of_each_block(index: Int[Array, "k"], blocks: int) -> Int[Array, "blocks"]:
     """The number of the slot that holds each block, -1 where none does."""
     return jnp.full(blocks, -1, jnp.int32).at[index].set(jnp.arange(len(index), dtype=jnp.int32))
 
 
-def put(
+def scatter_blocks(
     leaf: Float[Array, "... m n"], values: Float[Array, "k m n"], slots: Int[Array, "size"]
 ) -> Float[Array, "... m n"]:
-    """`leaf`, with `values[slots[i]]` in place of its block `i` where that is not -1."""
+    """`leaf`, with `values[slots[i]]` in place of its block `i`, unless `slots[i]` is -1."""
     if len(slots) == 1:
-        # A choice and no branch: it is made where the leaf is next read.
+        # A choice and no branch: XLA makes the choice where it next reads the leaf.
         held = _row(values, slots[0]).reshape(leaf.shape).astype(leaf.dtype)
         return jnp.where(slots[0] < 0, leaf, held)
     if len(values) > _FEW:
-        return _in_turn(leaf, values, slots)
-    return rolled_but_on_tpu(_in_turn, _by_choice, leaf, values, slots)
+        return _sequentially(leaf, values, slots)
+    return rolled_but_on_tpu(_sequentially, _by_choice, leaf, values, slots)
 
 
 def _by_choice(leaf: Array, values: Array, slots: Array) -> Array:
-    """As a single block, once for each slot: on a TPU the leaf is then never written out."""
+    """A choice for each slot, so that a TPU never writes the leaf out."""
     for slot, value in enumerate(values.astype(leaf.dtype)):
         leaf = jnp.where((slots == slot).reshape(*leaf.shape[:-2], 1, 1), value, leaf)
     return leaf
 
 
-def _in_turn(leaf: Array, values: Array, slots: Array) -> Array:
-    """Block by block and in place, where a scatter would write the leaf anew."""
+def _sequentially(leaf: Array, values: Array, slots: Array) -> Array:
+    """Writes block by block and in place; a scatter of XLA would copy the leaf."""
 
     def overwritten(slot, blocks):
         here = slots == slot

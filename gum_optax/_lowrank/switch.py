@@ -1,4 +1,4 @@
-"""Subspace finders that follow each other, the default one among them."""
+"""Subspace finders that follow each other; the default finder is one of these."""
 
 import functools
 from typing import NamedTuple
@@ -17,14 +17,15 @@ class SwitchSubspace(NamedTuple):
     finders: tuple[SubspaceFinder, ...]
 
     def __call__(self, key: PRNGKeyArray, gradient: Array, previous: Array) -> Array:
-        """The first of them: who calls it without a step has just begun."""
+        """Calls the first finder: a call without a step is the first call."""
         return self.finders[0](key, gradient, previous)
 
 
 def switch_subspace(steps: int, first: SubspaceFinder, then: SubspaceFinder) -> SubspaceFinder:
     """`first` at refreshes before step number `steps`, and `then` from there on (GoLore).
 
-    Either may itself be such a switch: what `first` has after `steps`, and `then` before, never comes.
+    Either may itself be such a switch. The phases of `first` after `steps`, and those of `then` before it,
+    never run.
 
     Raises:
       TypeError, ValueError: `steps` is not an integer of at least 0, or a finder is not a function.
@@ -33,22 +34,23 @@ def switch_subspace(steps: int, first: SubspaceFinder, then: SubspaceFinder) -> 
     check_function("first", first, "gum_optax.svd_subspace")
     check_function("then", then, "gum_optax.random_subspace")
     phases = {start: finder for start, finder in _phases(first).items() if start < steps}
-    # Of those that would have begun earlier, the last.
+    # Of the phases that would have begun earlier, the last one begins at `steps`.
     phases |= {max(start, steps): finder for start, finder in _phases(then).items()}
     return SwitchSubspace(tuple(phases)[1:], tuple(phases.values()))
 
 
 def _phases(find: SubspaceFinder) -> dict[int, SubspaceFinder]:
-    """Each finder by the step from which on it serves."""
+    """Each finder, by the step from which it runs."""
     if isinstance(find, SwitchSubspace):
         return dict(zip((0, *find.steps), find.finders, strict=True))
     return {0: find}
 
 
 def finders_of(find: SubspaceFinder, step: Int[Array, ""]) -> tuple[tuple[LinearForm, ...], Int[Array, ""]]:
-    """The linear forms of all finders of a run, and the number of the one that serves at a step.
+    """The linear forms of all finders, and the number of the one that runs at a step.
 
-    Power steps become one finder that looks its number of steps up, so that XLA compiles one finder.
+    If all finders are power steps, they become one finder that looks up its number of steps, so that XLA
+    compiles one finder.
     """
     phases = _phases(find)
     phase = jnp.sum(step >= jnp.asarray(list(phases))) - 1

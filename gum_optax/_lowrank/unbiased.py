@@ -1,4 +1,4 @@
-"""The unbiased paradigm: a few sampled blocks run at full rank and carry what projection loses."""
+"""The unbiased paradigm: a few sampled blocks run at full rank and make up for what projection loses."""
 
 import dataclasses
 import functools
@@ -11,23 +11,24 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from .._core.checks import check_fraction, check_function, check_integer, check_matrix_leaf, check_rule
-from .._core.guard import Guard
-from .._core.keys import check_key, draw, key_data
-from .._core.trees import is_hole, map_with_place, split
-from .._core.xla import in_one, map_in_turn, unknown
+from .._core.acceptance import Acceptance
+from .._core.checks import check_fraction, check_function, check_integer, check_rule
+from .._core.context import MatrixContext
+from .._core.keys import check_key, key_data
+from .._core.trees import split
+from .._core.xla import in_one
 from .._linalg.orthonormal import lift, outside, project
 from .._matrices.view import View, plain_view
-from .._mesh.explicit import zeros
 from .finders import SubspaceFinder
 from .low_rank import Subspace, in_subspace
 from .on_refresh import restart
-from .slots import Group, groups_of, holders, put
+from .plan import Lift, LowRankStep, Plan
+from .slots import Group, Index, Slots, groups_of
 from .switch import track_subspace
 
 
 class Weights(NamedTuple):
-    """What each branch is fed; the mean over the draw is `G` when
+    """The input of each branch; its mean over the draw is `G` when
     `(1-q) low + q inside = 1` and `q outside = 1`.
     """
 
@@ -86,7 +87,7 @@ def unbiased_low_rank(
         sampled block      S = inner((G - P PᵀG) / q)      step = S
 
     (the weights are `complement`'s). For a `P` that does not depend on the draw, the mean over draws
-    of what inner is fed, lifted back, is `G`. What inner makes of it is another matter:
+    of inner's input, lifted back, is `G`. The mean of inner's step depends on inner:
 
     - `optax.identity()` (SGD), `optax.trace` (momentum): linear, so the step itself is unbiased.
     - `optax.scale_by_adam()`: its mean is; the squares have the estimate's variance in them, and so the
@@ -96,7 +97,7 @@ def unbiased_low_rank(
       (`msign(P R) = P msign(R)`) but not with the sign.
 
     `k = clip(round(full_rank_fraction · L), 1, L)`, or 0 when the fraction is 0 (then this is
-    `low_rank` with `carry=restart`). Blocks with `min(m, n) <= rank`, and groups with `k = L`, are not
+    `low_rank` with `on_refresh=restart`). Blocks with `min(m, n) <= rank`, and groups with `k = L`, are not
     projected: inner runs on the full matrix, without restarts.
 
     Args:
@@ -126,116 +127,87 @@ def unbiased_low_rank(
     check_function("compensation", compensation, "gum_optax.complement")
     check_key(key)
 
-    def rule_for(tree):
-        """The number of blocks of each shape decides how many are sampled: the rule depends on the tree."""
+    def plan_for(tree):
+        """The number of blocks of each shape decides how many are sampled, and so the weights."""
         groups = groups_of(tree, rank, fraction)
         projected = {group.shape for group in groups.values() if not group.is_full}
-        leaves, treedef = jax.tree.flatten(tree)
-        low, _ = split(leaves, [leaf.shape[-2:] in projected for leaf in leaves])
+        leaves = jax.tree.leaves(tree)
+        is_projected = [leaf.shape[-2:] in projected for leaf in leaves]
+        low, _ = split(leaves, is_projected)
         # Numbered over the projected leaves alone.
-        sampled = {n: g for n, g in groups_of(low, rank, fraction).items() if g.slots}
-        weight = {group.shape: compensation(group.fraction).low for group in sampled.values()}
-        weights = treedef.unflatten([weight.get(leaf.shape[-2:], 1.0) for leaf in leaves])
-        subspace = Subspace(rank, period, find_subspace, restart, key)
-        step_from = _sampled_steps(inner, sampled, compensation, period, key)
-        return in_subspace(_weighted(inner, weights), subspace, step_from, lambda shape: shape in projected)
+        slots = Slots({n: g for n, g in groups_of(low, rank, fraction).items() if g.slots}, period)
+        weight = {group.shape: compensation(group.fraction).low for group in slots.groups.values()}
+        weights = [weight.get(leaf.shape[-2:], 1.0) for leaf in jax.tree.leaves(low)]
+        return Plan(is_projected, weights, _lift_with_slots(inner, slots, compensation, key))
 
-    def init(params):
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-            check_matrix_leaf(path, leaf)
-        return rule_for(params).init(params)
-
-    def update(updates, state, params=None, **extra_args):
-        return rule_for(updates).update(updates, state, params, **extra_args)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return in_subspace(inner, Subspace(rank, period, find_subspace, restart, key), plan_for)
 
 
-def _sampled_steps(
-    inner: optax.GradientTransformationExtraArgs,
-    sampled: dict[str, Group],
-    compensation: Compensation,
-    period: int,
-    key: Any,
-) -> optax.GradientTransformationExtraArgs:
+def _lift_with_slots(
+    inner: optax.GradientTransformationExtraArgs, slots: Slots, compensation: Compensation, key: Any
+) -> Lift:
     """`P S`, and for the sampled blocks the step of `inner` at full rank in its place."""
 
-    def draws(key, count):
-        return {n: draw(key, count // period, n, group.blocks, group.slots) for n, group in sampled.items()}
-
-    def fresh(tree):
-        """Zeros, sharded as the blocks of the first leaf are."""
-        leaves = jax.tree.leaves(tree)
-        return {n: zeros(leaves[g.places[0]], -2, -1, g.slots) for n, g in sampled.items()}
-
     def init(params):
-        if not sampled:
+        if not slots.groups:
             # One ordinary leaf and not an empty dict: `optax.tree.map_params` calls `init` with a leafless
             # tree and compares structures.
             return SampledState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
-        return SampledState(draws(key_data(key), jnp.zeros((), jnp.int32)), inner.init(fresh(params)))
+        index = slots.draw(key_data(key), jnp.zeros((), jnp.int32))
+        return SampledState(index, inner.init(slots.zeros(params)))
 
-    def update(updates, state, params=None, *, told, guard: Guard | None = None, **extra_args):
-        del params
-        index = state.index
-        if sampled:
-            index = in_one(draws, told.count >= 0, told.key, told.count)
-        leaves, views, projectors = map(jax.tree.leaves, (updates, told.views, told.projectors))
-        fed = {}
-        for name, group in sampled.items():
-            eps = max(float(jnp.finfo(leaves[place].dtype).eps) for place in group.places)
-            feed = functools.partial(_full_rank_input, weights=compensation(group.fraction), eps=eps)
-            fed[name] = told.gradient.fed(feed, group, index[name], projectors)
-        slot_steps: Any = fed
-        slots = state.slots
-        if sampled:
-            empty = fresh(updates)
-            slots = restart(inner, state.slots, empty, None, told.due)
-            at = {n: _slot_view(fed[n], views[group.places[0]]) for n, group in sampled.items()}
-            own = None if guard is None else _slot_guard(guard, updates, sampled, index)
-            if own is not None:
-                slots = own.carried(inner, slots, state.slots, empty)
-                extra_args |= {"guard": own}
-            slot_steps, slots = inner.update(fed, slots, None, views=at, **extra_args)
-            if guard is not None and own is not None:
-                guard.as_kept([x for x in jax.tree.leaves(slots) if own.has(x)])
-        overlay = {}
-        for name, group in sampled.items():
-            slot = holders(index[name], group.blocks)
-            starts = unknown(group.starts, slot[0])
-            for place, start, size in zip(group.places, starts, group.sizes, strict=True):
-                overlay[place] = slot_steps[name], jax.lax.dynamic_slice_in_dim(slot, start, size)
+    def update(step: LowRankStep, state, *, context: MatrixContext, **extra_args):
+        if not slots.groups:
+            return slots.scatter({}, {}, lift, step.projectors, step.steps), state
+        index = in_one(slots.draw, step.count >= 0, step.key, step.count)
+        input_of = _input_of(compensation, step.updates)
+        inputs = slots.gather(index, step.gradient, step.projectors, input_of)
+        empty = slots.zeros(step.updates)
+        slot_state = restart(inner, state.slots, empty, None, step.is_refresh)
+        outer = context.accept
+        accept = None if outer is None else _acceptance_of_slots(outer, step.updates, slots, index)
+        if accept is not None:
+            slot_state = accept.keep_refreshed_if_rejected(inner, slot_state, state.slots, empty)
+        of_slots = MatrixContext(_slot_views(slots, inputs, step.views), accept)
+        slot_steps, slot_state = inner.update(inputs, slot_state, None, context=of_slots, **extra_args)
+        if outer is not None and accept is not None:
+            outer.mark_kept_by(accept, slot_state)
+        steps = slots.scatter(index, slot_steps, lift, step.projectors, step.steps)
+        return steps, SampledState(index, slot_state)
 
-        @jax.jit  # traced once for all leaves of a shape
-        def laid_over(p, s, values, held):
-            lifted = lift(p, s)
-            return lifted, put(lifted, values, held)
-
-        def step(place, p, s):
-            """`P S`, for which the next leaf waits, and the step."""
-            return laid_over(p, s, *overlay[place]) if place in overlay else (lift(p, s),) * 2
-
-        places = map_with_place(lambda place, _: place, updates)
-        pairs = map_in_turn(step, places, told.projectors, told.steps)
-        steps = jax.tree.map(lambda _, pair: pair[1], updates, pairs)
-        return steps, SampledState(index, slots)
-
-    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+    return Lift(init, update)
 
 
-def _slot_guard(guard: Guard, updates: Any, sampled: dict[str, Group], index: Any) -> Guard:
-    """Of the slots, each of which steps if the leaf does whose block it holds."""
-    if guard.leaves is None:
-        return Guard(guard.taken)
-    accepted = guard.accepted(updates)
+def _input_of(compensation: Compensation, updates: optax.Updates) -> Callable[[Group], Callable[..., Array]]:
+    """From a group to the function that makes the input of a sampled block."""
+    leaves = jax.tree.leaves(updates)
+
+    def input_of(group):
+        eps = max(float(jnp.finfo(leaves[i].dtype).eps) for i in group.leaf_indices)
+        return functools.partial(_full_rank_input, weights=compensation(group.fraction), eps=eps)
+
+    return input_of
+
+
+def _acceptance_of_slots(accept: Acceptance, updates: Any, slots: Slots, index: Index) -> Acceptance:
+    """Of the slots: a slot accepts a step if the leaf of its block does."""
+    if accept.by_leaf is None:
+        return Acceptance(accept.all_leaves)
+    accepted = accept.of_leaves(updates)
 
     def of_slots(name):
-        group = sampled[name]
-        flags = [jnp.full(size, accepted[i]) for i, size in zip(group.places, group.sizes, strict=True)]
+        group = slots.groups[name]
+        flags = [jnp.full(size, accepted[i]) for i, size in zip(group.leaf_indices, group.sizes, strict=True)]
         return jnp.concatenate(flags)[index[name]]
 
     # In the order of a dict's leaves.
-    return Guard(guard.taken, {i: of_slots(name) for i, name in enumerate(sorted(sampled))})
+    return Acceptance(accept.all_leaves, {i: of_slots(name) for i, name in enumerate(sorted(slots.groups))})
+
+
+def _slot_views(slots: Slots, inputs: dict[str, Array], views: Any) -> dict[str, View]:
+    """Of slots, which are sharded as the blocks of the first leaf of their group are."""
+    leaves = jax.tree.leaves(views)
+    return {name: _slot_view(inputs[name], leaves[g.leaf_indices[0]]) for name, g in slots.groups.items()}
 
 
 def _slot_view(x: Float[Array, "k m n"], view: View) -> View:
@@ -246,21 +218,9 @@ def _slot_view(x: Float[Array, "k m n"], view: View) -> View:
     return dataclasses.replace(plain_view(x), sharding=NamedSharding(view.sharding.mesh, spec))
 
 
-def _weighted(
-    inner: optax.GradientTransformationExtraArgs, weights: Any
-) -> optax.GradientTransformationExtraArgs:
-    """`inner`, fed each leaf, where there is one, times its weight."""
-
-    def update(updates, state, params=None, **extra_args):
-        fed = jax.tree.map(lambda w, x: x if is_hole(x) else w * x, weights, updates)
-        return inner.update(fed, state, params, **extra_args)
-
-    return optax.GradientTransformationExtraArgs(inner.init, update)
-
-
 def _full_rank_input(
     g: Float[Array, "m n"], p: Float[Array, "m r"], weights: Weights, eps: float
 ) -> Float[Array, "m n"]:
     """`inside · P PᵀG + outside · (G - P PᵀG)`."""
-    fed = weights.outside * outside(p, g, eps)
-    return fed + weights.inside * lift(p, project(p, g)) if weights.inside else fed
+    beyond = weights.outside * outside(p, g, eps)
+    return beyond + weights.inside * lift(p, project(p, g)) if weights.inside else beyond

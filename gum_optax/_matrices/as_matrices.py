@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from .._core.checks import check_rule
-from .._core.guard import Guard
-from .._core.measurements import Sketches
+from .._core.context import NO_CONTEXT, MatrixContext
 from .._core.trees import concrete
 from .._mesh.explicit import on_auto_axes
 from .dimension_numbers import WeightDimensionNumbers
@@ -53,26 +52,28 @@ def as_matrices(
         parts = kernels.apart(params)
         return inner.init(seen(views_of(kernels.entries, parts, wide=wide), parts))
 
-    def update(updates, state, params=None, *, sketches: Sketches | None = None, **extra_args):
+    def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
         kernels = Apart(weight_dimension_numbers, updates)
-        if sketches is not None:
-            sketches.check_untouched(updates)
-            extra_args |= {"sketches": kernels.measured(sketches, updates)}
+        measurements: Any = context.measurements
+        if measurements is not None:
+            measurements.check_untouched(updates)
+            measurements = kernels.measurements_of_parts(measurements, updates)
         # Before types lose their shardings.
         views = views_of(kernels.entries, kernels.apart(updates), wide=wide)
 
-        def inside(updates, state, params=None, *, guard: Guard | None = None, **extra_args):
+        def inside(updates, state, params, context, extra_args):
             params = None if params is None else seen(views, kernels.apart(params))
             parts = seen(views, kernels.apart(updates))
             # How leaves are stored, for rules that take them through a conditional: see `low_rank`.
-            own = kernels.guarded(guard, updates)
-            steps, state = inner.update(parts, state, params, views=views, guard=own, **extra_args)
-            if guard is not None and own is not None:
-                guard.as_kept([x for x in jax.tree.leaves(state) if own.has(x)])
-            if isinstance(asked := extra_args.get("sketches"), PartMeans):
-                asked.need_the_rest()
+            own = kernels.acceptance_of_parts(context.accept, updates)
+            of_parts = MatrixContext(views, own, measurements)
+            steps, state = inner.update(parts, state, params, context=of_parts, **extra_args)
+            if context.accept is not None and own is not None:
+                context.accept.mark_kept_by(own, state)
+            if isinstance(measurements, PartMeans):
+                measurements.need_the_rest()
             return kernels.together(jax.tree.map(lambda x, view: view.back(x), steps, views)), state
 
-        return on_auto_axes(inside)(updates, state, params, **extra_args)
+        return on_auto_axes(inside)(updates, state, params, context, extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -9,10 +9,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 from optax.contrib import MuonDimensionNumbers
 
+from .._core.acceptance import Acceptance
 from .._core.checks import check_integer
-from .._core.guard import Guard
-from .._core.measurements import Sketches
-from .._core.trees import flat, is_hole
+from .._core.measurements import Measurements
+from .._core.trees import flat, is_masked
 from .._mesh.explicit import explicit_sharding, spec_of
 from .dimension_numbers import (
     Entry,
@@ -146,42 +146,46 @@ class Apart:
         )
 
     def _kernels(self, tree: Any) -> list[tuple[int, _Cut | None]]:
-        """The place and the cut of the kernel of each leaf of a tree taken apart, holes being leaves too."""
+        """The index and the cut of the kernel of each leaf of a tree taken apart, masked leaves too."""
         cuts, found = iter(self._cuts), []
-        for place, x in enumerate(flat(tree)):
-            cut = None if is_hole(x) else next(cuts)
-            found += [(place, cut)] * (1 if cut is None else cut.count)
+        for leaf_index, x in enumerate(flat(tree)):
+            cut = None if is_masked(x) else next(cuts)
+            found += [(leaf_index, cut)] * (1 if cut is None else cut.count)
         return found
 
-    def guarded(self, guard: Guard | None, tree: Any) -> Guard | None:
-        """`guard` of a tree, for the tree taken apart: parts step as their kernel does."""
-        if guard is None or guard.leaves is None or not any(self._cuts):
-            return guard
-        kernels = enumerate(place for place, _ in self._kernels(tree))
-        return Guard(
-            guard.taken, {part: guard.leaves[place] for part, place in kernels if place in guard.leaves}
-        )
+    def acceptance_of_parts(self, accept: Acceptance | None, tree: Any) -> Acceptance | None:
+        """`accept` of a tree, for the tree taken apart: parts accept a step if their kernel does."""
+        if accept is None or accept.by_leaf is None or not any(self._cuts):
+            return accept
+        kernels = enumerate(leaf_index for leaf_index, _ in self._kernels(tree))
+        by_leaf = accept.by_leaf
+        return Acceptance(accept.all_leaves, {part: by_leaf[i] for part, i in kernels if i in by_leaf})
 
-    def measured(self, sketches: Sketches, tree: Any) -> "Sketches | PartMeans":
-        """`sketches` of a tree, asked of the parts."""
+    def measurements_of_parts(self, measurements: Measurements, tree: Any) -> "Measurements | PartMeans":
+        """`measurements` of a tree, for the tree taken apart."""
         if not any(self._cuts):
-            return sketches
+            return measurements
         kernels = self._kernels(tree)
-        places = [(place, sum(x == place for x, _ in kernels[:i])) for i, (place, _) in enumerate(kernels)]
-        return PartMeans(sketches, places, dict(kernels))
+        leaf_indices = [(i, sum(x == i for x, _ in kernels[:part])) for part, (i, _) in enumerate(kernels)]
+        return PartMeans(measurements, leaf_indices, dict(kernels))
 
 
 class PartMeans:
     """Means of linear functions of parts, by those of the kernels that they are parts of."""
 
-    def __init__(self, sketches: Sketches, places: Sequence[tuple[int, int]], cuts: dict[int, _Cut | None]):
-        self._sketches, self._places, self._cuts = sketches, places, cuts
-        self._asked: set[int] = set()
+    def __init__(
+        self,
+        measurements: Measurements,
+        leaf_indices: Sequence[tuple[int, int]],
+        cuts: dict[int, _Cut | None],
+    ):
+        self._measurements, self._leaf_indices, self._cuts = measurements, leaf_indices, cuts
+        self._measured: set[int] = set()
 
-    def _of_kernels(self, places: Sequence[int], f: Any) -> tuple[list[int], Any]:
+    def _of_kernels(self, leaf_indices: Sequence[int], f: Any) -> tuple[list[int], Any]:
         """A kernel for each part, as often as it has parts among them."""
-        self._asked.update(places)
-        at = [self._places[place] for place in places]
+        self._measured.update(leaf_indices)
+        at = [self._leaf_indices[leaf_index] for leaf_index in leaf_indices]
 
         def of_kernels(leaves):
             cuts = [self._cuts[kernel] for kernel, _ in at]
@@ -192,15 +196,15 @@ class PartMeans:
 
     def need_the_rest(self) -> None:
         """A kernel of which some parts are projected and others are not is averaged whole."""
-        partly = {self._places[place][0] for place in self._asked}
-        rest = {kernel for place, (kernel, _) in enumerate(self._places) if place not in self._asked}
-        self._sketches.need(sorted(partly & rest))
+        partly = {self._leaf_indices[leaf_index][0] for leaf_index in self._measured}
+        rest = {kernel for i, (kernel, _) in enumerate(self._leaf_indices) if i not in self._measured}
+        self._measurements.need(sorted(partly & rest))
 
-    def mean(self, places: Sequence[int], f: Any) -> Any:
-        return self._sketches.mean(*self._of_kernels(places, f))
+    def mean(self, leaf_indices: Sequence[int], f: Any) -> Any:
+        return self._measurements.mean(*self._of_kernels(leaf_indices, f))
 
-    def once(self, places: Sequence[int], make: Any) -> Any:
+    def once(self, leaf_indices: Sequence[int], make: Any) -> Any:
         def of_parts(mean_of):
-            return make(lambda f: mean_of(self._of_kernels(places, f)[1]))
+            return make(lambda f: mean_of(self._of_kernels(leaf_indices, f)[1]))
 
-        return self._sketches.once([self._places[place][0] for place in places], of_parts)
+        return self._measurements.once([self._leaf_indices[i][0] for i in leaf_indices], of_parts)

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from .._core.checks import check_matrix_leaf
-from .._core.trees import is_hole
+from .._core.trees import is_masked
 from .._mesh.explicit import explicit_sharding, spec_of
 from .dimension_numbers import Entry, Parts, ShardedDimensionNumbers, axes_of
 
@@ -54,11 +54,13 @@ def plain_view(x: Any) -> View:
 
 
 def views_beside(tree: Any, views: Any) -> Any:
-    """The views of a tree's leaves, one at each, where `tree` may have lost some to holes since."""
+    """The views of a tree's leaves, one at each, where `tree` may since have lost some to masks."""
     if views is None:
         return jax.tree.map(plain_view, tree)
-    leaves = jax.tree.leaves(tree, is_leaf=is_hole)
-    kept = [v for x, v in zip(leaves, jax.tree.leaves(views, is_leaf=is_hole), strict=True) if not is_hole(x)]
+    leaves = jax.tree.leaves(tree, is_leaf=is_masked)
+    kept = [
+        v for x, v in zip(leaves, jax.tree.leaves(views, is_leaf=is_masked), strict=True) if not is_masked(x)
+    ]
     return jax.tree.structure(tree).unflatten(kept)
 
 

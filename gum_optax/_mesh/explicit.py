@@ -1,5 +1,6 @@
 """Leaves whose shardings are part of their types: what stands beside them, and rules on them."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from .._core.guard import Guard
+from .._core.acceptance import Acceptance
+from .._core.context import MatrixContext
 
 
 def explicit_sharding(x: Any) -> NamedSharding | None:
@@ -64,12 +66,12 @@ def on_auto_axes(update: Callable[..., Any]) -> Callable[..., Any]:
     out sharded as the gradients, and state as it was.
     """
 
-    def run(updates, state, params=None, *, guard: Guard | None = None, **extra_args):
+    def run(updates, state, params, context: MatrixContext, extra_args):
         shardings = [explicit_sharding(x) for x in jax.tree.leaves(updates)]
         meshes = [sharding.mesh for sharding in shardings if sharding is not None]
         if not meshes:
-            return update(updates, state, params, guard=guard, **extra_args)
-        if "sketches" in extra_args:
+            return update(updates, state, params, context, extra_args)
+        if context.measurements is not None:
             raise ValueError(
                 f"on Explicit mesh axes, here {meshes[0].axis_names}, projected_update runs within"
                 " jax.shard_map over those of the data; give the others axis_types=AxisType.Auto."
@@ -77,18 +79,20 @@ def on_auto_axes(update: Callable[..., Any]) -> Callable[..., Any]:
         everywhere = NamedSharding(meshes[0], PartitionSpec())
         kept = []
 
-        def inside(updates, state, params, told, extra_args):
-            inner = None if told is None else Guard(*told)
-            steps, new = update(updates, state, params, guard=inner, **extra_args)
-            kept.extend(inner is not None and inner.has(x) for x in jax.tree.leaves(new))
+        def inside(updates, state, params, flags, extra_args):
+            inner = None if flags is None else Acceptance(*flags)
+            own = dataclasses.replace(context, accept=inner)
+            steps, new = update(updates, state, params, own, extra_args)
+            kept.extend(inner is not None and inner.is_kept(x) for x in jax.tree.leaves(new))
             return steps, new
 
         out = jax.tree.map(lambda x: explicit_sharding(x) or everywhere, (updates, state))
-        told = None if guard is None else (guard.taken, guard.leaves)
+        accept = context.accept
+        flags = None if accept is None else (accept.all_leaves, accept.by_leaf)
         within = jax.sharding.auto_axes(inside, out_sharding=out)
-        steps, new = within(updates, state, params, told, extra_args)  # pyright: ignore[reportCallIssue]
-        if guard is not None:
-            guard.as_kept([x for x, yes in zip(jax.tree.leaves(new), kept, strict=True) if yes])
+        steps, new = within(updates, state, params, flags, extra_args)  # pyright: ignore[reportCallIssue]
+        if accept is not None:
+            accept.mark_kept([x for x, yes in zip(jax.tree.leaves(new), kept, strict=True) if yes])
         return steps, new
 
     return run

@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Int
 
 from .._core.checks import check_integer, check_number
-from .._linalg.numerics import exact_matmul, frobenius, inverse, norm
+from .._linalg.numerics import exact_matmul, frobenius, norm, safe_reciprocal
 from .._linalg.orthonormal import lift, orthonormal_or, orthonormalize, regularized
 from .._matrices.dimension_numbers import WeightDimensionNumbers
 from .._mesh.explicit import placed, zeros
@@ -60,7 +60,7 @@ def scale_by_dion(rank: int, momentum: Any = 0.95, key: int | jax.Array = 0) -> 
     def init(key, x):
         *blocks, rows, columns = x.shape
         q = jax.random.normal(key, (*blocks, columns, min(rank, rows)), jnp.float32)
-        return zeros(x, -2, -1), placed(q * inverse(norm(q, -2)), x, -1, q.shape[-1])
+        return zeros(x, -2, -1), placed(q * safe_reciprocal(norm(q, -2)), x, -1, q.shape[-1])
 
     def update(count, g, m, q):
         del count
@@ -68,7 +68,7 @@ def scale_by_dion(rank: int, momentum: Any = 0.95, key: int | jax.Array = 0) -> 
         p = _completed(exact_matmul(m, q))
         r = exact_matmul(m.mT, p)
         lengths = norm(r, -2)
-        unit, seen = r * inverse(lengths), lengths > _ROUNDINGS * _EPS * frobenius(m)
+        unit, seen = r * safe_reciprocal(lengths), lengths > _ROUNDINGS * _EPS * frobenius(m)
         m = m - (1 - momentum) * lift(p, r.mT)
         return lift(p, jnp.where(seen, unit, 0).mT), m, jnp.where(seen, unit, q)
 
@@ -83,7 +83,7 @@ def _completed(y: Array) -> Array:
     step does not take stays in the momentum.
     """
     start = jnp.broadcast_to(jnp.eye(*y.shape[-2:], dtype=y.dtype), y.shape)
-    q = orthonormalize(regularized(y * inverse(frobenius(y)), start, _EPS), shifted_passes=3)
+    q = orthonormalize(regularized(y * safe_reciprocal(frobenius(y)), start, _EPS), shifted_passes=3)
     return orthonormal_or(q, start)
 
 

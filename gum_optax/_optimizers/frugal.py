@@ -58,7 +58,7 @@ def frugal(
         rank,
         period,
         find_subspace=track_subspace if find_subspace is None else find_subspace,
-        carry=restart,
+        on_refresh=restart,
         residual=normalize(jnp.sign) if residual is None else residual,
         key=key,
     )

@@ -61,7 +61,7 @@ def golore(
         find_subspace=switch_subspace(
             random_after, track_subspace if find_subspace is None else find_subspace, random_subspace
         ),
-        carry=rotate_first_moment,
+        on_refresh=rotate_first_moment,
         key=key,
     )
     return matrix_optimizer(

@@ -1,4 +1,24 @@
-"""What all optimizers share: matrices to one rule, all other leaves to another."""
+"""What all optimizers share, and what a rule is.
+
+A rule is an optax transformation that turns gradients into steps up the gradient, without a learning rate.
+Muon's rule is `scale_by_muon()`. A rule of this library sees only matrices: every leaf is `(*blocks, m, n)`
+with `m <= n`, whatever its shape in the model, and a stack of layers is a leaf with blocks. A rule treats all
+blocks of a leaf alike, and keeps one state for each leaf, beside its matrices.
+
+Rules wrap rules. `low_rank(inner)` projects the matrices and runs `inner` on the coordinates, which are
+matrices again, `(*blocks, r, n)`. `unbiased_low_rank(inner)` also runs `inner` on a few full matrices.
+`optax.chain` runs one rule after the other. So an optimizer is a composition, and a new one is a few lines.
+
+`matrix_optimizer` makes an optimizer of a rule. From the outside in, it
+
+1. copies the axis names of the parameters onto the state (`with_axis_names`),
+2. rejects the step of a leaf whose gradient is not finite (`skip_leaves`),
+3. routes matrices to the rule and all other leaves to AdamW (`optax.partition`),
+4. shows the matrices to the rule in their canonical view (`as_matrices`),
+5. scales the rule's step, adds weight decay, and multiplies by the learning rate.
+
+Steps 2 and 4 tell the rule what they know in one extra argument, `context`: see `_core/context.py`.
+"""
 
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -95,8 +115,9 @@ def matrix_optimizer(
     Args:
       rule: any transformation over trees of `(*blocks, m, n)` leaves, whose step points up the gradient:
         `scale_by_muon()`, `low_rank(...)`, `unbiased_low_rank(...)`, `optax.scale_by_lion()`, or a chain. It
-        keeps its state leaf by leaf if its update takes the argument `guard`, as the rules of this library
-        do; the state of another rule stays whole on a step that any leaf skips.
+        keeps its state leaf by leaf if its update reads `accept` of the argument `context` (a
+        `MatrixContext`), as the rules of this library do; the state of another rule stays whole on a step
+        that any leaf skips.
       learning_rate: `η`, a number or a schedule of the steps that all leaves take.
       scale: the factor of the step, a number or a function `(fan_in, fan_out) -> number`: `shape_factor()`
         for orthogonal steps, `fan_ratio`. (`optax.inject_hyperparams` takes a function for a schedule: name

@@ -14,7 +14,7 @@ from .._matrices.as_matrices import as_matrices
 from .._matrices.dimension_numbers import WeightDimensionNumbers, names_of
 from .._matrices.hidden_matrices import policy
 from .._transforms.momentum import average
-from .._transforms.normalize import normalize, normalize_in_turn
+from .._transforms.normalize import normalize, normalize_sequentially
 from .matrix_optimizer import at_least_float32, matrix_optimizer
 
 
@@ -78,7 +78,7 @@ def scion(
     }
     # In float32 and without bias correction, which no norm ball would see.
     averaged = average(momentum)
-    rule = at_least_float32(optax.chain(averaged, normalize_in_turn(outputs_first(hidden))))
+    rule = at_least_float32(optax.chain(averaged, normalize_sequentially(outputs_first(hidden))))
     return matrix_optimizer(
         rule,
         learning_rate,

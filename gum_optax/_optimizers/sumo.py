@@ -75,7 +75,7 @@ def sumo(
         rank,
         period,
         find_subspace=randomized_svd if find_subspace is None else find_subspace,
-        carry=rotate,
+        on_refresh=rotate,
         residual=add_raw if residual is None else residual,
         key=key,
     )

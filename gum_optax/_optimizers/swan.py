@@ -9,7 +9,7 @@ from .._core.checks import check_function, check_number
 from .._linalg.newton_schulz import POLAR_EXPRESS, Orthogonalizer, newton_schulz
 from .._linalg.normalizers import multi_norm, outputs_first, standardize_rows, whiten
 from .._matrices.dimension_numbers import WeightDimensionNumbers
-from .._transforms.normalize import normalize_in_turn
+from .._transforms.normalize import normalize_sequentially
 from .matrix_optimizer import matrix_optimizer
 
 
@@ -45,7 +45,7 @@ def swan(
         "orthogonalizer", express if orthogonalizer is None else orthogonalizer, "gum_optax.polar"
     )
     normalizer = multi_norm((standardize_rows, functools.partial(whiten, method=method)))
-    rule = normalize_in_turn(outputs_first(normalizer))
+    rule = normalize_sequentially(outputs_first(normalizer))
     return matrix_optimizer(
         rule,
         learning_rate,

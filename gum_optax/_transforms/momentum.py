@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, BFloat16, Float, Int, PRNGKeyArray
 
 from .._core.checks import check_adam, check_number
-from .._core.guard import Guard
+from .._core.context import NO_CONTEXT, MatrixContext
 from .._core.keys import key_data, streams
 from .._linalg.numerics import LARGEST
 
@@ -40,7 +40,7 @@ def round_stochastically(key: PRNGKeyArray, x: Float[Array, "*shape"]) -> BFloat
 def heavy_ball(
     decay: Any, nesterov: bool = False, dtype: Any = None
 ) -> optax.GradientTransformationExtraArgs:
-    """`M ← β M + G,  step = M` (with `nesterov`: `β M + G`), in float32: `optax.trace` under a guard.
+    """`M ← β M + G,  step = M` (with `nesterov`: `β M + G`), in float32: `optax.trace` that may reject.
 
     Args:
       decay: `β`.
@@ -65,7 +65,7 @@ def heavy_ball(
         keys = streams(key_data(0), count, len(leaves))
         return treedef.unflatten(map(round_stochastically, keys, leaves))
 
-    def update(updates, state, params=None, *, guard: Guard | None = None, **extra_args):
+    def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
         del params, extra_args
 
         def ahead(momentum):
@@ -75,8 +75,8 @@ def heavy_ball(
 
         momentum = ahead(state.trace)
         trace = rounded(momentum, state.count) if is_rounded else momentum
-        if guard is not None:
-            trace = guard.keep(trace, state.trace)
+        if context.accept is not None:
+            trace = context.accept.keep_if_rejected(trace, state.trace)
         if is_rounded:
             state = state._replace(count=optax.safe_increment(state.count))
         else:
@@ -88,7 +88,7 @@ def heavy_ball(
 
 
 def adam(b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8) -> optax.GradientTransformationExtraArgs:
-    """`optax.scale_by_adam` under a guard, with its state and defaults.
+    """`optax.scale_by_adam`, which may reject a step, with its state and defaults.
 
         M ← b1 M + (1 - b1) G,   V ← b2 V + (1 - b2) G²,   step = M/(1 - b1ᵗ) / (√(V/(1 - b2ᵗ)) + eps)
 
@@ -97,17 +97,19 @@ def adam(b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8) -> optax.GradientTrans
     """
     plain = optax.scale_by_adam(b1, b2, eps)
 
-    def update(updates, state, params=None, *, guard: Guard | None = None, **extra_args):
+    def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
         del extra_args
-        if guard is None:
+        if (accept := context.accept) is None:
             return plain.update(updates, state, params)
         # Of a wider or narrower gradient than the parameters it was made for, the state keeps its own dtype.
         updates = jax.tree.map(
             lambda g, m: g.astype(jnp.promote_types(m.dtype, jnp.float32)), updates, state.mu
         )
         count = optax.safe_increment(state.count)
-        mu = guard.keep(optax.tree.update_moment(updates, state.mu, b1, 1), state.mu)
-        nu = guard.keep(optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2), state.nu)
+        mu = accept.keep_if_rejected(optax.tree.update_moment(updates, state.mu, b1, 1), state.mu)
+        nu = accept.keep_if_rejected(
+            optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2), state.nu
+        )
         means = optax.tree.bias_correction(mu, b1, count)
         squares = optax.tree.bias_correction(nu, b2, count)
         steps = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), means, squares)
@@ -117,15 +119,15 @@ def adam(b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8) -> optax.GradientTrans
 
 
 def average(decay: Any) -> optax.GradientTransformationExtraArgs:
-    """`M ← β M + (1 - β) G,  step = M`, in float32: `optax.ema` without bias correction, under a guard."""
+    """`M ← β M + (1 - β) G,  step = M`: `optax.ema` without bias correction, which may reject a step."""
     plain = optax.ema(decay, debias=False, accumulator_dtype=jnp.float32)
 
-    def update(updates, state, params=None, *, guard: Guard | None = None, **extra_args):
+    def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
         del extra_args
-        if guard is None:
+        if (accept := context.accept) is None:
             return plain.update(updates, state, params)
         moment = optax.tree.update_moment(updates, state.ema, decay, 1)
-        ema = guard.keep(optax.tree.cast(moment, jnp.float32), state.ema)
+        ema = accept.keep_if_rejected(optax.tree.cast(moment, jnp.float32), state.ema)
         return ema, optax.EmaState(optax.safe_increment(state.count), ema)
 
     return optax.GradientTransformationExtraArgs(plain.init, update)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from .._core.checks import check_function
-from .._core.xla import map_in_turn
+from .._core.xla import map_sequentially
 from .._linalg.normalizers import Normalizer
 
 
@@ -27,12 +27,12 @@ def normalize(method: Normalizer) -> optax.GradientTransformation:
     return _of_each(jax.tree.map, method)
 
 
-def normalize_in_turn(method: Normalizer) -> optax.GradientTransformation:
+def normalize_sequentially(method: Normalizer) -> optax.GradientTransformation:
     """`normalize`, one leaf after the other: for a method that makes matrices on the way, to hold one leaf's.
 
     `sinkhorn` makes none, and would only have the leaf that waits copied.
     """
-    return _of_each(map_in_turn, method)
+    return _of_each(map_sequentially, method)
 
 
 def _of_each(mapped: Callable[..., Any], method: Normalizer) -> optax.GradientTransformation:

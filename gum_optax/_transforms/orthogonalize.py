@@ -4,7 +4,8 @@ import jax
 import optax
 
 from .._core.checks import check_function
-from .._core.xla import map_in_turn, map_together
+from .._core.context import NO_CONTEXT, MatrixContext
+from .._core.xla import map_batched, map_sequentially
 from .._linalg.newton_schulz import Orthogonalizer, newton_schulz
 from .._matrices.view import views_beside
 from .._mesh.distribute import spread
@@ -30,15 +31,15 @@ def orthogonalize(
       TypeError: `method` is not a function.
     """
     check_function("method", method, "gum_optax.newton_schulz")
-    mapped = map_together if together else map_in_turn
+    mapped = map_batched if together else map_sequentially
     once = jax.jit(method)  # traced once for all leaves of a shape
 
-    def update(updates, state, params=None, *, views=None, **extra_args):
+    def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
         del params, extra_args
-        views = views_beside(updates, views)
+        views = views_beside(updates, context.views)
         if not any(view.sharding for view in jax.tree.leaves(views)):
             return mapped(once, updates), state
         # Leaves that live apart do not go together.
-        return map_in_turn(lambda view, x: spread(once, x, view.sharding), views, updates), state
+        return map_sequentially(lambda view, x: spread(once, x, view.sharding), views, updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from .._core.checks import check_matrix_leaf
-from .._core.guard import Guard
+from .._core.context import NO_CONTEXT, MatrixContext
 from .._core.keys import check_key, key_data, stream
-from .._core.xla import map_in_turn
+from .._core.xla import map_sequentially
 
 
 def per_matrix(
@@ -40,11 +40,12 @@ def per_matrix(
             check_matrix_leaf(path, leaf)
         data = key_data(key)
         leaves, treedef = jax.tree.flatten(params)
-        rows = [init(stream(data, jnp.int32(0), place), x) for place, x in enumerate(leaves)]
+        rows = [init(stream(data, jnp.int32(0), leaf_index), x) for leaf_index, x in enumerate(leaves)]
         return as_state(jnp.zeros((), jnp.int32), rows, treedef)
 
-    def update_all(updates, state, params=None, *, guard: Guard | None = None, **extra_args):
+    def update_all(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
         del params, extra_args
+        accept = context.accept
         count, *arrays = state
         count = jnp.asarray(optax.safe_increment(count))
 
@@ -52,12 +53,12 @@ def per_matrix(
             # Last, for it waits: each rule first adds it to its momentum, and the wait goes with that.
             yes, *old, g = arrays_and_gradient
             step, *new = update(count, g.astype(jnp.float32), *old)
-            return step, new if guard is None else guard.keep_where(yes, new, old)
+            return step, new if accept is None else accept.keep_leaf_if_rejected(yes, new, old)
 
         leaves, treedef = jax.tree.flatten(updates)
-        accepted = [True] * len(leaves) if guard is None else guard.accepted(updates)
+        accepted = [True] * len(leaves) if accept is None else accept.of_leaves(updates)
         columns = [treedef.flatten_up_to(array) for array in arrays]
-        results = map_in_turn(one, accepted, *columns, leaves)
+        results = map_sequentially(one, accepted, *columns, leaves)
         steps = treedef.unflatten([step for step, _ in results])
         return steps, as_state(count, [row for _, row in results], treedef)
 

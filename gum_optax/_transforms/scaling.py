@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from .._core.checks import check_number
-from .._linalg.numerics import frobenius, inverse
+from .._linalg.numerics import frobenius, safe_reciprocal
 from .._matrices.dimension_numbers import WeightDimensionNumbers
 from .._matrices.parts import Apart
 from .._matrices.view import views_of
@@ -113,7 +113,7 @@ def limit_norm_growth(ratio: Any = 1.1) -> optax.GradientTransformation:
 
         norms = jax.tree.map(limited, updates, state.norms)
         steps = jax.tree.map(
-            lambda o, norm: (o * (norm[..., None, None] * inverse(frobenius(o)))).astype(o.dtype),
+            lambda o, norm: (o * (norm[..., None, None] * safe_reciprocal(frobenius(o)))).astype(o.dtype),
             updates,
             norms,
         )

@@ -16,7 +16,7 @@ try:
     from jax.extend.core import jaxprs_in_params
 except ImportError:  # jax 0.9
     from jax.core import jaxprs_in_params
-from gum_optax._lowrank.gradient import Sketched
+from gum_optax._lowrank.gradient import ProjectedGradient
 from gum_optax._matrices.view import plain_view
 
 from helpers import LOW_RANK
@@ -169,7 +169,7 @@ def test_the_energy_outside_is_right_in_the_mean():
     outside = np.square(g - p @ p.T @ g).sum()
 
     def estimate(key):
-        sketch = Sketched(Immediate([g]), [0], [plain_view(g)])
+        sketch = ProjectedGradient(Immediate([g]), [0], [plain_view(g)])
         r = sketch.coordinates([p])
         (energy,) = sketch.energies(key[None], [p], r)
         return (energy.whole - energy.inside) * jnp.square(energy.scale)

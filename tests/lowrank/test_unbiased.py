@@ -1,4 +1,4 @@
-"""The mean over draws of what the inner rule is fed, lifted back, is the gradient."""
+"""The mean over draws of the inner rule's input, lifted back, is the gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import gum_optax as go
-from gum_optax._lowrank import slots
+from gum_optax._lowrank import blocks, slots
 from gum_optax._matrices.dimension_numbers import LAST_TWO
 from gum_optax._matrices.view import view_of
 
@@ -128,13 +128,13 @@ def test_a_users_own_compensation_is_a_function_of_q(problem):
 
 
 @pytest.mark.parametrize("held", [(-1, 0, -1, 1, -1, 2), (2, -1, 1, 0, -1, -1), (-1,) * 6])
-def test_slots_are_written_back_the_same_by_choice_and_in_turn(held):
+def test_slots_are_written_back_the_same_by_choice_and_sequentially(held):
     rng = np.random.default_rng(0)
     leaf, values = rng.standard_normal((2, 3, 4, 5)), rng.standard_normal((3, 4, 5))
     expected = leaf.reshape(6, 4, 5).copy()
     for block, slot in enumerate(held):
         expected[block] = values[slot] if slot >= 0 else expected[block]
-    for put in (slots._by_choice, slots._in_turn):
+    for put in (slots._by_choice, slots._sequentially):
         found = put(jnp.asarray(leaf), jnp.asarray(values), jnp.asarray(held))
         np.testing.assert_array_equal(found, np.float32(expected).reshape(leaf.shape))
 
@@ -144,7 +144,7 @@ def test_slots_are_written_back_the_same_by_choice_and_in_turn(held):
 def test_a_slot_is_written_back_to_a_single_matrix(held, shape):
     rng = np.random.default_rng(2)
     leaf, values = rng.standard_normal(shape), rng.standard_normal((3, 4, 5))
-    found = slots.put(jnp.asarray(leaf), jnp.asarray(values), jnp.asarray([held]))
+    found = slots.scatter_blocks(jnp.asarray(leaf), jnp.asarray(values), jnp.asarray([held]))
     np.testing.assert_array_equal(found, np.float32(leaf if held < 0 else values[held].reshape(shape)))
 
 
@@ -156,5 +156,5 @@ def test_a_slot_reads_its_block_of_stacks_of_single_matrices_and_of_both(sizes):
     members = [((jnp.asarray(x), view),) for x, view in zip(leaves, views, strict=True)]
     for place, x in enumerate(leaves):
         for number in range(len(x)):
-            (block,) = slots.read(members, jnp.int32(place), jnp.int32(number))
+            (block,) = blocks.read(members, jnp.int32(place), jnp.int32(number))
             np.testing.assert_array_equal(block, x[number].T)

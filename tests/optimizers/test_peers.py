@@ -91,13 +91,13 @@ def test_a_module_may_be_called_mu_and_a_mean_of_another_dtype_keeps_it(rng):
     g = {"mu": {"kernel": jnp.float32(rng.normal(size=(4, 7)))}}
     run(go.golore(1.0, 2, 1), [g] * 2)
     adam = optax.scale_by_adam(mu_dtype=jnp.bfloat16)
-    rule = go.low_rank(adam, 2, 1, carry=go.rotate_first_moment)
+    rule = go.low_rank(adam, 2, 1, on_refresh=go.rotate_first_moment)
     _, state = run(rule, [g] * 2)
     assert state.low.mu["mu"]["kernel"].dtype == jnp.bfloat16
 
 
 def test_the_mean_can_only_be_rotated_where_there_is_one():
-    rule = go.low_rank(optax.trace(0.9), RANK, PERIOD, carry=go.rotate_first_moment)
+    rule = go.low_rank(optax.trace(0.9), RANK, PERIOD, on_refresh=go.rotate_first_moment)
     with pytest.raises(ValueError, match="needs a state with a field mu"):
         rule.init(jnp.ones((6, 9)))
 

@@ -34,7 +34,7 @@ def assert_same(a, b, gradients, exactly=True):
 
 def test_gum_without_full_rank_blocks_is_galore_muon_with_restarts(gradients):
     a = go.unbiased_low_rank(muon_rule(), RANK, PERIOD, 0.0)
-    b = go.low_rank(muon_rule(), RANK, PERIOD, carry=go.restart)
+    b = go.low_rank(muon_rule(), RANK, PERIOD, on_refresh=go.restart)
     assert_same(a, b, gradients)
 
 
@@ -91,7 +91,7 @@ def test_rotated_linear_momentum_is_the_projection_of_a_momentum_that_lies_in_bo
     rng = np.random.default_rng(6)
     basis = np.linalg.qr(rng.normal(size=(6, RANK)))[0]
     sequence_in_subspace = [{"w": np.float32(basis @ rng.normal(size=(RANK, 9)))} for _ in range(STEPS)]
-    rule = go.low_rank(optax.trace(0.9), RANK, 2, find_subspace=go.svd_subspace, carry=go.rotate)
+    rule = go.low_rank(optax.trace(0.9), RANK, 2, find_subspace=go.svd_subspace, on_refresh=go.rotate)
     assert_same(rule, optax.trace(0.9), sequence_in_subspace, exactly=False)
 
 

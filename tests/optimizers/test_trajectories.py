@@ -35,7 +35,12 @@ def test_galore_muon_runs_in_the_top_singular_subspace_and_keeps_its_momentum(le
 
 def test_rotated_momentum_and_the_raw_residual_are_sumo_with_newton_schulz(leaves):
     rule = go.low_rank(
-        muon_rule(BETA), RANK, PERIOD, find_subspace=go.svd_subspace, carry=go.rotate, residual=go.add_raw
+        muon_rule(BETA),
+        RANK,
+        PERIOD,
+        find_subspace=go.svd_subspace,
+        on_refresh=go.rotate,
+        residual=go.add_raw,
     )
     updates, _ = run(go.as_matrices(rule), trees(leaves))
     for name, gradients in leaves.items():

@@ -1,4 +1,4 @@
-"""Momentum kept in bfloat16, and Adam under a guard."""
+"""Momentum kept in bfloat16, and Adam that keeps its moments."""
 
 import chex
 import jax
@@ -8,7 +8,8 @@ import optax
 import pytest
 
 import gum_optax as go
-from gum_optax._core.guard import Guard
+from gum_optax._core.acceptance import Acceptance
+from gum_optax._core.context import MatrixContext
 from gum_optax._transforms.momentum import adam, average, heavy_ball, round_stochastically
 
 from helpers import run, sequence
@@ -94,23 +95,23 @@ def test_other_dtypes_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("guarded", "plain"),
+    ("ours", "plain"),
     [
         (adam(0.8, 0.99, 1e-6), optax.scale_by_adam(0.8, 0.99, 1e-6)),
         (average(0.8), optax.ema(0.8, debias=False, accumulator_dtype=jnp.float32)),
     ],
     ids=["adam", "average"],
 )
-def test_under_a_guard_a_rule_is_optax_own_and_a_skipped_step_leaves_its_moments(guarded, plain):
+def test_a_rule_that_may_reject_is_optax_own_and_a_rejected_step_leaves_its_moments(ours, plain):
     gradients = [{"w": g, "v": g[0]} for g in sequence(np.random.default_rng(0), (3, 5), 6)]
     state = expected_state = plain.init(gradients[0])
     for number, g in enumerate(gradients):
-        taken = number % 3 != 1
-        step, new = guarded.update(g, state, guard=Guard(jnp.asarray(taken)))
-        state = new._replace(count=state.count + taken)  # as the guard keeps what the rule does not
-        if taken:
+        accepted = number % 3 != 1
+        step, new = ours.update(g, state, context=MatrixContext(accept=Acceptance(jnp.asarray(accepted))))
+        state = new._replace(count=state.count + accepted)  # as the wrapper keeps what the rule does not
+        if accepted:
             expected, expected_state = plain.update(g, expected_state)
             chex.assert_trees_all_close(step, expected, rtol=4 * float(jnp.finfo(jnp.float32).eps))
         chex.assert_trees_all_equal(state, expected_state)
-    alone = guarded.update(gradients[0], state)
+    alone = ours.update(gradients[0], state)
     chex.assert_trees_all_equal(alone, plain.update(gradients[0], state))

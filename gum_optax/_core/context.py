@@ -1,0 +1,61 @@
+"""What travels inside an update.
+
+A rule of optax is called as `update(updates, state, params, **extra_args)`. Wrappers of this library know
+things that the rules inside them need: how the model stores a leaf, whether a step is accepted, what to
+measure of a gradient that is never formed. A gradient cannot hold these, and the state must not. They travel
+in one extra argument, `context`, a `MatrixContext`. Users' own extra arguments, such as the `value` of a line
+search, travel beside it and are passed on as they are.
+
+| field | who passes it | who reads it |
+|---|---|---|
+| `views` | `as_matrices`; `unbiased_low_rank` for its slots | `low_rank`, `orthogonalize` |
+| `accept` | `skip_non_finite`; every optimizer, leaf by leaf | rules with state: momentum, Adam, `low_rank` |
+| `measurements` | `projected_update` | `skip_non_finite`, `as_matrices`, `low_rank` |
+
+Each reader that changes the leaves changes the context with them. `as_matrices` replaces all three fields:
+a fused kernel becomes several leaves, so `accept` and `measurements` then count those. `low_rank` passes on
+`accept` alone, because coordinates have another shape than the leaves and are always computed.
+
+`low_rank` passes two more extra arguments to a `residual` that is a rule: `coordinates` (R) and `steps` (S).
+They are public, because a user's own residual reads them.
+
+A rule needs to know none of this. optax drops extra arguments for a rule that takes none, and a rule with
+`**extra_args` may ignore the context: its state is then restored from outside when a step is rejected, at the
+cost of a copy.
+"""
+
+import dataclasses
+from typing import Any
+
+from .acceptance import Acceptance
+from .measurements import Measurements
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixContext:
+    """The extra argument `context` of an update: what a wrapper knows of the leaves that a rule is given.
+
+    A rule reads it so:
+
+        def update(updates, state, params=None, *, context=MatrixContext(), **extra_args):
+            ...
+            if context.accept is not None:
+                momentum = context.accept.keep_if_rejected(momentum, state.momentum)
+
+    Attributes:
+      views: a tree with a `View` at each leaf: how the leaf is stored and sharded. `None`: leaves are
+        `(*blocks, m, n)` as they stand.
+      accept: which leaves step. `None`: all of them do.
+      measurements: takes means of linear functions of a gradient that nobody forms; the leaves of the updates
+        are then zeros. `None`: the updates are the gradient.
+
+    The table of this module shows who passes each field and who reads it.
+    """
+
+    views: Any = None
+    accept: Acceptance | None = None
+    measurements: Measurements | None = None
+
+
+# The default of the argument `context`: leaves are matrices, every one steps, the gradient is there.
+NO_CONTEXT = MatrixContext()
