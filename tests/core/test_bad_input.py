@@ -58,7 +58,7 @@ ARGUMENTS = [
     (
         {"key": jax.random.PRNGKey(0, impl="rbg")},
         TypeError,
-        "as those of rbg are; its draws are the same on every platform",
+        "a raw rbg key; its draws are the same on every platform",
     ),
     ({"key": jax.random.split(jax.random.key(0))}, TypeError, "key must be one key"),
     ({"key": [0, 1]}, TypeError, "key must be an integer seed or a JAX key such as jax.random.key"),
