@@ -13,7 +13,7 @@ from .._linalg.normalizers import Normalizer, outputs_first, sign_lmo, spectral_
 from .._matrices.as_matrices import as_matrices
 from .._matrices.dimension_numbers import WeightDimensionNumbers, names_of
 from .._matrices.hidden_matrices import policy
-from .._transforms.momentum import average
+from .._transforms.momentum import ema
 from .._transforms.normalize import normalize, normalize_in_turn
 from .matrix_optimizer import at_least_float32, matrix_optimizer
 
@@ -77,7 +77,7 @@ def scion(
         "vectors": optax.chain(normalize(_unit_vector), optax.scale(radius)),
     }
     # In float32 and without bias correction, which no norm ball would see.
-    averaged = average(momentum)
+    averaged = ema(momentum)
     rule = at_least_float32(optax.chain(averaged, normalize_in_turn(outputs_first(hidden))))
     return matrix_optimizer(
         rule,

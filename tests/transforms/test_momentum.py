@@ -9,7 +9,7 @@ import pytest
 
 import gum_optax as go
 from gum_optax._core.guard import Guard
-from gum_optax._transforms.momentum import adam, average, heavy_ball, round_stochastically
+from gum_optax._transforms.momentum import adam, ema, round_stochastically, trace
 
 from helpers import run, sequence
 
@@ -36,7 +36,7 @@ def test_what_is_not_finite_stays_so():
 def test_a_rounded_momentum_does_not_stall_where_the_nearest_would():
     """`m ← 0.999 m + 0.002` from 1 goes to 2; rounded to the nearest, 1.001 is 1 again."""
     g, steps = jnp.full((64, 64), 0.002), 1000
-    rule = heavy_ball(0.999, dtype=jnp.bfloat16)
+    rule = trace(0.999, dtype=jnp.bfloat16)
     start = rule.init(g)._replace(trace=jnp.ones_like(g, jnp.bfloat16))
 
     def step(state, _):
@@ -97,9 +97,9 @@ def test_other_dtypes_are_refused():
     ("guarded", "plain"),
     [
         (adam(0.8, 0.99, 1e-6), optax.scale_by_adam(0.8, 0.99, 1e-6)),
-        (average(0.8), optax.ema(0.8, debias=False, accumulator_dtype=jnp.float32)),
+        (ema(0.8), optax.ema(0.8, debias=False, accumulator_dtype=jnp.float32)),
     ],
-    ids=["adam", "average"],
+    ids=["adam", "ema"],
 )
 def test_under_a_guard_a_rule_is_optax_own_and_a_skipped_step_leaves_its_moments(guarded, plain):
     gradients = [{"w": g, "v": g[0]} for g in sequence(np.random.default_rng(0), (3, 5), 6)]
