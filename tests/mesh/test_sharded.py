@@ -256,7 +256,7 @@ def test_a_matrix_without_a_sharding_is_named(mesh):
 
 
 def untold(params, entries):
-    return with_shardings.untold_shardings(params, list(entries.values()))
+    return with_shardings.undeclared_shardings(params, list(entries.values()))
 
 
 def test_leaves_whose_auto_shardings_the_optimizer_was_not_told_are_named():

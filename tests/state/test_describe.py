@@ -87,7 +87,7 @@ def test_it_says_which_matrices_run_at_full_rank_and_why():
     params = model() | {"small": {"kernel": shape(3, 40)}}
     notes = go.describe(go.gum(1e-3, rank=4), params).notes
     assert any(note.startswith("small/kernel") and "at most the rank 4" in note for note in notes)
-    assert any(note.startswith("odd/kernel") and "no other block of its shape" in note for note in notes)
+    assert any(note.startswith("odd/kernel") and "no other block has its shape" in note for note in notes)
 
 
 def test_it_shows_both_readings_of_an_ambiguous_leaf():

@@ -105,7 +105,7 @@ def test_gradients_of_another_structure_are_named(name):
 
 def test_a_state_in_dicts_names_convert_state():
     held = flax.serialization.to_state_dict(initial("gum"))
-    with pytest.raises(ValueError, match=r"got a dict; where that holds its arrays.*convert_state"):
+    with pytest.raises(ValueError, match=r"got a dict; if that holds its arrays.*convert_state"):
         updated(optimizer("gum"), PARAMS, held)
     back = go.convert_state(optimizer("gum"), held, PARAMS)
     assert updated(optimizer("gum"), PARAMS, back)

@@ -113,7 +113,7 @@ def test_gum_goes_on_with_another_rank_period_and_fraction_as_if_it_had_begun_th
 
 def test_within_a_period_and_for_another_model_a_conversion_is_refused():
     _, state = run(gum(), gradients(4), PARAMS)
-    with pytest.raises(ValueError, match="1 of 3 steps of this one are taken: take 2 more"):
+    with pytest.raises(ValueError, match="1 of 3 steps of this period are taken: take 2 more"):
         go.convert_state(gum(rank=3), state, PARAMS)
     _, state = run(gum(), gradients(3), PARAMS)
     other = PARAMS | {"stack": jnp.ones((5, 6, 10))}
