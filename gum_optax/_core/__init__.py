@@ -1,1 +1,1 @@
-"""The ground: checks, trees, keys, guards, and what is done for the compiler's sake."""
+"""The ground: checks, trees, keys, guards, and workarounds for the compiler."""

@@ -28,7 +28,7 @@ SUITES = {contrib: "ContribTest", alias: "AliasTest", accumulation: "Accumulatio
 
 # Scion's steps have the size of its balls, up to 3000.
 RATES = {"scion": 1e-4}
-SCION_IS_REAL = "Scion's norm balls are of real numbers, and complex ones are refused"
+SCION_IS_REAL = "Scion's norm balls are for real numbers, so it refuses complex ones"
 
 every_optimizer = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.long] * (name != "gum")) for name in OPTIMIZERS]
