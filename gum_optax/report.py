@@ -81,7 +81,9 @@ def optimizers(rank: int, fraction: float) -> dict[str, optax.GradientTransforma
     }
 
 
-def largest_rank(params: Any, budget: int, make: Callable[[int], optax.GradientTransformation]) -> int | None:
+def largest_rank(
+    params: dict[str, Any], budget: int, make: Callable[[int], optax.GradientTransformation]
+) -> int | None:
     """The largest multiple of 64 below the width with which model and state fit `budget` bytes, or `None`.
 
     The search is linear, because memory is not monotonic in the rank: a matrix whose side the rank reaches is

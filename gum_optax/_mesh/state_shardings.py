@@ -77,7 +77,7 @@ def typed_state(
     return state, [PartitionSpec() if x.sharding is None else x.sharding.spec for x in jax.tree.leaves(state)]
 
 
-def check_processes_agree(state: Any) -> None:
+def check_processes_agree(state: optax.OptState) -> None:
     """Check that all processes hold the same keys, counts and draws.
 
     JAX does not notice a seed that differs between hosts: each host compiles its own program and draws its

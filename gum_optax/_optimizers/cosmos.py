@@ -23,10 +23,10 @@ class CosmosState(NamedTuple):
     """State of `scale_by_cosmos`."""
 
     count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
-    momentum: Any  # M, each leaf (*, m, n) float32
-    basis: Any  # U, each leaf (*, m, r) float32, orthonormal columns
-    spectrum: Any  # S, each leaf (*, r, r) float32: the mean of UᵀG GᵀU
-    squares: Any  # V, each leaf (*, r, n) float32: the mean of (UᵀG)²
+    momentum: optax.Updates  # M, each leaf (*, m, n) float32
+    basis: optax.Updates  # U, each leaf (*, m, r) float32, orthonormal columns
+    spectrum: optax.Updates  # S, each leaf (*, r, r) float32: the mean of UᵀG GᵀU
+    squares: optax.Updates  # V, each leaf (*, r, n) float32: the mean of (UᵀG)²
 
 
 def scale_by_cosmos(

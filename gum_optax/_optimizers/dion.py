@@ -26,8 +26,8 @@ class DionState(NamedTuple):
     """State of `scale_by_dion`."""
 
     count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
-    momentum: Any  # M, each leaf (*, m, n) float32
-    right: Any  # Q, each leaf (*, n, r) float32 with unit columns
+    momentum: optax.Updates  # M, each leaf (*, m, n) float32
+    right: optax.Updates  # Q, each leaf (*, n, r) float32 with unit columns
 
 
 def scale_by_dion(rank: int, momentum: Any = 0.95, key: int | jax.Array = 0) -> optax.GradientTransformation:

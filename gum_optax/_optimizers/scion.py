@@ -92,7 +92,7 @@ def scion(
     )
 
 
-def _balls(params: Any) -> Any:
+def _balls(params: optax.Params) -> Any:
     """The ball of each leaf that is not a hidden matrix, by name."""
 
     def ball(path, x, reading):

@@ -49,7 +49,7 @@ class TrionState(NamedTuple):
     """State of `scale_by_trion`."""
 
     count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
-    momentum: Any  # M, each leaf (*, m, n) float32
+    momentum: optax.Updates  # M, each leaf (*, m, n) float32
 
 
 def scale_by_trion(

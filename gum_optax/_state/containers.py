@@ -174,7 +174,12 @@ def with_clear_errors(tx: optax.GradientTransformation) -> optax.GradientTransfo
     return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
-def _check_together(tx: Any, updates: Any, state: Any, params: Any) -> None:
+def _check_together(
+    tx: optax.GradientTransformation,
+    updates: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params | None,
+) -> None:
     """Raise an error that names mismatched leaves, if there are any.
 
     Raises:

@@ -169,7 +169,7 @@ def _last_field(path: Any) -> str:
 _TOKENS = 8
 
 
-def _made_within(gradients: Any) -> Any:
+def _made_within(gradients: optax.Updates) -> optax.Updates:
     """Recompute the gradients inside the step: XLA then has to hold them, and may overwrite them."""
 
     def products(tree):
@@ -190,7 +190,13 @@ def _made_within(gradients: Any) -> Any:
 
 
 def _temporaries(
-    tx: Any, device: Any, params: Any, state: Any, gradients: Any, *, keep_gradients: bool
+    tx: optax.GradientTransformation,
+    device: Any,
+    params: Any,
+    state: Any,
+    gradients: Any,
+    *,
+    keep_gradients: bool,
 ) -> int | None:
     # Keep the arguments in the order of the results: JAX gives a result the first donated argument of its
     # shape. In another order it would give new parameters the buffer of a momentum, and would first copy that

@@ -77,7 +77,7 @@ def check_state(tx: optax.GradientTransformation, state: Any, params: Any) -> No
         )
 
 
-def convert_state(tx: optax.GradientTransformation, state: Any, params: Any) -> Any:
+def convert_state(tx: optax.GradientTransformation, state: Any, params: optax.Params) -> optax.OptState:
     """Convert a state to that of an optimizer with another rank, period or fraction.
 
         P ← the first r' columns of P, or P and r' - r random columns, made orthonormal

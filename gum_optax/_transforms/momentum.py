@@ -20,7 +20,7 @@ class RoundedTrace(NamedTuple):
     """State of `trace` in bfloat16."""
 
     count: Int[Array, ""]  # steps since the start or the last restart  # pyright: ignore[reportIncompatibleMethodOverride]
-    trace: Any  # the momentum, a leaf (*, m, n) bfloat16
+    trace: optax.Updates  # the momentum, each leaf (*, m, n) bfloat16
 
 
 def round_stochastically(key: PRNGKeyArray, x: Float[Array, "*shape"]) -> BFloat16[Array, "*shape"]:

@@ -82,7 +82,7 @@ def scale_by_fans(
 class LimitNormGrowthState(NamedTuple):
     """State of `limit_norm_growth`."""
 
-    norms: Any  # each leaf (*,) float32: the norm of each block's last step, 0 before the first
+    norms: optax.Updates  # each leaf (*,) float32: the norm of each block's last step, 0 before the first
 
 
 def limit_norm_growth(ratio: Any = 1.1) -> optax.GradientTransformation:
