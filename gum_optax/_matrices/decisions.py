@@ -56,7 +56,7 @@ class Decisions:
     def warning_at_init(self, init: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """`init` with one warning about doubtful readings, or with a record for a listener instead."""
 
-        def init_and_warn(params):
+        def telling(params):
             state = init(params)  # first, so that its errors precede any warning
             readings = dict(zip(leaf_names(params), decided(self.spec, params), strict=True))
             unmatched = _unmatched(self.spec, params, list(readings))
@@ -67,7 +67,7 @@ class Decisions:
                 record.unmatched.extend(unmatched)
             return state
 
-        return init_and_warn
+        return telling
 
 
 def _signature(tree: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A state, gradients or parameters that do not go together: named at `update`, at no cost where they do."""
+"""`update` names mismatched state, gradients and parameters, without cost if they match."""
 
 import functools
 import re
@@ -53,7 +53,7 @@ def test_the_state_of_every_other_optimizer_is_refused(name):
 
 
 def test_what_is_alike_are_the_states_of_one_kind():
-    """Nothing in a state tells them apart: Adam in a subspace, and rules without a state."""
+    """These optimizers have equal states: Adam in a subspace, and stateless rules."""
     kinds = {}
     for name in OPTIMIZERS:
         kinds.setdefault(str(structure(name)), []).append(name)

@@ -1,4 +1,4 @@
-"""Momentum kept in bfloat16, and Adam under a guard."""
+"""Momentum stored in bfloat16, and Adam under a guard."""
 
 import chex
 import jax
@@ -34,7 +34,7 @@ def test_what_is_not_finite_stays_so():
 
 
 def test_a_rounded_momentum_does_not_stall_where_the_nearest_would():
-    """`m ← 0.999 m + 0.002` from 1 goes to 2; rounded to the nearest, 1.001 is 1 again."""
+    """`m ← 0.999 m + 0.002` goes from 1 to 2, but rounding to nearest takes 1.001 back to 1."""
     g, steps = jnp.full((64, 64), 0.002), 1000
     rule = trace(0.999, dtype=jnp.bfloat16)
     start = rule.init(g)._replace(trace=jnp.ones_like(g, jnp.bfloat16))
@@ -66,9 +66,9 @@ def test_momentum_and_slots_are_bfloat16_and_close_to_the_float32_ones(make):
     assert pairs
     for m, low in pairs:
         assert low.dtype == jnp.bfloat16
-        # One rounding is at most 2⁻⁷ of an entry; a few of them are left in the average.
+        # One rounding is at most 2⁻⁷ of an entry, and the average holds a few of them.
         assert np.linalg.norm(m - low.astype(jnp.float32)) < 2**-6 * np.linalg.norm(m)
-    # The first step is made before anything is rounded.
+    # The first step comes before any rounding.
     np.testing.assert_allclose(exact[0]["0"], rounded[0]["0"], atol=1e-5)
 
 
@@ -85,7 +85,7 @@ def test_half_the_momentum():
     )
     momentum = 4 * (4 * 8 * 96 + 64 * 96)  # four of r × n and one slot, in float32
     saved = wide.total - narrow.total
-    assert momentum / 2 - 64 <= saved <= momentum / 2  # but for the counters that rounding needs
+    assert momentum / 2 - 64 <= saved <= momentum / 2  # except the counters for rounding
 
 
 def test_other_dtypes_are_refused():
@@ -107,7 +107,9 @@ def test_under_a_guard_a_rule_is_optax_own_and_a_skipped_step_leaves_its_moments
     for number, g in enumerate(gradients):
         taken = number % 3 != 1
         step, new = guarded.update(g, state, guard=Guard(jnp.asarray(taken)))
-        state = new._replace(count=state.count + taken)  # as the guard keeps what the rule does not
+        state = new._replace(
+            count=state.count + taken
+        )  # as the guard keeps the state that the rule does not keep
         if taken:
             expected, expected_state = plain.update(g, expected_state)
             chex.assert_trees_all_close(step, expected, rtol=4 * float(jnp.finfo(jnp.float32).eps))
