@@ -27,7 +27,7 @@ from ._optimizers.trion import dct_columns as dct_columns
 from ._optimizers.trion import trion as trion
 from ._optimizers.trion import scale_by_trion as scale_by_trion
 
-# What can be said of a state.
+# Functions of a state.
 from ._state.describe import Description as Description
 from ._state.describe import LeafDescription as LeafDescription
 from ._state.describe import describe as describe
@@ -87,7 +87,7 @@ from ._matrices.hidden_matrices import RoutingWarning as RoutingWarning
 from ._matrices.hidden_matrices import hidden_matrices as hidden_matrices
 from ._matrices.with_shardings import with_shardings as with_shardings
 
-# Where arrays live.
+# Shardings.
 from ._mesh.axis_names import with_axis_names as with_axis_names
 from ._mesh.state_shardings import check_processes_agree as check_processes_agree
 from ._mesh.state_shardings import state_shardings as state_shardings
@@ -118,14 +118,14 @@ from ._core.keys import draw as draw
 
 __version__ = "0.1.0"
 
-# Names of before 0.1.0. Each goes with the next version.
+# Deprecated names from before 0.1.0. The next version removes them.
 _RENAMED = {
     "cosmos_rule": "scale_by_cosmos",
     "dion_rule": "scale_by_dion",
     "trion_rule": "scale_by_trion",
 }
 
-# Hidden from type checkers, which would take every other name for one of the package.
+# Hide this from type checkers: they would accept every name as a name of the package.
 if not _typing.TYPE_CHECKING:
 
     def __getattr__(name):

@@ -1,4 +1,4 @@
-"""What well-known models need with each optimizer, from shapes alone.
+"""Reports from shapes alone how much memory well-known models need with each optimizer.
 
 python -m gum_optax.report
 python -m gum_optax.report --model qwen-2.5-7b --budget 40 --leaves
@@ -18,7 +18,7 @@ from ._optimizers.muon import muon
 from ._state.memory import MemoryReport, memory_report
 
 GIB = 2**30
-RANK_STEP = 64  # ranks that fill the tiles of a matrix unit
+RANK_STEP = 64  # multiples of this rank fill the tiles of a matrix unit
 
 
 class Architecture(NamedTuple):
@@ -27,17 +27,17 @@ class Architecture(NamedTuple):
     layers: int
     hidden: int
     feed_forward: int
-    heads: int  # times head_dim, the width of queries and of the attention's output
+    heads: int  # heads · head_dim is the width of queries and of the attention's output
     kv_heads: int
     head_dim: int
     vocabulary: int
-    norms: int  # a layer
+    norms: int  # per layer
     biases: bool  # on queries, keys and values
     tied: bool  # the head is the embedding
 
 
 MODELS = {
-    # Each from the `config.json` of its release.
+    # From the `config.json` of each release.
     "llama-3-8b": Architecture(32, 4096, 14336, 32, 8, 128, 128256, 2, biases=False, tied=False),
     "qwen-2.5-7b": Architecture(28, 3584, 18944, 28, 4, 128, 152064, 2, biases=True, tied=False),
     "gemma-2-9b": Architecture(42, 3584, 14336, 16, 8, 256, 256000, 4, biases=False, tied=True),
@@ -45,7 +45,7 @@ MODELS = {
 
 
 def shapes(a: Architecture, dtype: Any) -> dict[str, Any]:
-    """Its parameters as `jax.ShapeDtypeStruct`s, layers stacked as `nn.scan` leaves them."""
+    """The parameters of an architecture as `jax.ShapeDtypeStruct`s, with layers stacked as by `nn.scan`."""
 
     def leaf(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -71,7 +71,7 @@ def shapes(a: Architecture, dtype: Any) -> dict[str, Any]:
 
 
 def optimizers(rank: int, fraction: float) -> dict[str, optax.GradientTransformation]:
-    """AdamW for everything, and what this library has between that and no momentum."""
+    """AdamW for all leaves, and four optimizers of this library."""
     return {
         "adamw": optax.adamw(1.0),
         "muon": muon(1.0),
@@ -81,10 +81,13 @@ def optimizers(rank: int, fraction: float) -> dict[str, optax.GradientTransforma
     }
 
 
-def largest_rank(params: Any, budget: int, make: Callable[[int], optax.GradientTransformation]) -> int | None:
-    """The largest multiple of 64 below the width at which all of it fits `budget` bytes; `None` if none does.
+def largest_rank(
+    params: dict[str, Any], budget: int, make: Callable[[int], optax.GradientTransformation]
+) -> int | None:
+    """The largest multiple of 64 below the width with which model and state fit `budget` bytes, or `None`.
 
-    Not by bisection: a matrix that the rank reaches is not projected any more, and needs less again.
+    The search is linear, because memory is not monotonic in the rank: a matrix whose side the rank reaches is
+    no longer projected and needs less again.
     """
     width = max(min(x.shape[-2:]) for x in jax.tree.leaves(params["layers"]) if x.ndim > 2)
     ranks = range(RANK_STEP * ((width - 1) // RANK_STEP), 0, -RANK_STEP)
@@ -98,7 +101,7 @@ def _row(name: str, report: MemoryReport) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the tables that the arguments ask for."""
+    """Print the requested tables."""
     p = argparse.ArgumentParser(prog="python -m gum_optax.report", description=(__doc__ or "").split("\n")[0])
     p.add_argument("--model", choices=MODELS, action="append", help="default: all")
     p.add_argument("--rank", type=int, default=128, help="default: %(default)s")

@@ -2,12 +2,12 @@ import importlib.metadata
 import os
 from pathlib import Path
 
-# Tests are tiny: compilation dominates, so LLVM's optimizations are off; XLA's own, which decide the
-# buffers that the memory tests look at, are on.
+# Tests are tiny and compilation dominates, so LLVM's optimizations are off. XLA's own optimizations are on:
+# they decide the buffers that the memory tests measure.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Threads of LAPACK spin for a while after each call, on the cores that XLA goes on with.
+# Threads of LAPACK spin for a while after each call, on cores that XLA needs.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# Kernels by way of LLVM alone and not of MLIR, where jaxlib knows the flag: compiled in half the time.
+# Emit kernels without MLIR, where jaxlib knows the flag: this halves the compile time.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -15,8 +15,8 @@ os.environ.setdefault(
     * importlib.metadata.version("jaxlib").startswith(("0.9.", "0.10.")),
 )
 
-# Compiled programs are shared by the workers and kept for the next run (`pytest --cache-clear` forgets them).
-# Reading them, jaxlib 0.9 hangs now and then.
+# The workers share compiled programs and keep them for the next run (`pytest --cache-clear` deletes them).
+# jaxlib 0.9 sometimes hangs when it reads them.
 if not importlib.metadata.version("jaxlib").startswith("0.9."):
     os.environ.setdefault(
         "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "d" / "jax")
@@ -31,7 +31,7 @@ import pytest
 
 from helpers import LEAVES, STEPS, sequence
 
-# A failing example must fail again: derandomized. Compilation makes single examples slow.
+# Derandomize, so that a failing example fails again. No deadline: compilation makes some examples slow.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=15)
 hypothesis.settings.load_profile("suite")
 
@@ -43,19 +43,19 @@ def rng():
 
 @pytest.fixture(scope="session")
 def leaves():
-    """The gradients of a run: for each name of `LEAVES` one array for each step."""
+    """The gradients of a run: for each name in `LEAVES`, one array per step."""
     rng = np.random.default_rng(1)
     return {name: sequence(rng, shape, STEPS) for name, shape in LEAVES.items()}
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _no_float64():
-    """The suite runs as users run JAX: float32."""
+    """The suite runs in float32, as users run JAX."""
     assert not jax.config.jax_enable_x64
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _programs_are_let_go():
-    """Thousands of compiled programs would use up the memory maps that Linux grants a process (65,530)."""
+    """Drop compiled programs: thousands would exhaust the memory maps of a Linux process (65,530)."""
     yield
     jax.clear_caches()

@@ -1,4 +1,4 @@
-"""Small pieces that several test modules share."""
+"""Small functions and tables that several test modules share."""
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +8,12 @@ import pytest
 
 import gum_optax as go
 
-# Where two programs round differently, Newton-Schulz multiplies the difference by up to its slope at zero:
+# If two programs round differently, Newton-Schulz multiplies the difference by up to its slope at zero:
 # 3.4445⁵ = 485 for Jordan's five steps, and 485 roundings of float32 are 6e-5.
 AMPLIFIED = 1.5e-4
 
 LOW_RANK = {"rank": 2, "period": 3}
-# Every optimizer, with what makes its state small and its periods short.
+# Every optimizer, with arguments for a small state and short periods.
 OPTIMIZERS = {
     "muon": (go.muon, {}),
     "galore_muon": (go.galore_muon, LOW_RANK),
@@ -31,24 +31,24 @@ OPTIMIZERS = {
     "scion": (go.scion, {}),
 }
 
-# One of each kind: full rank, low rank, sampled, rotated with a raw residual, stateless, a state a matrix.
-# The others go through what all go through alike in the long tests.
+# One of each kind: full rank, low rank, sampled, rotated with a raw residual, stateless, state per matrix.
+# The other optimizers run the shared tests only in the long tests.
 CORE = ("muon", "galore_muon", "gum", "sumo", "sinkgd", "dion")
 CORE_AND_LONG = [pytest.param(name, marks=[pytest.mark.long] * (name not in CORE)) for name in OPTIMIZERS]
 
-# For tests of temporaries, where results are made one after the other.
+# For tests of temporaries that expect results one after the other.
 in_turn = pytest.mark.skipif(
     jax.__version_info__ < (0, 10),
     reason="the XLA of jax 0.9 holds the steps of all leaves: muon has 1.0 of the gradients",
 )
 
-# Both orientations, stacked and not; their gradients are the fixture `leaves`.
+# Both orientations, single and stacked. The fixture `leaves` has their gradients.
 LEAVES = {"wide": (6, 9), "tall": (9, 6), "stack": (3, 6, 9), "tall_stack": (2, 10, 5)}
 STEPS = 10
 
 
 def run(tx, gradients, params=None):
-    """The jitted updates of `tx` over a list of gradient trees, and the last state."""
+    """The updates of the jitted `tx` over a list of gradient trees, and the last state."""
     state = jax.jit(tx.init)(gradients[0] if params is None else params)
     update = jax.jit(tx.update)
     updates = []
@@ -75,12 +75,12 @@ def sequence(rng, shape, steps, drift=0.3):
 
 
 def trees(gradients):
-    """A list of dicts from a dict of lists."""
+    """Convert a dict of lists to a list of dicts."""
     return [dict(zip(gradients, row, strict=True)) for row in zip(*gradients.values(), strict=True)]
 
 
 def steps_of(tx, leaves):
-    """What a descent at learning rate one took off, and the states before each step and after the last."""
+    """The steps of a descent at learning rate one, and the states before each step and after the last one."""
     gradients = trees(leaves)
     states, updates = [jax.jit(tx.init)(gradients[0])], []
     update = jax.jit(tx.update)

@@ -1,7 +1,7 @@
-"""Run by `test_sharded.py` in a process of its own: every optimizer on a mesh of eight host devices.
+"""Every optimizer on a mesh of eight host devices: `test_sharded.py` runs this in a separate process.
 
 python tests/on_eight_devices.py NAME ...            prints one line of JSON
-python tests/on_eight_devices.py NAME,FINDER ...     at an ordinary size; one that hangs ends the process
+python tests/on_eight_devices.py NAME,FINDER ...     at an ordinary size; a hang ends the process
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import os
 import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Before what is there: the last word counts.
+# Put this flag first: the last flag wins.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
 
 import jax
@@ -26,8 +26,8 @@ import gum_optax as go
 
 from helpers import OPTIMIZERS, sequence
 
-# One tree with all layouts: a mesh axis on either side (FSDP, tensor parallel), both on one, one on each,
-# scanned layers, experts as a batch axis, attention heads. The rank, 2, is a multiple of one axis only.
+# One tree with all layouts: a mesh axis on either side (FSDP, tensor parallel), both on one side, one
+# per side, scanned layers, experts as a batch axis, attention heads. Rank 2 is a multiple of one axis only.
 LAYOUTS = {
     "rows": ((8, 16), P("model", None)),
     "columns": ((8, 16), P(None, ("data", "model"))),
@@ -38,7 +38,7 @@ LAYOUTS = {
 }
 SPECS = {name: {"kernel": spec} for name, (_, spec) in LAYOUTS.items()} | {"bias": P("model")}
 STEPS = 5
-# The others' updates run there within the same wrapper; how their state is born, `state_shardings` sees.
+# Updates of other optimizers run in the same wrapper, and `state_shardings` traces their `init`.
 ON_EXPLICIT_AXES = ("muon", "galore_muon", "gum", "sinkgd")
 
 
@@ -54,7 +54,7 @@ def values():
 
 
 def twice(tx, place, state_of, out=None):
-    """Parameters and state after all steps, of two runs of the same program."""
+    """Parameters and state after all steps, for two runs of the same program."""
 
     def step(g, state, params):
         updates, state = tx.update(g, state, params)
@@ -66,14 +66,14 @@ def twice(tx, place, state_of, out=None):
         params, *gradients = map(place, values())
         state = state_of(params)
         for g in gradients:
-            # One program at a time: eight devices share the cores.
+            # Run one program at a time: eight devices share the cores.
             params, state = jax.block_until_ready(step(g, state, params))
         found.append((params, state))
     return found
 
 
 def on_mesh(tx_for, kind, *, sizes=(2, 4), planned=True):
-    """As `twice`: under Auto axes with `state_shardings` or without, or under Explicit ones with nothing."""
+    """`twice` under Auto axes, with or without `state_shardings`, or under Explicit axes without them."""
     devices = jax.devices()[: math.prod(sizes)]
     mesh = jax.make_mesh(sizes, ("data", "model"), axis_types=(kind,) * 2, devices=devices)
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), SPECS)
@@ -85,7 +85,7 @@ def on_mesh(tx_for, kind, *, sizes=(2, 4), planned=True):
     def place(tree):
         return jax.device_put(tree, shardings)
 
-    # What a user of Explicit axes does; under Auto axes no mesh is set.
+    # Users of Explicit axes set the mesh; users of Auto axes do not.
     with jax.set_mesh(mesh) if kind == AxisType.Explicit else contextlib.nullcontext():
         return twice(tx, place, init, out), (shardings, born)
 
@@ -122,18 +122,18 @@ def check(name):
     return found
 
 
-# Large enough that every factorization of a stack is worth several threads (jaxlib: 2e5 operations).
+# Large enough to make every factorization of a stack worth several threads (jaxlib: 2e5 operations).
 ORDINARY, ORDINARY_RANK = (4, 64, 96), 48
-LIMIT = 120  # seconds of a case, most of them compilation
+LIMIT = 120  # seconds per case, most of them compilation
 
 
 def at_size(case):
-    """The gap to the single device after two refreshes; ends the process where that takes too long."""
+    """The gap to a single device after two refreshes; ends the process if that takes too long."""
     print(f"started {case}", file=sys.stderr, flush=True)
     faulthandler.dump_traceback_later(LIMIT, exit=True)
     name, finder = case.split(",")
     make, arguments = OPTIMIZERS[name]
-    # Every argument that the optimizer has: a rank is worth threads, and each step is a refresh.
+    # Replace the arguments that the optimizer has: this rank is worth threads, and each step is a refresh.
     larger = {"rank": ORDINARY_RANK, "period": 1}
     arguments = arguments | {word: larger[word] for word in arguments if word in larger}
     if finder:
@@ -150,7 +150,7 @@ def at_size(case):
 
 
 def after_all(tx, gradients, out):
-    """Parameters after a step on each gradient but the first, with which they begin."""
+    """The parameters after a step on each gradient but the first, which serves as initial parameters."""
     params, *gradients = gradients
     state = jax.jit(tx.init, out_shardings=out and out[1])(params)
     step = jax.jit(tx.update, out_shardings=out)
@@ -161,7 +161,7 @@ def after_all(tx, gradients, out):
 
 
 def same_integers(a, b):
-    """Counts, keys and draws; what is rounded is not compared here."""
+    """Whether counts, keys and draws are equal; ignores arrays of floating-point numbers."""
     return np.issubdtype(a.dtype, np.inexact) or np.array_equal(a, b)
 
 

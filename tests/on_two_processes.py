@@ -1,4 +1,4 @@
-"""Run by `test_processes.py`, twice at a time: two processes with four host devices each, as one mesh.
+"""Two processes with four host devices each, as one mesh: `test_processes.py` runs this twice at a time.
 
 python tests/on_two_processes.py ADDRESS PROCESS FOLDER      leaves a checkpoint and params.npz
 """
@@ -8,7 +8,7 @@ import sys
 
 import jax
 import numpy as np
-import on_eight_devices as run  # says how many devices there are, before any is asked for
+import on_eight_devices as run  # sets the number of devices before JAX starts
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType
@@ -29,7 +29,7 @@ def main(process, folder):
     whole = multihost_utils.process_allgather((params, state), tiled=True)
     if process == 0:
         np.savez(os.path.join(folder, "run.npz"), *jax.tree.leaves(whole))
-    # Each process its own seed: its programs hold other numbers, and nothing in JAX notices.
+    # Give each process its own seed: its programs hold other numbers, and JAX does not notice.
     other = jax.jit(optimizer(key=process).init, out_shardings=born)(params)
     try:
         go.check_processes_agree(other)

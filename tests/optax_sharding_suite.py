@@ -1,4 +1,4 @@
-"""Run by `test_optax_suites.py` in a process of its own: optax's sharding suite on eight host devices.
+"""optax's sharding suite on eight host devices: `test_optax_suites.py` runs this in a separate process.
 
 python tests/optax_sharding_suite.py NAME ...      prints each test that passed
 """
@@ -12,12 +12,12 @@ import jax
 
 from helpers import OPTIMIZERS
 
-# It asks for eight devices, in place of whatever else is asked.
+# The suite replaces the flags by one for eight devices.
 flags = os.environ.get("XLA_FLAGS", "")
 suite = importlib.import_module("optax._src.sharding_test")
 os.environ["XLA_FLAGS"] += f" {flags}"
 
-# It compares versions as strings, by which 0.10 is older than 0.7.2, and would skip itself.
+# The suite compares versions as strings: it would take 0.10 to be older than 0.7.2 and skip itself.
 jax.__version__ = "9"
 
 for name in sys.argv[1:]:

@@ -1,13 +1,13 @@
-"""The update rules again, in float64 NumPy, one matrix at a time and straight from the formulas.
+"""The update rules in float64 NumPy, one matrix at a time, directly from the formulas.
 
-Nothing here imports gum_optax. Subspaces come from NumPy's SVD; which blocks are drawn is an input.
+This module does not import gum_optax. Subspaces come from NumPy's SVD, and the drawn blocks are an input.
 """
 
 import numpy as np
 
 
 def jordan(x, steps=5):
-    """Newton-Schulz with Jordan's coefficients, of either orientation."""
+    """Newton-Schulz with Jordan's coefficients, in either orientation."""
     if not np.any(x):
         return np.zeros_like(x)
     if x.shape[0] > x.shape[1]:
@@ -39,7 +39,7 @@ def muon_steps(gradients, momentum, step=jordan, nesterov=False):
 
 
 def galore_muon_steps(gradients, rank, period, momentum, step=jordan, find=top_left):
-    """Wide matrices: the first axis is projected. The momentum is kept when the subspace changes."""
+    """For wide matrices: projects the first axis. The momentum does not change with the subspace."""
     r, p, out = 0.0, None, []
     for t, g in enumerate(gradients):
         if t % period == 0:
@@ -78,7 +78,7 @@ def adam_steps(gradients, b1=0.9, b2=0.999, eps=1e-8):
 
 
 def galore_steps(gradients, rank, period, scale=0.25, find=top_left):
-    """GaLore, arXiv 2403.03507, Algorithm 2, with the moments kept when the subspace changes."""
+    """GaLore, arXiv 2403.03507, Algorithm 2; the moments do not change with the subspace."""
     projectors, coordinates, p = [], [], None
     for t, g in enumerate(gradients):
         if t % period == 0:
@@ -107,7 +107,7 @@ def sumo_steps(gradients, rank, period, momentum, step=msign, ratio=1.1, raw=Tru
 
 
 def sinkgd_step(g, rounds=5):
-    """Of a matrix with the outputs as rows (arXiv 2502.06742, Algorithm 3), by whole matrices."""
+    """SinkGD for outputs as rows (arXiv 2502.06742, Algorithm 3), with whole matrices."""
     m, n = g.shape
     for _ in range(rounds):
         g = g / np.linalg.norm(g, axis=1, keepdims=True) * np.sqrt(n)
@@ -116,7 +116,7 @@ def sinkgd_step(g, rounds=5):
 
 
 def swan_step(g):
-    """Of a matrix with the outputs as rows (arXiv 2412.13148, Algorithm 1), whitening exact."""
+    """SWAN for outputs as rows (arXiv 2412.13148, Algorithm 1), with exact whitening."""
     g = (g - g.mean(axis=1, keepdims=True)) / g.std(axis=1, keepdims=True)
     values, vectors = np.linalg.eigh(g @ g.T)
     keep = values > 1e-9 * values[-1]
@@ -126,7 +126,7 @@ def swan_step(g):
 
 
 def golore_steps(gradients, projectors, period, scale=0.25, b1=0.9, b2=0.999, eps=1e-8):
-    """GoLore, arXiv 2410.11289: Adam in the given subspaces, its mean rotated into each new one."""
+    """GoLore, arXiv 2410.11289: Adam in the given subspaces; its mean rotates into each new subspace."""
     mu, nu, out = 0.0, 0.0, []
     for t, g in enumerate(gradients):
         p = projectors[t // period]
@@ -139,7 +139,7 @@ def golore_steps(gradients, projectors, period, scale=0.25, b1=0.9, b2=0.999, ep
 
 
 def fira_steps(gradients, rank, period, scale=0.25, growth=1.01, find=top_left):
-    """Fira, arXiv 2410.01623, with the norm of the residual's part limited."""
+    """Fira, arXiv 2410.01623, with a limit on the norm of the residual term."""
     p, projectors, coordinates = None, [], []
     for t, g in enumerate(gradients):
         p = find(g, rank) if t % period == 0 else p
@@ -157,7 +157,7 @@ def fira_steps(gradients, rank, period, scale=0.25, growth=1.01, find=top_left):
 
 
 def frugal_steps(gradients, rank, period, outside=np.sign, find=top_left):
-    """FRUGAL, arXiv 2411.07837: Adam anew in every period, `outside` of the residual."""
+    """FRUGAL, arXiv 2411.07837: Adam restarts in every period, and `outside` maps the residual."""
     out = []
     for start in range(0, len(gradients), period):
         span = gradients[start : start + period]
@@ -168,7 +168,7 @@ def frugal_steps(gradients, rank, period, outside=np.sign, find=top_left):
 
 
 def dct_matrix(size):
-    """Columns are the orthonormal DCT-II basis."""
+    """A matrix whose columns are the orthonormal DCT-II basis."""
     i, j = np.arange(size)[:, None], np.arange(size)[None, :]
     d = np.cos(np.pi * j * (2 * i + 1) / (2 * size)) * np.sqrt(2 / size)
     d[:, 0] = np.sqrt(1 / size)
@@ -194,7 +194,7 @@ def dion_steps(gradients, q, momentum):
     for g in gradients:
         m = m + g
         p, upper = np.linalg.qr(m @ q)
-        p = p * np.sign(np.diag(upper))  # the signs cancel in P Qᵀ; ours are positive
+        p = p * np.sign(np.diag(upper))  # the signs cancel in P Qᵀ; the library's are positive
         r = m.T @ p
         m = m - (1 - momentum) * p @ r.T
         q = r / np.linalg.norm(r, axis=0)
@@ -231,7 +231,7 @@ def ema(gradients, beta):
 
 
 def oracle(rule, gradients, *args, **kwargs):
-    """The oracle of one wide matrix applied to a leaf of any orientation and stack."""
+    """Apply the oracle of one wide matrix to a leaf of any orientation and stack."""
     shape = gradients[0].shape
     tall = shape[-2] > shape[-1]
     blocks = [np.reshape(g, (-1, *shape[-2:])) for g in gradients]

@@ -1,4 +1,4 @@
-"""The benchmarks that need a better machine run here too, at toy size, so that they can't rot."""
+"""Benchmarks for larger machines run here at toy size, so that they keep working."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ def settings_of(path):
 
 
 def few(monkeypatch):
-    """Of each part as little as shows that it works."""
+    """A benchmark with the smallest sizes that show that every part works."""
     some = {name: accelerator.OPTIMIZERS[name] for name in ("adamw", "gum")}
     monkeypatch.setattr(accelerator, "OPTIMIZERS", some)
     monkeypatch.setattr(accelerator, "PEERS", (speed.PEER,))
@@ -58,7 +58,7 @@ def test_the_accelerator_script_checks_measures_and_trains(tmp_path, monkeypatch
     assert list(check) == ["adamw", "gum"]
     assert all(row["agrees"] for row in check.values())
     assert lean["gum"]["state"] < lean[speed.PEER]["state"]
-    assert lean["gum"]["peak"] is None  # a CPU keeps none
+    assert lean["gum"]["peak"] is None  # a CPU has no such statistics
     assert fast["gum"]["step"] > 0
     assert finders["svd_subspace"]["of the SVD's"] == 1
     assert finders["sketched_subspace, 1 step"]["of the SVD's"] not in (0, 1)
@@ -71,7 +71,7 @@ def test_the_accelerator_script_checks_measures_and_trains(tmp_path, monkeypatch
 
 
 def test_no_process_is_started_for_the_device_once_this_one_holds_it(tmp_path, monkeypatch):
-    """A TPU is one process's, and so is most of a GPU's memory."""
+    """One process owns a TPU, and most of a GPU's memory."""
     few(monkeypatch)
     happened = []
 
@@ -177,7 +177,7 @@ def test_the_guard_is_timed_beside_the_rule_alone(tmp_path, monkeypatch):
     (rows,) = settings_of(tmp_path / "guard.json").values()
     assert len(rows) == 6
     assert all(row["step"] > 0 for row in rows.values())
-    for rule in few:  # the state is kept where it is made: no second one
+    for rule in few:  # the state is computed in place: no second copy
         alone, built_in = (rows[f"{rule}, {how}"]["temporaries"] for how in ("alone", "skip_non_finite"))
         assert built_in < 1.03 * alone
         assert rows[f"{rule}, optax.apply_if_finite"]["temporaries"] > 1.3 * alone

@@ -1,4 +1,4 @@
-"""What the documents say is what happens."""
+"""The documents are true."""
 
 import ast
 import inspect
@@ -28,7 +28,7 @@ def blocks(language, text=README):
 
 
 def block(text, word):
-    """The one Python block of a page that contains a word."""
+    """The only Python block of a page that contains a word."""
     (code,) = [code for code in blocks("python", text) if word in code]
     return code
 
@@ -96,7 +96,7 @@ def test_the_patterns_for_scanned_kernels_make_stacks_of_layers():
 
 
 def states_of(kind, state):
-    """The parts of a state that are of one type, without those within others of that type."""
+    """The outermost parts of a state that have one type."""
 
     def is_one(x):
         return isinstance(x, kind)
@@ -147,14 +147,14 @@ def test_every_link_within_the_repository_leads_somewhere():
 
 
 def anchors(path):
-    """What GitHub calls the headings of a page."""
+    """GitHub's anchors for the headings of a page."""
     headings = re.findall(
         r"^#+ (.*)$", re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL), re.MULTILINE
     )
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-# Pages that hold the tables of the benchmarks, and the tables that are so long that a page links to them.
+# Pages with the tables of the benchmarks, and tables so long that a page links to them.
 RESULTS = ("losses.md", "memory_and_compilation.md", "times.md", "devices.md")
 LINKED = ("speed.md", "guard.md", "cost_model.md")
 
@@ -195,7 +195,7 @@ def test_the_lines_about_matrices_describe_a_model_and_take_each_leaf_for_its_ro
     ]
 
 
-# Names in backticks that others define: shells, JAX, trainers, models of other libraries, the reader.
+# Names in backticks from other sources: shells, JAX, trainers, models of other libraries, the reader.
 FOREIGN = {
     *("print", "OPENBLAS_NUM_THREADS", "pytest_cache", "new_tx"),
     *("jax_enable_x64", "jax_threefry_partitionable", "memory_analysis", "out_shardings", "shard_map"),
@@ -205,7 +205,7 @@ FOREIGN = {
 
 
 def words_of(path):
-    """What a file defines: functions, classes, arguments, fields, constants, and strings that are names."""
+    """The names in a file: functions, classes, arguments, fields, constants, and strings that are names."""
     words = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -228,13 +228,13 @@ WORDS |= {
 }
 CALLS = {name for name in dir(go) if not name.startswith("_")} | FOREIGN
 FILE = r"[\w/.-]+\.(?:py|md|toml|sh|json|jsonl|png|txt|cff)\b"
-# Not looked at in backticks: files, dotted names of other libraries, options of commands, quoted values.
+# Ignored in backticks: files, dotted names of other libraries, options of commands, quoted values.
 ELSEWHERE = FILE + r"|(?<![\w.])\w+(?:\.\w+)+|--[\w-]+|\"[^\"]*\""
 LIKE_OURS = r"(?<!\w)(?:_[a-z]\w*|[a-z]+(?:_[a-z0-9]+)+|[A-Z][a-z]+(?:[A-Z][a-z]+)+|[A-Z]+_[A-Z_]+)(?!\w)"
 
 
 def exists(name):
-    """Whether a dotted name is public, a module of ours, or what such a module defines."""
+    """Whether a dotted name is public, a module of this library, or a name in such a module."""
     folder, _, last = name.rpartition(".")
     module = ROOT / folder.replace(".", "/")
     if module == ROOT / "gum_optax" and hasattr(go, last):
@@ -246,9 +246,10 @@ def exists(name):
 
 
 def invented(text):
-    """Names that look like ours and do not exist.
+    """Names that look like this library's and do not exist.
 
-    They are `gum_optax.x` anywhere, and in backticks files, calls, and names of several words.
+    The function looks at `gum_optax.x` anywhere, and in backticks at files, calls, and names of several
+    words.
     """
     found = {name for name in re.findall(r"\bgum_optax(?:\.\w+)+", text) if not exists(name)}
     for span in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):

@@ -1,4 +1,4 @@
-"""The programs that a user runs, run as a user runs them."""
+"""Runs the examples as a user runs them."""
 
 import dataclasses
 import json
@@ -50,18 +50,18 @@ TINY = [
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """A cache of the tests' own."""
+    """A separate cache for these tests."""
     return tmp_path_factory.mktemp("cache")
 
 
 def environment_of(cache):
-    """The same for a process of its own."""
+    """The environment of a separate process with this cache."""
     return os.environ | {"XDG_CACHE_HOME": str(cache)}
 
 
 @pytest.fixture(autouse=True)
 def _environment(cache, monkeypatch):
-    """A cache of the tests' own, and the signal handlers back as they were."""
+    """A separate cache for these tests; restores the signal handlers afterwards."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setenv("TQDM_DISABLE", "1")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -72,7 +72,7 @@ def _environment(cache, monkeypatch):
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """A small language: sentences over a fixed grammar."""
+    """A small language of sentences over a fixed grammar."""
     rng = np.random.default_rng(0)
     who, what, where = (
         ["the cat", "a dog", "my friend"],
@@ -95,7 +95,7 @@ def losses(directory):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, text, cache):
-    """One run of 30 steps without interruption: its directory and what it printed."""
+    """The directory and output of one uninterrupted run of 30 steps."""
     out = tmp_path_factory.mktemp("whole") / "run"
     command = [sys.executable, str(ROOT / "examples" / "pretrain.py"), *TINY, "--steps", "30"]
     environment = environment_of(cache)
@@ -115,7 +115,9 @@ def test_a_run_leaves_metrics_plot_sample_table_and_checkpoints(whole):
     assert {"train_loss", "seconds", "captured_energy", "residual_share", "refresh_count"} <= set(lines[0])
     assert lines[-1]["refresh_count"] == 8
     assert np.all(np.diff([r["seconds"] for r in lines]) > 0)
-    assert lines[-1]["val_loss"] < lines[0]["train_loss"] - 1  # the grammar has few words: it is learned fast
+    assert (
+        lines[-1]["val_loss"] < lines[0]["train_loss"] - 1
+    )  # the grammar has few words, so a model learns it quickly
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "A sample of gum:" in done.stdout
     table = done.stdout.splitlines()[-3:]
@@ -130,7 +132,7 @@ def test_a_run_leaves_metrics_plot_sample_table_and_checkpoints(whole):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda n: n.name)
 def test_a_stopped_run_goes_on_to_the_bit_within_a_period(whole, text, tmp_path, cache, number):
-    """SIGTERM and Ctrl-C save the step that they come in; after SIGKILL the last regular save counts."""
+    """SIGTERM and Ctrl-C save the current step; SIGKILL leaves the last regular save."""
     out = tmp_path / "run"
     command = [sys.executable, str(ROOT / "examples" / "pretrain.py"), *TINY, "--steps", "30"]
     command += ["--text", str(text), "--out", str(out), "--save-every", "5"]
@@ -138,7 +140,7 @@ def test_a_stopped_run_goes_on_to_the_bit_within_a_period(whole, text, tmp_path,
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
-    # SIGKILL once the save of step 5 stands; the others as soon as there is something to save.
+    # Send SIGKILL after the save of step 5, the other signals as soon as there is a step to save.
     sign = out / "checkpoints" / "5" if number == signal.SIGKILL else out / "metrics.jsonl"
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None and not (sign.exists() and records(out)):
@@ -157,7 +159,7 @@ def test_a_stopped_run_goes_on_to_the_bit_within_a_period(whole, text, tmp_path,
 def test_resume_within_a_period_from_an_earlier_checkpoint_forgets_later_metrics(
     whole, text, tmp_path, capsys
 ):
-    """As after a crash: the newest checkpoint is behind the last line, and that line is cut short."""
+    """As after a crash, the newest checkpoint is older than the last line, and that line is incomplete."""
     arguments = [*TINY, "--steps", "30", "--text", str(text), "--out", str(tmp_path / "run")]
     stop = iter(range(40))
 
@@ -186,7 +188,7 @@ def test_resume_within_a_period_from_an_earlier_checkpoint_forgets_later_metrics
 def test_compare_starts_each_from_the_same_weights_on_the_same_data(text, tmp_path, capsys):
     out = tmp_path / "all"
     arguments = [*TINY, "--steps", "3", "--text", str(text), "--out", str(out)]
-    # One of each family; that every optimizer takes the model is a test of its own, without compiling.
+    # One optimizer of each family; another test, without compilation, runs every optimizer on the model.
     names = ["adamw", "muon", "galore_muon", "gum"]
     assert pretrain.main([*arguments, "--compare", ",".join(names)]) == 0
     first = {name: records(out / name)[0]["train_loss"] for name in names}
@@ -199,7 +201,7 @@ def test_compare_starts_each_from_the_same_weights_on_the_same_data(text, tmp_pa
     assert state["galore_muon"] < state["gum"] < state["muon"] < state["adamw"]
     assert (out / "loss.png").exists()
     assert "tokens/s" in capsys.readouterr().out
-    # A comparison resumes too; what is finished is read, not trained again.
+    # A comparison resumes too: it reads finished runs and does not train them again.
     lines = (out / "gum" / "metrics.jsonl").read_text()
     assert pretrain.main([*arguments, "--compare", "muon,gum", "--resume"]) == 0
     assert (out / "gum" / "metrics.jsonl").read_text() == lines
@@ -261,7 +263,7 @@ def test_a_mistake_is_answered_with_one_clear_sentence(
     given = arguments if "--text" in arguments else ["--text", str(text), *arguments]
     try:
         code = pretrain.main([*TINY, "--steps", "30", *given])
-    except SystemExit as stopped:  # argparse's own way
+    except SystemExit as stopped:  # argparse's own exit
         code = stopped.code
     assert code == 2
     error = capsys.readouterr().err
@@ -272,7 +274,7 @@ def test_a_mistake_is_answered_with_one_clear_sentence(
 def test_a_text_is_encoded_once_and_decodes_to_itself(text):
     a, b = corpus.Corpus(text, 512), corpus.Corpus(text, 512)
     assert a.train.tolist() == b.train.tolist()
-    assert a.train.filename == b.train.filename  # the second reads what the first wrote
+    assert a.train.filename == b.train.filename  # the second run reads the files of the first
     paragraph = text.read_text().split("\n\n")[1]
     assert paragraph in a.tokenizer.decode(a.train[:200].tolist())
 
@@ -282,7 +284,7 @@ def test_documents_are_parted_by_record_separators_or_by_blank_lines(newline, tm
     parts = [f"The first line of {i}{newline}and the second" for i in range(20)]
     plain, packed = tmp_path / "plain.txt", tmp_path / "packed.txt.xz"
     plain.write_bytes(f"{newline}{newline}".join(parts).encode())
-    # A blank line within a document parts nothing.
+    # A blank line inside a document does not split it.
     packed.write_bytes(lzma.compress("\x1e".join(f"{part}{newline}{newline}end" for part in parts).encode()))
     wanted = [part.replace(newline, "\n") for part in parts]
     assert corpus.documents_of(plain) == wanted
@@ -310,10 +312,10 @@ def test_the_default_text_is_real_conversation():
 
 
 def test_galore_muon_stalls_on_the_noisy_regression_and_gum_converges(tmp_path):
-    """The paper's Figure 1, at its full length."""
+    """The paper's Figure 1 at full length."""
     losses = linear_regression.main(["--seeds", "4", "--out", str(tmp_path)])
     start = losses["GaLore-Muon"][0]
-    np.testing.assert_allclose(losses["GaLore-Muon"][-1], start, rtol=1e-3)  # it has not moved at all
+    np.testing.assert_allclose(losses["GaLore-Muon"][-1], start, rtol=1e-3)  # no movement at all
     for name in ("Muon", "GUM", "GUM, low variance"):
         assert (losses[name][-1] < 1e-6).all(), name
     assert (tmp_path / "linear_regression.png").exists()
@@ -359,7 +361,7 @@ def test_the_comparison_searches_the_best_rate_and_does_only_what_is_missing(tmp
     arguments = ["corpus_comparison.py", "--optimizers", "adamw,gum", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", arguments)
     corpus_comparison.main()
-    # From either side, until both neighbours of the best are worse; then the other seeds.
+    # The search goes on until both neighbours of the best rate are worse, then runs the other seeds.
     down = [0.006, 0.012, 0.003, 0.0015]
     up = [0.00075, 0.0015, 0.003, 0.006]
     assert calls == [
@@ -387,7 +389,7 @@ def test_a_stopped_run_of_the_comparison_goes_on_to_the_bit(text, tmp_path, monk
     chosen = pretrain.settings_of(options, "sinkgd", words)
 
     class Stop:
-        """Comes after so many questions."""
+        """A signal that is set after a number of queries."""
 
         def __init__(self, after):
             self.after = after

@@ -1,4 +1,4 @@
-"""Faults, injected: damaged checkpoints, and kill -9 at any moment of a run."""
+"""Injected faults: damaged checkpoints, and kill -9 at any moment of a run."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def opened(path, *, resume):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A run of two steps with a checkpoint of each: where it is, a trainer at its start, its states."""
+    """A run of two steps with a checkpoint of each: its directory, a trainer at its start, its states."""
     path = tmp_path_factory.mktemp("saved") / "run"
     tx = go.gum(0.1, rank=2, period=3, full_rank_fraction=0.3)
     params = {"kernel": jax.random.normal(jax.random.key(0), (5, 6, 9))}
@@ -65,7 +65,7 @@ def damaged(data, how):
 
 
 def restored_with_damage(saved, copy, files, how):
-    """The step that a run goes on from, files of the newest checkpoint being damaged; its state is right."""
+    """The step from which a run resumes after damage to the newest checkpoint; checks its state."""
     path, start, _ = saved
     shutil.copytree(path, copy)
     for file in files:
@@ -127,7 +127,7 @@ def losses(out):
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(4))
 def test_a_run_that_is_killed_25_times_is_the_run_that_is_not(seed, tmp_path):
-    """kill -9 at random moments, start and saves included; four such runs are a hundred kills."""
+    """kill -9 at random moments, also during the start and saves; four such runs have a hundred kills."""
     text, whole, out = tmp_path / "text.txt", tmp_path / "whole", tmp_path / "killed"
     text.write_text("".join(f"The {i}th sentence is about {i * i}.\n\n" for i in range(2000)))
     finish(pretrain(text, whole, tmp_path, "--seed", str(seed)))
@@ -143,4 +143,4 @@ def test_a_run_that_is_killed_25_times_is_the_run_that_is_not(seed, tmp_path):
     finish(pretrain(text, out, tmp_path, "--seed", str(seed), "--resume"))
     assert losses(out) == losses(whole)
     assert len(losses(out)) == 4000
-    assert furthest[-1] > 0  # some of the kills came after a save
+    assert furthest[-1] > 0  # some kills came after a save

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "gum_optax"
-# From the top floor to the ground.
+# From the top floor down to the ground.
 FLOORS = re.findall(r"^\| `(_\w+)/` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
 MODULES = {path.relative_to(PACKAGE).with_suffix("").parts: path for path in sorted(PACKAGE.rglob("*.py"))}
 # The glue for trainers imports the finished package from outside, as a user does.
@@ -19,7 +19,7 @@ INSIDE = {name: path for name, path in MODULES.items() if name[0] != "trainers"}
 
 
 def imported(name):
-    """The modules of the package that a module imports, wherever in it the import stands."""
+    """The modules of the package that a module imports, at any depth of its code."""
     found = set()
     for node in ast.walk(ast.parse(INSIDE[name].read_text())):
         if isinstance(node, ast.Import):
@@ -37,7 +37,7 @@ IMPORTS = {name: imported(name) for name in INSIDE}
 
 
 def floor(name):
-    """The number of a module's floor, 0 on the ground; the public names are above all folders."""
+    """The floor of a module, 0 for the ground; the public names are above all folders."""
     return len(FLOORS) - 1 - FLOORS.index(name[0]) if len(name) > 1 else len(FLOORS)
 
 
@@ -84,7 +84,7 @@ def test_the_ground_for_arrays_knows_no_optax():
             assert "optax" not in re.findall(r"^(?:import|from) (\w+)", path.read_text(), re.MULTILINE), name
 
 
-# Tests and benchmarks are not held to it: a table of cases is read row by row.
+# The limit does not apply to tests and benchmarks: readers read a table of cases row by row.
 @pytest.mark.parametrize("path", MODULES.values(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_modules_end_before_300_lines(path):
     assert len(path.read_text().splitlines()) < 300

@@ -1,4 +1,4 @@
-"""A public name that has changed goes on for one version, with a warning that names the new one."""
+"""A renamed public name keeps working for one version, with a warning that gives the new name."""
 
 import chex
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Real runs in other trainers. Each has an environment of its own: `nox -s trainers`."""
+"""Real runs in other trainers, each in its own environment: `nox -s trainers`."""
 
 import ast
 import importlib.util
@@ -36,7 +36,7 @@ def trainer(request):
 
 
 def train(trainer, out, steps=STEPS, devices=1):
-    """What the script printed."""
+    """The output of a script."""
     flags = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={devices}"
     script = SCRIPTS / f"with_{trainer}.py"
     command = [sys.executable, str(script), "--steps", str(steps), "--out", str(out)]
@@ -48,19 +48,19 @@ def train(trainer, out, steps=STEPS, devices=1):
 
 
 def records(out):
-    """Steps and losses in the order in which they were written."""
+    """Steps and losses in the order of the records."""
     lines = map(json.loads, (out / "losses.jsonl").read_text().splitlines())
     return [(int(line["step"]), line.get("loss", line.get("learning/loss"))) for line in lines]
 
 
 @pytest.fixture(scope="module")
 def whole(trainer, tmp_path_factory):
-    """A run that nothing stops: what it printed, and its losses."""
+    """The output and losses of an uninterrupted run."""
     out = tmp_path_factory.mktemp(trainer) / "whole"
     return train(trainer, out), records(out)
 
 
-# A kernel of a layer, or of two that are scanned, 16 wide and 32 deep: projector and momentum at rank 4.
+# A kernel of one layer or of two scanned layers, 16 × 32: shapes of projector and momentum at rank 4.
 KERNEL = {
     "tunix": ("gate_proj", ()),
     "kauldron": ("up", ()),
@@ -70,7 +70,7 @@ KERNEL = {
 
 
 def arrays(printed):
-    """Shape of every array that `report` printed, and whether it is sharded, by its path."""
+    """The shape of every array in the output of `report`, and whether it is sharded, by path."""
     found = re.findall(r"^(\S.*) (\(.*\)) (sharded|replicated)$", printed, re.MULTILINE)
     return {path: (ast.literal_eval(shape), where == "sharded") for path, shape, where in found}
 
@@ -88,7 +88,7 @@ def test_gum_sees_the_matrices_of_the_model_and_the_loss_falls(trainer, whole):
     assert np.mean(losses[-2:]) < np.mean(losses[:2])
 
 
-# Every linear layer but the head.
+# Every linear layer except the head.
 PROJECTED = {
     "tunix": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
     "kauldron": {"query", "key", "value", "out", "up", "down"},
@@ -102,17 +102,17 @@ def test_every_linear_layer_is_projected_by_default_and_nothing_else(trainer, wh
     leaf = {"kernel", "weight", "w"}
     found = [next(name for name, child in itertools.pairwise(path) if child in leaf) for path in names]
     assert set(found) == PROJECTED[trainer]
-    layers = 2 if trainer == "tunix" else 1  # the others scan them, or have one
+    layers = 2 if trainer == "tunix" else 1  # the other trainers scan their layers, or have one layer
     assert len(found) == layers * len(PROJECTED[trainer])
 
 
 def stopped_and_resumed(trainer, out, devices):
-    """The records of a run in two goes, after a look at where the second one began; and what it printed."""
+    """The records and output of a run with one interruption; checks the start of its second part."""
     train(trainer, out, steps=STEPS // 2, devices=devices)
     first = records(out)
     printed = train(trainer, out, devices=devices)
     second = records(out)[len(first) :]
-    # Kauldron takes the step at which it stopped a second time, which must be the same.
+    # Kauldron repeats the step at which it stopped, with the same result.
     again = second[0][0] == first[-1][0]
     assert second[0][0] == first[-1][0] + (not again)
     assert not again or second[0] == first[-1]
@@ -135,7 +135,7 @@ def test_sharded_over_four_devices_and_resumed_it_is_the_same_run(trainer, whole
         assert any(is_sharded for path, (_, is_sharded) in arrays(printed).items() if kind in path), kind
 
 
-# Fields of small models of Levanter's, by the module and the name of their configuration.
+# Fields of small Levanter models, by the module and name of their configuration.
 LEVANTER_MODELS = {
     ("gpt2", "Gpt2Config"): {},
     ("llama", "LlamaConfig"): {"intermediate_dim": 32, "num_kv_heads": 2},
@@ -147,7 +147,7 @@ LEVANTER_MODELS = {
 
 
 def levanter(module="mixtral", name="MixtralConfig"):
-    """The glue, and the abstract parameters of a small model of Levanter's."""
+    """The glue, and the abstract parameters of a small Levanter model."""
     pytest.importorskip("levanter")
     glue = importlib.import_module("gum_optax.trainers.levanter")
     import equinox as eqx
@@ -207,7 +207,7 @@ def test_levanter_experts_attention_and_routers_are_matrices_by_their_own_in_and
 
 @pytest.mark.parametrize("config", LEVANTER_MODELS, ids=lambda config: config[0])
 def test_the_matrices_of_a_levanter_model_are_its_linear_layers_but_the_head(config):
-    """By `In` and `Out` of each layer, whose other axes are stacks; also where all else is masked away."""
+    """`In` and `Out` of each layer decide, all other axes are stacks; also if all other leaves are masked."""
     _, params = levanter(*config)
     import haliax as hax
 
@@ -231,7 +231,7 @@ def test_the_matrices_of_a_levanter_model_are_its_linear_layers_but_the_head(con
 
 
 def axes_of(entry, ndim):
-    """The reduction axes and the output axes, counted from the front."""
+    """The reduction axes and output axes, counted from the front."""
     return [[axis % ndim for axis in (axes if isinstance(axes, tuple) else (axes,))] for axes in entry]
 
 
@@ -295,7 +295,7 @@ def test_levanter_decays_what_its_own_optimizers_decay():
 
 @pytest.fixture
 def installed(monkeypatch):
-    """MaxText's module of optimizers, after `install` of a function that gives back its arguments."""
+    """MaxText's module of optimizers after `install` of a function that returns its arguments."""
     from gum_optax.trainers import maxtext
 
     optimizers = pytest.importorskip("maxtext.optimizers.optimizers")

@@ -23,7 +23,7 @@ def _refuse_traced(name: str, value: Any) -> None:
 
 
 def _python_number(value: Any) -> Any:
-    """A Python number in place of a scalar of NumPy, JAX or ml_dtypes; anything else as it is."""
+    """Convert a scalar of NumPy, JAX or ml_dtypes to a Python number; return anything else unchanged."""
     if not hasattr(value, "dtype") or np.shape(value) != ():
         return value
     if jnp.issubdtype(value.dtype, jnp.integer):
@@ -32,7 +32,7 @@ def _python_number(value: Any) -> Any:
 
 
 def check_integer(name: str, value: Any, *, at_least: int) -> int:
-    """An integer of at least `at_least`: it decides shapes, so it cannot be traced."""
+    """Check for an integer of at least `at_least`. The integer decides shapes, so it cannot be traced."""
     _refuse_traced(name, value)
     number = _python_number(value)
     if isinstance(number, bool) or not isinstance(number, numbers.Integral):
@@ -43,10 +43,10 @@ def check_integer(name: str, value: Any, *, at_least: int) -> int:
 
 
 def check_number(name: str, value: Any, *, at_least: float, below: float | None = None) -> Any:
-    """A real number in `[at_least, below)`; a traced one passes, it has no value to check yet.
+    """Check for a real number in `[at_least, below)`. A traced number passes: it has no value to check yet.
 
     Returns:
-      A Python number, or a traced float32: neither changes the dtype of the float32 arrays it meets.
+      A Python number or a traced float32. Neither changes the dtype of float32 arrays.
     """
     if _is_traced(value):
         return jnp.asarray(value, jnp.float32)
@@ -55,7 +55,7 @@ def check_number(name: str, value: Any, *, at_least: float, below: float | None 
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}.")
     number = float(number)
     limit = f"at least {at_least}" + ("" if below is None else f" and below {below}")
-    # A comparison with NaN is false, so NaN is refused too.
+    # This comparison is false for NaN, so NaN is refused too.
     if not (number >= at_least and (below is None or number < below) and number < float("inf")):
         because = f": {_IN_FLOAT32}" if number == below and _is_coarse(value) else ""
         raise ValueError(f"{name} must be {limit}, got {value!r}{because}.")
@@ -64,18 +64,18 @@ def check_number(name: str, value: Any, *, at_least: float, below: float | None 
 
 # `optax.inject_hyperparams` casts numbers to the dtype of the parameters.
 _IN_FLOAT32 = (
-    "a dtype so coarse rounds what is just below 1 to 1; under optax.inject_hyperparams pass"
+    "this coarse dtype rounds numbers just below 1 to 1; under optax.inject_hyperparams pass"
     " hyperparam_dtype=jnp.float32"
 )
 
 
 def _is_coarse(value: Any) -> bool:
-    """Whether Adam's usual 0.999 is 1 in the dtype of a number."""
+    """Whether the dtype of a number rounds Adam's usual 0.999 to 1."""
     return bool(np.asarray(0.999, getattr(value, "dtype", np.float64)) == 1)
 
 
 def check_fraction(name: str, value: Any) -> float:
-    """A number in `[0, 1]`: it decides how many slots are allocated, so it cannot be traced."""
+    """Check for a number in `[0, 1]`. It decides how many slots are allocated, so it cannot be traced."""
     _refuse_traced(name, value)
     number = _python_number(value)
     if isinstance(number, bool) or not isinstance(number, numbers.Real):
@@ -87,25 +87,25 @@ def check_fraction(name: str, value: Any) -> float:
 
 
 def check_function(name: str, value: Any, example: str) -> Callable[..., Any]:
-    """A choice is a function; strings and flags are not dispatched."""
+    """Check for a function: no argument of this library dispatches on strings or flags."""
     if not callable(value):
         raise TypeError(f"{name} must be a function such as {example}, got {value!r}.")
     return value
 
 
 def is_function(value: Any) -> bool:
-    """Whether it is a function of a tree, and not a tree itself: a module of Equinox can be called too."""
+    """Whether `value` is a function of a tree and not itself a tree: an Equinox module is callable too."""
     is_node = not jax.tree_util.all_leaves([value])
     return callable(value) and (not is_node or isinstance(value, jax.tree_util.Partial))
 
 
 def is_rule(value: Any) -> bool:
-    """Whether it is an optax transformation: anything with `init` and `update`."""
+    """Whether `value` is an optax transformation: anything with `init` and `update`."""
     return hasattr(value, "init") and hasattr(value, "update")
 
 
 def check_residual(value: Any) -> Any:
-    """A choice of what becomes of the residual, or a rule for it."""
+    """Check for a function of the residual, or a rule for it."""
     if not (callable(value) or is_rule(value)):
         raise TypeError(
             "residual must be a function such as gum_optax.drop, or an optax.GradientTransformation such as"
@@ -115,7 +115,7 @@ def check_residual(value: Any) -> Any:
 
 
 def check_rule(name: str, value: Any) -> Any:
-    """An optax transformation."""
+    """Check for an optax transformation."""
     if not is_rule(value):
         raise TypeError(
             f"{name} must be an optax.GradientTransformation such as optax.trace(0.95), got {value!r}."
@@ -124,9 +124,9 @@ def check_rule(name: str, value: Any) -> Any:
 
 
 def check_adam(b1: Any, b2: Any, eps: Any) -> tuple[Any, Any, Any]:
-    """Adam's decays, in `[0, 1)`, and what it adds to the root, each as `check_number` returns it."""
+    """Check Adam's decays, in `[0, 1)`, and its `eps`; return each as `check_number` does."""
     if _is_traced(b2) and _is_coarse(b2):
-        # Its value is not known, and at 1 the second moment would be 0 / 0.
+        # The value of `b2` is not known here, and a `b2` of 1 would make the second moment 0 / 0.
         raise TypeError(f"b2 must be at least 0 and below 1, got a traced {b2.dtype}: {_IN_FLOAT32}.")
     return (
         check_number("b1", b1, at_least=0, below=1),
@@ -136,7 +136,7 @@ def check_adam(b1: Any, b2: Any, eps: Any) -> tuple[Any, Any, Any]:
 
 
 def check_matrix_leaf(path: Any, leaf: Any) -> None:
-    """A matrix leaf has two axes or more and real floating-point numbers."""
+    """Check that a matrix leaf has two axes or more and real floating-point numbers."""
     where = jax.tree_util.keystr(path)
     if jnp.ndim(leaf) < 2:
         raise ValueError(

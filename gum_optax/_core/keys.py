@@ -1,4 +1,4 @@
-"""Keys and draws: the same numbers in every process and on every platform."""
+"""Keys and draws, equal in every process and on every platform."""
 
 import numbers
 import zlib
@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key, PRNGKeyArray, UInt32
 
-# JAX's counter-based generator: the same numbers on every platform and in every process.
+# JAX's counter-based generator gives the same numbers on every platform and in every process.
 _IMPLEMENTATION = "threefry2x32"
-# Any number that nobody folds in.
+# A number that no user is likely to fold in.
 _OWN = zlib.crc32(b"gum_optax")
 _REMEDY = (
     "its draws are the same on every platform. Whatever jax_default_prng_impl is, pass an integer seed,"
@@ -27,14 +27,14 @@ def _is_typed(key: Any) -> bool:
 def _is_seed(key: Any) -> bool:
     if isinstance(key, jax.Array | np.ndarray):
         return key.shape == () and jnp.issubdtype(key.dtype, jnp.integer)
-    # What a 64-bit seed of `jax.random.key` can be.
+    # The range of a 64-bit seed of `jax.random.key`.
     return isinstance(key, numbers.Integral) and not isinstance(key, bool) and abs(int(key)) < 2**63
 
 
 def check_key(key: Any) -> None:
-    """An integer seed, a typed JAX key or a raw `uint32[2]` key; computes nothing.
+    """Check for an integer seed, a typed JAX key or a raw `uint32[2]` key, without any computation.
 
-    An optimizer may be made before `jax.distributed.initialize`, which must come before any computation.
+    Users may construct an optimizer before `jax.distributed.initialize`, which must precede any computation.
 
     Raises:
       TypeError: `key` is none of these, or a typed key of another generator.
@@ -47,16 +47,16 @@ def check_key(key: Any) -> None:
             raise TypeError(f"key must be one key, got shape {key.shape}; vmap over several.")
     elif not _is_seed(key) and not (hasattr(key, "dtype") and key.dtype == jnp.uint32 and key.shape == (2,)):
         if hasattr(key, "dtype") and key.dtype == jnp.uint32 and key.shape == (4,):
-            raise TypeError(f"key must be a threefry2x32 key, got {key!r}, as those of rbg are; {_REMEDY}")
+            raise TypeError(f"key must be a threefry2x32 key, got {key!r}, a raw rbg key; {_REMEDY}")
         raise TypeError(f"key must be an integer seed or a JAX key such as jax.random.key(0), got {key!r}.")
 
 
 def key_data(key: Any) -> UInt32[Array, "2"]:
-    """Raw threefry key data of the library's own from what `check_key` lets pass.
+    """Derive the library's own raw threefry key data from a key that `check_key` accepts.
 
-    Not the key's: `jax.random.split(key, n)[i]` is `jax.random.fold_in(key, i)`, so that streams of the key
-    itself would be those of a model that is made from it, and `key=0` is the seed of many. In the state, and
-    not where it is used: a state of before goes on with its draws.
+    The library does not draw from the user's key itself. `jax.random.split(key, n)[i]` equals
+    `jax.random.fold_in(key, i)`, so a model initialized from the same key would have the same streams, and
+    `key=0` is a common seed. The state stores the derived key, so that an older state continues its draws.
     """
     if _is_seed(key):
         key = jax.random.key(key, impl=_IMPLEMENTATION)
@@ -66,7 +66,7 @@ def key_data(key: Any) -> UInt32[Array, "2"]:
 
 
 def typed(data: UInt32[Array, "*keys 2"]) -> Key[Array, "*keys"]:
-    """The keys of raw data."""
+    """Typed keys from raw key data."""
     return jax.random.wrap_key_data(data, impl=_IMPLEMENTATION)
 
 
@@ -88,8 +88,8 @@ def some(keys: Key[Array, "count"], chosen: Sequence[int]) -> Key[Array, "chosen
 def draw(key: UInt32[Array, "2"], period: Int[Array, ""], group: str, blocks: int, k: int) -> Int[Array, "k"]:
     """`k` of `blocks` indices without replacement, each block with probability exactly `k / blocks`.
 
-    A pure function of its arguments: every process draws the same, and so does a resumed run.
-    `group` names the draw; its checksum is stable where Python's `hash` is not.
+    The draw is a pure function of the arguments: every process draws the same blocks, and so does a resumed
+    run. `group` names the draw. Its checksum is the same in every process; Python's `hash` is not.
     """
     number = zlib.crc32(group.encode())
     return jax.random.permutation(stream(key, period, number), blocks)[:k].astype(jnp.int32)

@@ -24,12 +24,12 @@ def flat(tree: Any) -> list[Any]:
 
 
 def key_name(key: Any) -> Any:
-    """What a key of a tree path says: of a dict its key, of a field its name, of a sequence the index."""
+    """The content of one key of a tree path: a dict key, a field name or a sequence index."""
     return getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))
 
 
 def concrete(tree: Any) -> Any:
-    """Zeros in place of shapes: `init` reads no values, and so takes either, as optax's own do."""
+    """Replace shapes by zeros. `init` reads no values, so it accepts shapes as optax's own `init`s do."""
 
     def zeros(x):
         return jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x

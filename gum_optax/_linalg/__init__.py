@@ -1,1 +1,1 @@
-"""Functions of arrays: no trees, no optax."""
+"""Functions of arrays, without trees and without optax."""

@@ -1,4 +1,4 @@
-"""Newton-Schulz: the polar factor of a matrix by products alone."""
+"""Newton-Schulz: the polar factor of a matrix by matrix products alone."""
 
 import functools
 import math
@@ -10,17 +10,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._core.checks import check_integer
-from .numerics import divided_by_norm, exact_matmul
+from .numerics import exact_matmul, to_unit_norm
 
 Coefficients = Sequence[tuple[float, float, float]]
 Orthogonalizer = Callable[[Float[Array, "*b m n"]], Float[Array, "*b m n"]]
 
-# Keller Jordan's quintic: the steepest slope at zero that keeps singular values in about [0.7, 1.2]
-# (https://kellerjordan.github.io/posts/muon). Five steps, as there.
+# Keller Jordan's quintic has the steepest slope at zero that keeps singular values in about [0.7, 1.2]
+# (https://kellerjordan.github.io/posts/muon). The table has his five steps.
 JORDAN: Coefficients = ((3.4445, -4.7750, 2.0315),) * 5
 
-# The minimax quintics of Polar Express (arXiv 2505.16932, Algorithm 1 and its listing), for
-# singular values in [1e-3, 1]; the last row is the Newton-Schulz step itself.
+# The minimax quintics of Polar Express (arXiv 2505.16932, Algorithm 1 and its listing) for
+# singular values in [1e-3, 1]. The last row is the Newton-Schulz step itself.
 POLAR_EXPRESS_MINIMAX: Coefficients = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -31,23 +31,23 @@ POLAR_EXPRESS_MINIMAX: Coefficients = (
     (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
     (1.875, -1.25, 0.375),
 )
-# The same listing's headroom against rounding: each step but the last divides its input by 1.01, and
-# the start is X/(1.01 |X|_F). Both are folded into the coefficients, so every table starts from X/|X|_F.
+# The same listing leaves headroom for rounding: every step but the last divides its input by 1.01, and
+# the start is X/(1.01 |X|_F). The coefficients include both factors, so every table starts from X/|X|_F.
 _HEADROOM = 1.01
 
 
-# Entries of a matrix that fills a processor by itself.
+# A single matrix of this many entries fills a processor.
 _LARGE = 2**18
 
-# So many times as wide as high, a matrix is faster by its Gram matrix on a CPU: measured, 1.1 to 1.2 times as
-# fast at 2, 1.3 to 1.8 times from 3 on.
+# The Gram form is faster on a CPU from this ratio of width to height on. Measured: 1.1 to 1.2 times as fast
+# at a ratio of 2, 1.3 to 1.8 times from 3 on.
 _WIDE_ENOUGH = 2
 
 
-def _stretched(row: tuple[float, float, float], by: float) -> tuple[float, float, float]:
-    """The quintic of `x / by`."""
+def _stretched(row: tuple[float, float, float], factor: float) -> tuple[float, float, float]:
+    """The quintic of `x / factor`."""
     a, b, c = row
-    return a / by, b / by**3, c / by**5
+    return a / factor, b / factor**3, c / factor**5
 
 
 POLAR_EXPRESS: Coefficients = (
@@ -58,10 +58,10 @@ POLAR_EXPRESS: Coefficients = (
 
 
 def _as_wide(f: Orthogonalizer, x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
-    """`f` of a stack turned wide, so that `X Xᵀ` is the smaller Gram matrix; in the dtype of `x`.
+    """Apply `f` to wide matrices, so that `X Xᵀ` is the smaller Gram matrix. Keeps the dtype of `x`.
 
-    Matrix by matrix where these are large: the buffers of `f` are then one matrix's. Small ones go
-    together, for the sake of speed.
+    Large matrices go through `f` one by one, so that the buffers of `f` have the size of one matrix. Small
+    matrices go through `f` as one stack, which is faster.
     """
     tall = x.shape[-2] > x.shape[-1]
     wide = x.mT if tall else x
@@ -74,10 +74,10 @@ def _as_wide(f: Orthogonalizer, x: Float[Array, "*b m n"]) -> Float[Array, "*b m
 
 
 def _one_by_one(f: Orthogonalizer, stack: Float[Array, "k m n"]) -> Float[Array, "k m n"]:
-    """`jax.lax.map(f, stack)`, each matrix overwritten by its result.
+    """`jax.lax.map(f, stack)`, but each result overwrites its matrix.
 
-    A map's results have an array of their own. Measured, temporaries over gradients, `muon` on stacked
-    layers: 0.00 for 0.45 on a TPU, 0.45 for 1.23 on a CPU whose gradients are kept.
+    `jax.lax.map` allocates a second array for its results. Measured, temporaries over gradients, `muon` on
+    stacked layers: 0.00 instead of 0.45 on a TPU, 0.45 instead of 1.23 on a CPU whose gradients are kept.
     """
 
     def step(i, stack):
@@ -94,17 +94,17 @@ def newton_schulz(
 
         X ← x/|x|_F,   then for each row (a, b, c):   X ← a X + (b A + c A²) X,   A = X Xᵀ
 
-    Being a polynomial, it commutes with an orthonormal lift: `NS(P R) = P NS(R)`. It is scale
-    invariant, and takes zero to zero.
+    The polynomial commutes with an orthonormal lift: `NS(P R) = P NS(R)`. It is scale invariant and maps
+    zero to zero.
 
     Args:
       x: matrices in the last two axes, of any floating dtype.
-      coefficients: one row a step; `JORDAN` (5 rows, singular values to about [0.7, 1.2]) or
+      coefficients: one row per step; `JORDAN` (5 rows, singular values to about [0.7, 1.2]) or
         `POLAR_EXPRESS` (8 rows, to 1 within 1e-5; `POLAR_EXPRESS[:5]` is between the two).
-      dtype: of `X` and of the products; bfloat16, as in Jordan's code, is enough for `JORDAN`.
+      dtype: the dtype of `X` and of the products; bfloat16, as in Jordan's code, is enough for `JORDAN`.
 
     Returns:
-      Matrices of the shape and dtype of `x`, by products of JAX's default precision.
+      Matrices of the shape and dtype of `x`. The products have JAX's default precision.
 
     References:
       Jordan et al., Muon, https://kellerjordan.github.io/posts/muon; Amsel et al., The Polar
@@ -117,9 +117,9 @@ def newton_schulz(
         gram = x @ x.mT
         return a * x + (b * gram + c * (gram @ gram)) @ x, None
 
-    # A loop, not unrolled: the buffers of one step serve all of them.
+    # Use a loop: all steps then share the buffers of one step.
     def iterated(x):
-        return jax.lax.scan(step, divided_by_norm(x).astype(dtype), table)[0]
+        return jax.lax.scan(step, to_unit_norm(x).astype(dtype), table)[0]
 
     return _as_wide(iterated, x)
 
@@ -127,20 +127,20 @@ def newton_schulz(
 def gram_newton_schulz(
     x: Float[Array, "*b m n"], coefficients: Coefficients = JORDAN, restart: int = 3
 ) -> Float[Array, "*b m n"]:
-    """`newton_schulz` by way of the `m × m` Gram matrix: faster the wider the matrix.
+    """`newton_schulz` on the `m × m` Gram matrix: the wider the matrix, the larger the gain in speed.
 
         X ← x/|x|_F,   then `restart` rows at a time:   A = X Xᵀ,  Q = I,
             for each row:   B = a I + b A + c A²,   Q ← B Q,   A ← B A B        X ← Q X
 
-    Two products with `n` columns for every `restart` rows, where `newton_schulz` has two a row. All products
-    are in full float32: in bfloat16 the errors of `A` grow until the result blows up, and an accelerator may
-    well be faster with the plain form in its fast precision. From `JORDAN` in float64 `restart=3` is 2e-5
-    off in spectral norm, as `newton_schulz` is, and without restarts 1.3e-3.
+    Every `restart` rows take two products with `n` columns, where `newton_schulz` takes two per row. All
+    products are in full float32: in bfloat16 the errors of `A` grow until the result diverges. An accelerator
+    may therefore be faster with the plain form in its fast precision. The distance from `JORDAN` in float64,
+    in spectral norm, is 2e-5 with `restart=3`, as for `newton_schulz`, and 1.3e-3 without restarts.
 
     Args:
       x: matrices in the last two axes, of any floating dtype.
       coefficients: as in `newton_schulz`.
-      restart: rows before `A` is made anew from `X`.
+      restart: how many rows one `A` serves before it is recomputed from `X`.
 
     Raises:
       TypeError, ValueError: `restart` is not an integer of at least 1.
@@ -159,7 +159,7 @@ def gram_newton_schulz(
         return exact_matmul(q, x)
 
     def iterated(x):
-        x = divided_by_norm(x)
+        x = to_unit_norm(x)
         for start in range(0, len(rows), restart):
             x = run(x, rows[start : start + restart])
         return x
@@ -168,12 +168,12 @@ def gram_newton_schulz(
 
 
 def fastest_newton_schulz(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
-    """Newton-Schulz by the way that was measured to be the faster one: the default of Muon's rule.
+    """Newton-Schulz in the form that measured faster: the default of Muon's rule.
 
-    On a CPU `gram_newton_schulz` without restarts for matrices at least twice as wide as high: up to 1.3e-3
-    in spectral norm from `newton_schulz` (measured, at conditions from 1e2 to 1e7), which itself is 0.3 from
-    the polar factor. `newton_schulz` for all others and on all other platforms, whose fast precision the Gram
-    form could not use.
+    On a CPU, matrices at least twice as wide as high go through `gram_newton_schulz` without restarts. Its
+    result is up to 1.3e-3 from that of `newton_schulz` in spectral norm (measured, at conditions from 1e2 to
+    1e7), and `newton_schulz` itself is 0.3 from the polar factor. All other matrices, and all matrices on
+    other platforms, go through `newton_schulz`: the Gram form cannot use the fast precision of accelerators.
 
     Args:
       x: matrices in the last two axes, of any floating dtype.

@@ -1,4 +1,4 @@
-"""Orthonormal columns: how they are made; the way into their span and out of it."""
+"""Orthonormal columns: how to compute them, project onto their span, and lift from it."""
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +19,13 @@ def inverse_factor(gram: Float[Array, "*b r r"]) -> Float[Array, "*b r r"]:
     return one_by_one_on_cpu(inverse, gram)
 
 
-# Cholesky-QR squares the condition number, so float32 needs a shift on the first pass and two clean
-# passes after it: orthonormal to rounding up to condition 1e6 (Fukaya et al., shifted CholeskyQR3).
+# Cholesky-QR squares the condition number, so float32 needs a shift in the first pass and two clean
+# passes after it. The result is orthonormal to rounding up to condition 1e6 (Fukaya et al., shifted
+# CholeskyQR3).
 _SHIFT = 1e-6
 _CLEAN_PASSES = 2
-# How much of the previous subspace a power step keeps: directions that G does not see (rank-deficient, zero)
-# have nothing else. Bounds the condition of `Y = G GᵀP + δ P` by 1e5, for `PᵀY ≥ δ I`.
+# How much of the previous subspace a power step keeps. Directions that G lacks (rank-deficient, zero) come
+# only from there. The floor bounds the condition of `Y = G GᵀP + δ P` by 1e5, because `PᵀY ≥ δ I`.
 FLOOR = 1e-5
 
 _DEFECT_OF_A_START = 0.1
@@ -38,22 +39,22 @@ def project(p: Float[Array, "*b m r"], g: Float[Array, "*b m n"]) -> Float[Array
 
 
 def lift(p: Float[Array, "*b m r"], x: Float[Array, "*b r n"]) -> Float[Array, "*b m n"]:
-    """From coordinates back to the full matrix: `P X`."""
+    """The full matrix of coordinates `X`: `P X`."""
     return p @ x
 
 
 def outside(
     p: Float[Array, "*b m r"], g: Float[Array, "*b m n"], eps: float | None = None
 ) -> Float[Array, "*b m n"]:
-    """The residual `G - P Pᵀ G`, and exactly zero where it is only rounding of `G`.
+    """The residual `G - P Pᵀ G`, and exactly zero where only rounding of `G` remains.
 
-    An orthogonalizer would lift that rounding to a full-size random step. Projecting twice makes the
+    An orthogonalizer would scale that rounding up to a full-size random step. Projecting twice makes the
     error relative to the residual itself, not to `G`.
 
     Args:
       p: orthonormal columns.
       g: the gradient.
-      eps: of the dtype that the gradient was computed in, where that is coarser than `g`'s.
+      eps: the machine epsilon of the dtype that computed the gradient, where that is coarser than `g`'s.
     """
     stored = float(jnp.finfo(g.dtype).eps) if eps is None else eps
     rounding = stored + _PRODUCT_ROUNDINGS * float(jnp.finfo(jnp.float32).eps)
@@ -72,8 +73,9 @@ def orthonormalize(
         Y ← Y L⁻ᵀ,   L Lᵀ = YᵀY (+ shift)
 
     Only `r × r` matrices are factorized, so the columns may stay sharded. A shifted pass lowers the
-    condition of `Y` by up to 1e3, a second one by 1e3/√r: one is enough for 1e6, three for 1/eps.
-    A clean pass, without a shift, leaves a defect of that condition squared times eps, a second one rounding.
+    condition of `Y` by up to 1e3, and a second one by 1e3/√r. One pass is enough for a condition of 1e6,
+    three for 1/eps. A clean pass, without a shift, leaves a defect of that condition squared times eps. A
+    second clean pass leaves only rounding.
     """
     eye = jnp.eye(y.shape[-1], dtype=y.dtype)[(None,) * (y.ndim - 2)]
 
@@ -82,7 +84,7 @@ def orthonormalize(
         gram = gram + shift * jnp.sum(gram * eye, axis=(-2, -1), keepdims=True) * eye
         return exact_matmul(y, inverse_factor(gram).mT), None
 
-    # A loop, not unrolled: every leaf has one, and XLA compiles each.
+    # Use a loop: every leaf has one, and XLA would compile every unrolled pass of each.
     shifts = jnp.asarray([_SHIFT] * shifted_passes + [0.0] * clean_passes, y.dtype)
     return jax.lax.scan(one_pass, y, shifts)[0]
 
@@ -90,11 +92,14 @@ def orthonormalize(
 def regularized(
     y: Float[Array, "*b m r"], p: Float[Array, "*b m r"], floor: float = FLOOR
 ) -> Float[Array, "*b m r"]:
-    """`Y + δ P`: of full rank where `Y` is not, so that `orthonormalize` can take it. `|Y|` is about one."""
+    """`Y + δ P`, which has full rank even where `Y` has not, as `orthonormalize` needs; `|Y|` is about 1."""
     return y + floor * p
 
 
 def orthonormal_or(q: Float[Array, "*b m r"], p: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:
-    """`Q` where its columns are unit vectors, else `P`; NaN, which a CPU's maximum passes over, are none."""
+    """`Q` where its columns are unit vectors, else `P`.
+
+    Compares each column, because the maximum on a CPU ignores NaN: a column of NaN is no unit vector.
+    """
     defects = jnp.abs(jnp.sum(q * q, axis=-2, keepdims=True) - 1)
     return jnp.where(jnp.all(defects < _DEFECT_OF_A_START, axis=-1, keepdims=True), q, p)

@@ -6,16 +6,17 @@ from jaxtyping import Array, Float
 
 from .._core.xla import one_by_one_on_cpu
 from .newton_schulz import POLAR_EXPRESS, POLAR_EXPRESS_MINIMAX, Coefficients, newton_schulz
-from .numerics import divided_by_norm
+from .numerics import to_unit_norm
 
-# The singular values that an SVD in float32 gives a null space, in units of eps σ₁; measured below 3 up
-# to 512 × 2048.
+# An SVD in float32 gives a null space singular values of up to this many eps σ₁. Measured: below 3 up to
+# 512 × 2048.
 _SVD_ROUNDINGS = 8.0
 
-# For singular values down to 1e-5: three more steps of the first polynomial, scaled so that [0, 1] stays in
-# [0, 1], raise them by 4.16 each to where the minimax table begins; one more Newton-Schulz step finishes.
-# Measured at condition 1e5, 128 × 512: 5e-4 from the exact factor where an SVD in float32 is 8e-4 away,
-# and singular values of a null space stay below 0.025. A fourth step would raise those to 0.1.
+# A table for singular values down to 1e-5. Three more steps of the first polynomial, scaled so that [0, 1]
+# stays in [0, 1], raise the singular values by 4.16 each, up to where the minimax table begins. One more
+# Newton-Schulz step finishes. Measured at condition 1e5, 128 × 512: the result is 5e-4 from the exact factor,
+# an SVD in float32 is 8e-4 from it, and singular values of a null space stay below 0.025. A fourth step would
+# raise those to 0.1.
 _FIRST_MAXIMUM = 1.9917128115777256  # of the first polynomial over [0, 1]
 _LEAD = tuple(x / _FIRST_MAXIMUM for x in POLAR_EXPRESS_MINIMAX[0])
 _EXACT: Coefficients = ((_LEAD[0], _LEAD[1], _LEAD[2]),) * 3 + (*POLAR_EXPRESS, POLAR_EXPRESS[-1])
@@ -26,8 +27,9 @@ def polar(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
 
         x = U Σ Vᵀ,   result = Σᵢ uᵢ vᵢᵀ [σᵢ > 8 ε σ₁]
 
-    Directions in the null space go to zero, and so does a zero matrix. (SUMO, arXiv 2505.24749, needs
-    it exact up to condition 1e5 and beyond: the usual cut at `max(m, n) ε` would be at 2e3 for n = 4096.)
+    Directions in the null space become zero, and so does a zero matrix. (SUMO, arXiv 2505.24749, needs an
+    exact factor up to condition 1e5 and beyond. The usual cut at `max(m, n) ε` would be at condition 2e3 for
+    n = 4096.)
 
     Args:
       x: matrices in the last two axes, of any floating dtype.
@@ -37,7 +39,7 @@ def polar(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
     """
 
     def factor(x):
-        unit = divided_by_norm(x)  # from 1e-30 to 1e30 the singular values stay in range
+        unit = to_unit_norm(x)  # keeps the singular values of inputs from 1e-30 to 1e30 in range
         u, s, vt = jnp.linalg.svd(unit, full_matrices=False)
         noise = _SVD_ROUNDINGS * jnp.finfo(jnp.float32).eps * s[..., :1]
         kept = jnp.where((s > noise)[..., None, :], u, 0)
@@ -47,13 +49,14 @@ def polar(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
 
 
 def polar_by_products(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
-    """The polar factor to float32 at condition 1e5, by matrix products alone: `polar` for accelerators.
+    """The polar factor at float32 accuracy up to condition 1e5, by matrix products alone: `polar` for
+    accelerators.
 
-    Newton-Schulz with twelve steps at full float32 precision. The Gram matrix's eigendecomposition, the
-    usual way without an SVD, squares the condition and fails from 1e4 on.
+    It is Newton-Schulz with twelve steps at full float32 precision. The usual method without an SVD, an
+    eigendecomposition of the Gram matrix, squares the condition and fails from 1e4 on.
 
     Args:
-      x: matrices in the last two axes, of any floating dtype; null spaces go to zero within 0.025.
+      x: matrices in the last two axes, of any floating dtype; null spaces become zero within 0.025.
     """
     with jax.default_matmul_precision("highest"):
         return newton_schulz(x, _EXACT)

@@ -1,1 +1,1 @@
-"""A model's leaves seen as matrices: the only folder that knows models."""
+"""Views a model's leaves as matrices. No other folder knows about models."""

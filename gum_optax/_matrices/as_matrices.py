@@ -1,4 +1,4 @@
-"""The canonical view: below `as_matrices` every leaf is a matrix or a stack of them, `(*blocks, m, n)`."""
+"""The canonical view: inside `as_matrices`, every leaf is a matrix or a stack of them, `(*blocks, m, n)`."""
 
 from typing import Any
 
@@ -21,25 +21,25 @@ def as_matrices(
     *,
     wide: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    """Run `inner` on leaves seen as matrices `(m, n)`, or stacks of them.
+    """Run `inner` on leaves that are viewed as matrices `(m, n)` or stacks of matrices.
 
         G (any axes)  →  (*blocks, m, n), m <= n  →  inner  →  back to the axes of G
 
-    The tree keeps its structure and no data moves: XLA folds the transpose or reshape into the next
-    product. Axes that are neither reduction nor output axes, wherever they stand, count as blocks.
+    The tree keeps its structure and no data moves: XLA folds the transpose or reshape into the next product.
+    Axes that are neither reduction nor output axes count as blocks, at any position.
 
     Args:
       inner: a rule over trees of `(*blocks, m, n)` leaves. It sees parameters in the same view.
-      weight_dimension_numbers: `optax.contrib.MuonDimensionNumbers` for all leaves, a tree of them,
-        or a function from the tree to such a tree. Default: the last two axes of every leaf.
-      wide: put the shorter side first (`m <= n`). False keeps `(*blocks, fan_in, fan_out)`.
+      weight_dimension_numbers: `optax.contrib.MuonDimensionNumbers` for all leaves, a tree of them, or a
+        function from the tree to such a tree. Default: the last two axes of every leaf.
+      wide: whether to put the shorter side first (`m <= n`). False keeps `(*blocks, fan_in, fan_out)`.
 
     Returns:
-      A transformation whose state is inner's. The step keeps the dtype that inner gave it.
+      A transformation whose state is that of `inner`. The step keeps the dtype from `inner`.
 
     Raises:
-      ValueError: at `init`, a leaf without two matrix axes, or overlapping dimension numbers.
-      TypeError: at `init`, a complex or integer leaf.
+      ValueError: at `init`, a leaf has no two matrix axes, or dimension numbers overlap.
+      TypeError: at `init`, a leaf is complex or integer.
     """
     inner = optax.with_extra_args_support(check_rule("inner", inner))
 

@@ -1,4 +1,4 @@
-"""Which leaf is which matrix, decided at `init`: what is warned about, remembered, and told to `describe`."""
+"""Decides at `init` which leaf is which matrix, remembers the decisions, and warns or informs `describe`."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,39 +13,39 @@ from .hidden_matrices import RoutingWarning, decided
 from .listening import listener
 from .rules.leaves import Reading
 
-# The latest decisions about trees with names of axes, for an optimizer that is made anew for every update, as
-# `optax.inject_hyperparams` makes it: by the user's word and the tree's paths and shapes.
+# The latest decisions about trees with axis names, by the user's dimension numbers and the tree's paths and
+# shapes. They serve optimizers that are constructed anew for every update, as by `optax.inject_hyperparams`.
 _LATEST: dict[Any, tuple[WeightDimensionNumbers, list[Entry]]] = {}
 _MOST = 64
 
 
 class Decisions:
-    """Those of one optimizer.
+    """The decisions of one optimizer.
 
-    Flax NNX shows `init` its variables, with the names of axes, and `update` arrays without any. So what
-    `init` decides is kept for all trees of the same paths and shapes. It is no state: it follows from the
-    parameters alone, and is decided anew where `init` was not called.
+    Flax NNX passes variables with axis names to `init`, and arrays without names to `update`. So the
+    decisions of `init` serve all trees of the same paths and shapes. They are not state: they follow from the
+    parameters alone, and `of` decides anew if `init` was not called.
     """
 
     def __init__(self, spec: WeightDimensionNumbers):
         self.spec = spec
         self._kept: dict[Any, list[Entry]] = {}
 
-    def made_at_init(self, params: Any) -> list[Entry]:
-        """Of parameters, with all that their library says of them."""
+    def decide_at_init(self, params: Any) -> list[Entry]:
+        """Decide on parameters, with all the metadata of their library."""
         entries: list[Entry] = [reading.entry for reading in decided(self.spec, params)]
         if entries:
             signature = _signature(params)
             self._kept[signature] = entries
             if has_boxes(params):
-                # With the user's word itself, so that no other takes its id.
+                # Store the user's object too, so that no other object gets its id.
                 _LATEST[id(self.spec), signature] = self.spec, entries
                 if len(_LATEST) > _MOST:
                     _LATEST.pop(next(iter(_LATEST)))
         return entries
 
     def of(self, tree: Any) -> list[Entry]:
-        """Of parameters or gradients."""
+        """The decisions on parameters or gradients."""
         signature = _signature(tree)
         if signature in self._kept:
             return self._kept[signature]
@@ -53,18 +53,18 @@ class Decisions:
             return _LATEST[id(self.spec), signature][1]
         return [reading.entry for reading in decided(self.spec, tree)]
 
-    def told_at_init(self, init: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """`init`, which warns of what is in doubt, once, or tells who listens."""
+    def warning_at_init(self, init: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """`init` with one warning about doubtful readings, or with a record for a listener instead."""
 
         def telling(params):
-            state = init(params)  # whose errors come first
-            found = dict(zip(leaf_names(params), decided(self.spec, params), strict=True))
-            lost = _unmatched(self.spec, params, list(found))
-            if (heard := listener()) is None:
-                _warn(found, lost)
+            state = init(params)  # first, so that its errors precede any warning
+            readings = dict(zip(leaf_names(params), decided(self.spec, params), strict=True))
+            unmatched = _unmatched(self.spec, params, list(readings))
+            if (record := listener()) is None:
+                _warn(readings, unmatched)
             else:
-                heard.readings.update({x: found[x] for x in found if x not in heard.readings})
-                heard.unmatched.extend(lost)
+                record.readings.update({x: readings[x] for x in readings if x not in record.readings})
+                record.unmatched.extend(unmatched)
             return state
 
         return telling
@@ -74,37 +74,37 @@ def _signature(tree: Any) -> Any:
     return tuple(zip(leaf_names(tree), map(jnp.shape, jax.tree.leaves(tree)), strict=True))
 
 
-def doubts(found: dict[tuple[str, ...], Reading]) -> list[str]:
-    """A sentence for each leaf that may be another matrix."""
+def doubts(readings: dict[tuple[str, ...], Reading]) -> list[str]:
+    """A sentence for each leaf that has a second plausible reading."""
     return [
         f"{'/'.join(names)}: taken for {reading.entry} ({reading.reason}); it may as well be {reading.doubt}"
-        for names, reading in found.items()
+        for names, reading in readings.items()
         if reading.doubt
     ]
 
 
 def _unmatched(spec: WeightDimensionNumbers, params: Any, names: Sequence[tuple[str, ...]]) -> list[str]:
-    """The patterns that match no leaf, or none that an earlier one has not matched."""
+    """The patterns that decide no leaf, because no leaf matches them or earlier patterns match first."""
     if not names or not isinstance(spec, dict) or not is_patterns(spec, params):
         return []
     used = {matching(spec, "/".join(x)) for x in names}
     return [pattern for pattern in spec if pattern not in used]
 
 
-def _warn(found: dict[tuple[str, ...], Reading], lost: Sequence[str]) -> None:
-    said = doubts(found)
-    if said:
+def _warn(readings: dict[tuple[str, ...], Reading], unmatched: Sequence[str]) -> None:
+    sentences = doubts(readings)
+    if sentences:
         warnings.warn(
-            "two readings of a leaf are as plausible: "
-            + "; ".join(said)
-            + ". Decide by weight_dimension_numbers, such as {'*/NAME/kernel': gum_optax.LAST_TWO}.",
+            "a leaf has two equally plausible readings: "
+            + "; ".join(sentences)
+            + ". Decide with weight_dimension_numbers, such as {'*/NAME/kernel': gum_optax.LAST_TWO}.",
             RoutingWarning,
             stacklevel=3,
         )
-    if lost:
+    if unmatched:
         warnings.warn(
-            f"weight_dimension_numbers has patterns that decide no leaf: {lost}; paths are such as"
-            f" {'/'.join(next(iter(found)))!r}.",
+            f"weight_dimension_numbers has patterns that decide no leaf: {unmatched}; an example of a path is"
+            f" {'/'.join(next(iter(readings)))!r}.",
             RoutingWarning,
             stacklevel=3,
         )

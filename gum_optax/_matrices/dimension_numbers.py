@@ -13,14 +13,14 @@ from .._core.checks import is_function
 from .._core.trees import key_name
 from .._mesh.axis_names import is_box
 
-# Roles of a leaf, alone or in a stack. The last two axes, fan-in before fan-out: a Flax kernel.
+# Roles of a leaf, alone or in a stack. A Flax kernel: the last two axes, fan-in before fan-out.
 LAST_TWO = MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
 # A linear layer of PyTorch and Equinox, `(out, in)`.
 OUT_IN = MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
-# Attention with heads on an axis of their own: `(embed, heads, head_dim)` and `(heads, head_dim, embed)`.
+# Attention with a separate axis for heads: `(embed, heads, head_dim)` and `(heads, head_dim, embed)`.
 SPLIT_HEADS_INPUT = MuonDimensionNumbers(reduction_axis=-3, output_axis=(-2, -1))
 SPLIT_HEADS_OUTPUT = MuonDimensionNumbers(reduction_axis=(-3, -2), output_axis=-1)
-# Convolutions of two dimensions: Flax's `(height, width, in, out)`, and `(out, in, height, width)`.
+# Two-dimensional convolutions: Flax's `(height, width, in, out)`, and `(out, in, height, width)`.
 CONV_HWIO = MuonDimensionNumbers(reduction_axis=(-4, -3, -2), output_axis=-1)
 CONV_OIHW = MuonDimensionNumbers(reduction_axis=(-3, -2, -1), output_axis=-4)
 
@@ -28,7 +28,7 @@ WeightDimensionNumbers = MuonDimensionNumbers | Any | Callable[[Any], Any] | Non
 
 
 class ShardedDimensionNumbers(NamedTuple):
-    """`optax.contrib.MuonDimensionNumbers` of a leaf whose sharding is known: what `with_shardings` gives."""
+    """`optax.contrib.MuonDimensionNumbers` with the leaf's sharding, as `with_shardings` returns them."""
 
     reduction_axis: Any
     output_axis: Any
@@ -36,8 +36,7 @@ class ShardedDimensionNumbers(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """Several matrices in one kernel, side by side along an axis: each is orthogonalized and projected by
-    itself.
+    """Several matrices side by side along one axis of a kernel; the optimizer treats each matrix separately.
 
     | kernel | value |
     |---|---|
@@ -48,18 +47,19 @@ class Parts(NamedTuple):
     | each head of grouped queries | `Parts((q, kv, kv), head_dim=head_dim)` |
     | latent attention `(rank, heads, k + v)` | `Parts((k, v), numbers=SPLIT_HEADS_INPUT)` |
 
-    An axis of its own needs no parts: of `(d, 3, heads, head_dim)` each is a block by
-    `MuonDimensionNumbers(-4, (-2, -1))`, and each head of each by `MuonDimensionNumbers(-4, -1)`.
+    Matrices on a separate axis need no parts. In `(d, 3, heads, head_dim)`, each of the three is a block by
+    `MuonDimensionNumbers(-4, (-2, -1))`, and each head of each of the three by `MuonDimensionNumbers(-4,
+    -1)`.
 
-    State is a tuple at the kernel's place, an entry a part; a single array where `sizes` is `None`.
+    The state at the kernel's place is a tuple with one entry per part, or a single array if `sizes` is
+    `None`.
     """
 
-    sizes: tuple[int, ...] | None = None  # of the parts along the axis; None: it is one part
+    sizes: tuple[int, ...] | None = None  # sizes of the parts along the axis; None: one part
     axis: int = -1
-    head_dim: int | None = None  # cuts each part once more, into matrices of this width
-    numbers: MuonDimensionNumbers | ShardedDimensionNumbers = (
-        LAST_TWO  # of a part, which has the axes of the kernel
-    )
+    head_dim: int | None = None  # cuts each part further, into matrices of this width
+    # The dimension numbers of a part, which has the axes of the kernel.
+    numbers: MuonDimensionNumbers | ShardedDimensionNumbers = LAST_TWO
 
 
 Entry = MuonDimensionNumbers | ShardedDimensionNumbers | Parts | None
@@ -70,21 +70,21 @@ def _is_entry(x: Any) -> bool:
 
 
 def unboxed(path: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A tree path without the `.value` in which an NNX variable or a Linen box shows its leaf."""
-    boxed = bool(path) and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value"
-    return path[:-1] if boxed else path
+    """A tree path without the final `.value` of an NNX variable or a Linen box."""
+    is_boxed = bool(path) and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value"
+    return path[:-1] if is_boxed else path
 
 
 def names_of(path: tuple[Any, ...]) -> tuple[str, ...]:
-    """The names along a tree path, the same for dicts, dataclasses and Flax NNX states.
+    """The names along a tree path, equal for dicts, dataclasses and Flax NNX states.
 
-    An NNX variable shows its leaf as `.value` in `init` and without it in `update`.
+    The path of an NNX leaf ends in `.value` in `init`, but not in `update`.
     """
     return tuple(str(key_name(key)) for key in unboxed(path))
 
 
 def is_patterns(spec: Any, tree: Any) -> bool:
-    """Whether it maps patterns of paths to roles, and is no tree of dimension numbers like `tree`."""
+    """Whether `spec` maps path patterns to roles; otherwise it is a tree of dimension numbers like `tree`."""
     if not isinstance(spec, dict) or not all(isinstance(x, str) for x in spec):
         return False
     flat = set(leaf_names(tree))
@@ -92,7 +92,7 @@ def is_patterns(spec: Any, tree: Any) -> bool:
 
 
 def matching(patterns: dict[str, Entry], name: str) -> str | None:
-    """The first pattern that a path matches; `*` stands for anything, slashes included."""
+    """The first pattern that a path matches; `*` matches anything, slashes included."""
     return next((pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)), None)
 
 
@@ -101,7 +101,7 @@ def _last_two_of_all(tree: Any) -> list[Entry]:
 
 
 def leaf_names(tree: Any) -> list[tuple[str, ...]]:
-    """The names along the path of each leaf, without those of the box that it is in."""
+    """The names along the path of each leaf, without the names inside its box."""
     boxes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_box)
     return [names_of(path) for path, box in boxes for _ in jax.tree.leaves(box)]
 
@@ -112,11 +112,11 @@ def dimension_numbers(
     """The dimension numbers of each leaf of `tree`, in the order of its leaves.
 
     Args:
-      spec: one `MuonDimensionNumbers` or `Parts` for every leaf; a tree of them, `None` where a leaf is not a
-        matrix; a function from the tree to such a tree; a mapping from patterns of paths to them, of which
-        the first that matches decides; or `None`.
-      tree: of arrays.
-      default: from the tree to the dimension numbers of leaves that `spec` leaves open.
+      spec: one `MuonDimensionNumbers` or `Parts` for every leaf; a tree of them, with `None` for leaves that
+        are not matrices; a function from the tree to such a tree; a mapping from path patterns to them, in
+        which the first match decides; or `None`.
+      tree: a tree of arrays.
+      default: a function from the tree to the dimension numbers of leaves that `spec` does not decide.
 
     Raises:
       ValueError: a leaf has no entry in the tree.
@@ -130,9 +130,10 @@ def dimension_numbers(
     if isinstance(spec, MuonDimensionNumbers | Parts):
         return [spec] * len(paths)
     if isinstance(spec, dict) and is_patterns(spec, tree):
-        found = [matching(spec, "/".join(names)) for names in leaf_names(tree)]
-        others = default(tree) if None in found else [None] * len(found)
-        return [other if at is None else spec[at] for at, other in zip(found, others, strict=True)]
+        patterns = [matching(spec, "/".join(names)) for names in leaf_names(tree)]
+        defaults = default(tree) if None in patterns else [None] * len(patterns)
+        rows = zip(patterns, defaults, strict=True)
+        return [entry if pattern is None else spec[pattern] for pattern, entry in rows]
     entries = jax.tree_util.tree_leaves_with_path(spec, is_leaf=_is_entry)
     table = {names_of(path): entry for path, entry in entries}
     return [_entry_at(path, table) for path in paths]
@@ -155,7 +156,7 @@ def _entry_at(path: Any, table: dict[tuple[str, ...], Any]) -> Entry:
 
 
 def axes_of(axes: Any, where: str, ndim: int) -> tuple[int, ...]:
-    """Non-negative axes from one axis or several."""
+    """Convert one axis or several axes to a tuple of non-negative axes."""
     given = axes if isinstance(axes, tuple | list) else (axes,)
     if not all(isinstance(axis, numbers.Integral) and not isinstance(axis, bool) for axis in given):
         raise TypeError(

@@ -1,4 +1,4 @@
-"""Which leaves of a model are matrices: the library's policy, and the user's word over it."""
+"""Which leaves of a model are matrices: the library's policy, which the user can override."""
 
 import functools
 from typing import Any, Protocol, runtime_checkable
@@ -18,51 +18,51 @@ from .rules.policy import readings
 
 
 class RoutingWarning(UserWarning):
-    """A leaf may be another matrix than it is taken for, or a pattern of paths matches nothing."""
+    """A leaf has a second plausible reading, or a pattern of paths decides no leaf."""
 
 
 @runtime_checkable
 class GivesReadings(Protocol):
-    """A function from parameters to dimension numbers that knows reasons as well."""
+    """A function from parameters to dimension numbers that also gives reasons."""
 
     def readings(self, params: Any) -> list[Reading]:
-        """What each leaf is taken for."""
+        """The reading of each leaf."""
         ...
 
 
 def hidden_matrices(params: Any, *, routers: bool = True) -> Any:
-    """The dimension numbers of the hidden weight matrices of a model, `None` at other leaves.
+    """The dimension numbers of the hidden weight matrices of a model, and `None` for all other leaves.
 
-    The policy, from the strongest evidence to the weakest; the first that has a say decides:
+    The policy goes from the strongest evidence to the weakest, and the first rule that applies decides:
 
     1. *Vectors*: leaves with fewer than two axes in a block, or a side of 1; norms, biases, scales and
-       sinks by name, in stacks as well; tokens, latents and positions by name.
-    2. *Factors of LoRA* are matrices, both of a pair alike: `a` from all axes of the input to the rank, `b`
-       from the rank to all axes of the output.
+       sinks by name, also in stacks; tokens, latents and positions by name.
+    2. *LoRA factors* are matrices, and both factors of a pair have the same role: `a` maps all axes of the
+       input to the rank, `b` maps the rank to all axes of the output.
     3. *Tables and heads*: an axis named after the vocabulary; the leaf, or the module that holds it, named
        after an embedding or a head; the one matrix with the shape of the embedding; the last `Dense` of a
-       compact Linen model. A network called `embedder` or `head` holds matrices besides.
-    4. *Names of axes* (`nnx.Variable`, Linen's boxes, `haliax.NamedArray`) say which axis is layers, experts,
-       heads; the kind of an Equinox or Haliax layer says which axes are its input's.
-    5. *Convolutions* by name or by a square window: `(window · in, out)`; depthwise ones are vectors.
-    6. *Attention with heads on an axis of their own*: by the bias, which has the axes of the output; by the
-       other side of the attention; by an axis that all kernels nearby share, which is a stack's; by name and
-       sizes.
+       compact Linen model. A network named `embedder` or `head` may also hold matrices.
+    4. *Axis names* (`nnx.Variable`, Linen's boxes, `haliax.NamedArray`) tell which axes are layers, experts
+       or heads; the class of an Equinox or Haliax layer tells which axes are the input.
+    5. *Convolutions*, by name or by a square window: `(window · in, out)`; depthwise convolutions are
+    vectors. 6. *Attention with a separate axis for heads*: by the bias, which has the axes of the output; by
+    the other
+       side of the attention; by an axis that all kernels nearby share, which is the stack; by name and sizes.
     7. *Everything else*: the last two axes; axes before them are a stack of blocks.
 
-    Where two readings are as plausible, `init` warns with a `RoutingWarning`; `gum_optax.describe` shows the
-    reason for every leaf.
+    If two readings are equally plausible, `init` warns with a `RoutingWarning`. `gum_optax.describe` shows
+    the reason for every leaf.
 
     Args:
       params: a tree of arrays or `jax.ShapeDtypeStruct`s: a Linen parameter dict, an NNX state, an Equinox
         module, or any other tree whose paths carry names.
-      routers: whether the routers of a mixture of experts are matrices. They multiply activations as any
+      routers: whether the routers of a mixture of experts are matrices. Routers multiply activations as every
         linear layer does, and MaxText's own dimension numbers for Muon include them.
         `weight_dimension_numbers=functools.partial(hidden_matrices, routers=False)` gives them to `others`.
 
     Returns:
-      A tree of the same structure with `optax.contrib.MuonDimensionNumbers` or `None` at the leaves. Override
-      an entry and pass the tree as `weight_dimension_numbers` where a model differs, or a mapping from
+      A tree of the same structure with `optax.contrib.MuonDimensionNumbers` or `None` at the leaves. If your
+      model differs, override entries and pass the tree as `weight_dimension_numbers`, or pass a mapping from
       patterns: `{"*/kernel_of_layers": MuonDimensionNumbers(0, -1), "*/gate/*": None}`.
     """
     return jax.tree.structure(params).unflatten(
@@ -72,14 +72,14 @@ def hidden_matrices(params: Any, *, routers: bool = True) -> Any:
 
 def policy(params: Any, *, routers: bool = True) -> list[Reading]:
     """The readings of `hidden_matrices`."""
-    found = readings(params)
+    all_readings = readings(params)
     if routers:
-        return found
-    return [x._replace(entry=None, reason="a router") if x.kind == "router" else x for x in found]
+        return all_readings
+    return [x._replace(entry=None, reason="a router") if x.kind == "router" else x for x in all_readings]
 
 
 def decided(spec: WeightDimensionNumbers, tree: Any) -> list[Reading]:
-    """What each leaf is taken for by an optimizer's `weight_dimension_numbers`, with the reason."""
+    """The reading of each leaf under an optimizer's `weight_dimension_numbers`, with the reason."""
     if spec is None or spec is hidden_matrices:
         return policy(tree)
     if isinstance(spec, functools.partial) and spec.func is hidden_matrices:
@@ -87,14 +87,14 @@ def decided(spec: WeightDimensionNumbers, tree: Any) -> list[Reading]:
     if isinstance(spec, GivesReadings):
         return spec.readings(tree)
     if isinstance(spec, dict) and is_patterns(spec, tree):
-        found = [matching(spec, "/".join(names)) for names in leaf_names(tree)]
+        patterns = [matching(spec, "/".join(names)) for names in leaf_names(tree)]
         defaults = policy(tree)
         return [
-            x if at is None else _users(spec[at], f"your pattern {at!r}")
-            for at, x in zip(found, defaults, strict=True)
+            reading if pattern is None else _by_user(spec[pattern], f"your pattern {pattern!r}")
+            for pattern, reading in zip(patterns, defaults, strict=True)
         ]
-    return [_users(entry, "your dimension numbers") for entry in dimension_numbers(spec, tree)]
+    return [_by_user(entry, "your dimension numbers") for entry in dimension_numbers(spec, tree)]
 
 
-def _users(entry: Entry, reason: str) -> Reading:
+def _by_user(entry: Entry, reason: str) -> Reading:
     return Reading(entry, "other" if entry is None else "matrix", reason)

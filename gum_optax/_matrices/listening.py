@@ -1,4 +1,4 @@
-"""What `init` tells of its decisions to whoever listens, as `describe` does."""
+"""Records the decisions of `init` for a listener such as `describe`."""
 
 import contextlib
 import contextvars
@@ -6,27 +6,27 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 
-class Heard(NamedTuple):
-    """What was told."""
+class InitRecord(NamedTuple):
+    """The decisions of every `init` in a `listening` block."""
 
-    readings: dict[tuple[str, ...], Any]  # by the names along a leaf's path, what it is taken for
-    ranks: list[int]  # of the low-rank rules
-    unmatched: list[str]  # patterns of paths that decide no leaf
+    readings: dict[tuple[str, ...], Any]  # the reading of each leaf, by the names along its path
+    ranks: list[int]  # the ranks of the low-rank rules
+    unmatched: list[str]  # path patterns that decide no leaf
 
 
-_LISTENER: contextvars.ContextVar[Heard | None] = contextvars.ContextVar("listener", default=None)
+_LISTENER: contextvars.ContextVar[InitRecord | None] = contextvars.ContextVar("listener", default=None)
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[Heard]:
-    """What every `init` within tells."""
-    token = _LISTENER.set(heard := Heard({}, [], []))
+def listening() -> Iterator[InitRecord]:
+    """Record the decisions of every `init` in the block."""
+    token = _LISTENER.set(record := InitRecord({}, [], []))
     try:
-        yield heard
+        yield record
     finally:
         _LISTENER.reset(token)
 
 
-def listener() -> Heard | None:
-    """Whoever listens."""
+def listener() -> InitRecord | None:
+    """The record of the enclosing `listening` block, if there is one."""
     return _LISTENER.get()

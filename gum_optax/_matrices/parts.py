@@ -1,4 +1,4 @@
-"""Fused kernels taken apart into the matrices that they hold, and put together again."""
+"""Splits fused kernels into their matrices, and joins the matrices again."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +25,7 @@ from .dimension_numbers import (
 
 
 class _Cut:
-    """One fused kernel: where its parts lie along the axis, and what their axes are."""
+    """How to split one fused kernel: the position of its parts along the axis, and their matrix axes."""
 
     def __init__(self, path: Any, shape: tuple[int, ...], parts: Parts):
         where, ndim = jax.tree_util.keystr(path), len(shape)
@@ -38,16 +38,16 @@ class _Cut:
             check_integer(f"a size of the parts of leaf {where}", size, at_least=1)
         if sum(self.sizes) != length:
             raise ValueError(
-                f"the parts {self.sizes} of leaf {where} add up to {sum(self.sizes)}, and axis {self.axis} of"
-                f" shape {shape} has {length}: name a size for each part of it."
+                f"the parts {self.sizes} of leaf {where} add up to {sum(self.sizes)}, but axis {self.axis} of"
+                f" shape {shape} has {length}: give a size for each part of the axis."
             )
         reduction = axes_of(parts.numbers.reduction_axis, where, ndim)
         output = axes_of(parts.numbers.output_axis, where, ndim)
         if self.axis not in reduction + output:
             raise ValueError(
                 f"leaf {where} is cut along axis {self.axis}, which is neither in the reduction axes"
-                f" {reduction} nor in the output axes {output} of its parts: cut one of those; an axis of"
-                " blocks needs no cut."
+                f" {reduction} nor in the output axes {output} of its parts: cut along one of those; an axis"
+                " of blocks needs no cut."
             )
         if self.head_dim is not None:
             check_integer(f"head_dim of leaf {where}", self.head_dim, at_least=1)
@@ -56,7 +56,7 @@ class _Cut:
                     f"head_dim {self.head_dim} does not divide the parts {self.sizes} of leaf {where}, axis"
                     f" {self.axis} of shape {shape}."
                 )
-            # The axis becomes two, heads and head_dim; heads are blocks.
+            # The axis becomes two axes, heads and head_dim; heads are blocks.
             reduction, output = (tuple(x + (x >= self.axis) for x in axes) for axes in (reduction, output))
         self.numbers: Entry = MuonDimensionNumbers(reduction, output)
         if isinstance(parts.numbers, ShardedDimensionNumbers):
@@ -65,7 +65,7 @@ class _Cut:
             )
 
     def _sharding(self, whole: NamedSharding, ndim: int) -> NamedSharding:
-        """Of a part: as the kernel is, but for the axis that is cut."""
+        """The sharding of a part: that of the kernel, except for the cut axis."""
         spec = list(spec_of(whole, ndim))
         spec[self.axis : self.axis + 1] = [None] if self.head_dim is None else [None, None]
         return NamedSharding(whole.mesh, PartitionSpec(*spec))
@@ -92,7 +92,7 @@ class _Cut:
 
 
 def _whole_along(leaf: Array, axis: int) -> Array:
-    """On a mesh of Explicit axes, no part may begin within a device's share."""
+    """`leaf`, whole along `axis`: on a mesh of Explicit axes, no part may begin inside a device's share."""
     known = explicit_sharding(leaf)
     if known is None:
         return leaf
@@ -110,9 +110,9 @@ def _merged(x: Array, axis: int) -> Array:
 
 
 class Apart:
-    """A tree in which every fused kernel is taken apart: a tuple of its parts stands at its place.
+    """Replaces every fused kernel of a tree by the tuple of its parts.
 
-    Below it nothing knows of parts: they are leaves as all others.
+    Inner rules need not know about parts: a part is an ordinary leaf.
     """
 
     def __init__(self, spec: WeightDimensionNumbers, tree: Any):
@@ -122,12 +122,12 @@ class Apart:
             _Cut(path, jnp.shape(x), entry) if isinstance(entry, Parts) else None
             for (path, x), entry in zip(paths, entries, strict=True)
         ]
-        self.entries: list[Entry] = []  # of the leaves of the tree taken apart
+        self.entries: list[Entry] = []  # for the leaves of the split tree
         for cut, entry in zip(self._cuts, entries, strict=True):
             self.entries += [entry] if cut is None else [cut.numbers] * cut.count
 
     def apart(self, tree: Any) -> Any:
-        """The same of any tree of that structure."""
+        """Split the kernels of any tree of that structure."""
         if not any(self._cuts):
             return tree
         leaves = self._treedef.flatten_up_to(tree)
@@ -136,7 +136,7 @@ class Apart:
         )
 
     def together(self, tree: Any) -> Any:
-        """The whole kernels, of a tree taken apart."""
+        """Join the parts of a split tree to whole kernels."""
         if not any(self._cuts):
             return tree
         pieces = iter(jax.tree.leaves(tree))
@@ -171,7 +171,7 @@ class Apart:
 
 
 class PartMeans:
-    """Means of linear functions of parts, by those of the kernels that they are parts of."""
+    """Means of linear functions of parts, computed from means of functions of their kernels."""
 
     def __init__(
         self,
@@ -185,14 +185,14 @@ class PartMeans:
     def _of_kernels(self, leaf_indices: Sequence[int], f: Any) -> tuple[list[int], Any]:
         """A kernel for each part, as often as it has parts among them."""
         self._measured.update(leaf_indices)
-        at = [self._leaf_indices[leaf_index] for leaf_index in leaf_indices]
+        parts = [self._leaf_indices[leaf_index] for leaf_index in leaf_indices]
 
         def of_kernels(leaves):
-            cuts = [self._cuts[kernel] for kernel, _ in at]
-            rows = zip(cuts, leaves, at, strict=True)
+            cuts = [self._cuts[kernel] for kernel, _ in parts]
+            rows = zip(cuts, leaves, parts, strict=True)
             return f([x if cut is None else jax.tree.leaves(cut.apart(x))[i] for cut, x, (_, i) in rows])
 
-        return [kernel for kernel, _ in at], of_kernels
+        return [kernel for kernel, _ in parts], of_kernels
 
     def need_the_rest(self) -> None:
         """A kernel of which some parts are projected and others are not is averaged whole."""

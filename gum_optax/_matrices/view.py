@@ -1,4 +1,4 @@
-"""Views: a leaf as a stack of matrices, `(*blocks, m, n)`."""
+"""Views a leaf as a stack of matrices, `(*blocks, m, n)`."""
 
 import dataclasses
 import math
@@ -18,15 +18,15 @@ from .dimension_numbers import Entry, Parts, ShardedDimensionNumbers, axes_of
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """How a leaf is seen as blocks: a transpose to (batch, rows, columns), then a reshape."""
+    """How to view a leaf as blocks: transpose to (batch, rows, columns), then reshape."""
 
-    order: tuple[int, ...]  # the leaf's axes: batch axes, row axes, column axes
-    batch: int  # how many of them are batch axes
+    order: tuple[int, ...]  # the leaf's axes in the order batch axes, row axes, column axes
+    batch: int  # the number of batch axes
     permuted: tuple[int, ...]  # the leaf's shape in that order
     shape: tuple[int, ...]  # (*batch, rows, columns)
     fan_in: int
     fan_out: int
-    sharding: NamedSharding | None = None  # of the blocks, where it is known
+    sharding: NamedSharding | None = None  # the sharding of the blocks, if known
 
     def of(self, leaf: Float[Array, "..."]) -> Float[Array, "*b m n"]:
         typed = self.sharding if explicit_sharding(leaf) is not None else None
@@ -37,24 +37,24 @@ class View:
         return blocks.reshape(self.permuted).transpose(inverse)
 
     def block(self, leaf: Float[Array, "..."], number: Int[Array, ""]) -> Float[Array, "m n"]:
-        """One of `of(leaf)`'s blocks, without the others."""
+        """One block of `of(leaf)`, without computing the other blocks."""
         if math.prod(self.shape[:-2]) == 1:
             return self.of(leaf).reshape(self.shape[-2:])
         batch = self.permuted[: self.batch]
-        at = dict(zip(self.order, jnp.unravel_index(number, batch), strict=False))
-        sizes = [1 if axis in at else size for axis, size in enumerate(leaf.shape)]
-        piece = jax.lax.dynamic_slice(leaf, [at.get(axis, 0) for axis in range(leaf.ndim)], sizes)
+        start_of = dict(zip(self.order, jnp.unravel_index(number, batch), strict=False))
+        sizes = [1 if axis in start_of else size for axis, size in enumerate(leaf.shape)]
+        piece = jax.lax.dynamic_slice(leaf, [start_of.get(axis, 0) for axis in range(leaf.ndim)], sizes)
         return piece.transpose(self.order).reshape(self.shape[-2:])
 
 
 def plain_view(x: Any) -> View:
-    """Of a leaf that is `(*, m, n)` as it stands."""
+    """The view of a leaf that already is `(*, m, n)`."""
     *batch, m, n = x.shape
     return View(tuple(range(x.ndim)), len(batch), tuple(x.shape), tuple(x.shape), m, n)
 
 
 def views_beside(tree: Any, views: Any) -> Any:
-    """The views of a tree's leaves, one at each, where `tree` may since have lost some to masks."""
+    """The view of each leaf of `tree`, in which some leaves of the tree of `views` may be masked."""
     if views is None:
         return jax.tree.map(plain_view, tree)
     leaves = jax.tree.leaves(tree, is_leaf=is_masked)
@@ -65,10 +65,10 @@ def views_beside(tree: Any, views: Any) -> Any:
 
 
 def view_of(path: Any, leaf: Any, entry: Entry, *, wide: bool) -> View:
-    """The view of one leaf; `wide` puts first the side to project.
+    """The view of one leaf; `wide` puts the side to project first.
 
-    That is the smaller of fan-in and fan-out, or, where dimension numbers tell the sharding, the one that is
-    not sharded if the other is.
+    The side to project is the smaller of fan-in and fan-out. If the dimension numbers have a sharding that
+    shards exactly one side, the side to project is the other one.
 
     Raises:
       ValueError: the leaf has no two matrix axes, or its dimension numbers overlap or are out of range.
@@ -76,7 +76,7 @@ def view_of(path: Any, leaf: Any, entry: Entry, *, wide: bool) -> View:
     """
     check_matrix_leaf(path, leaf)
     where = jax.tree_util.keystr(path)
-    assert not isinstance(entry, Parts), "kernels are taken apart before they are seen"
+    assert not isinstance(entry, Parts), "kernels are split before they get views"
     if entry is None:
         raise ValueError(
             f"leaf {where} has None as its dimension numbers: it is not a matrix."
@@ -97,22 +97,23 @@ def view_of(path: Any, leaf: Any, entry: Entry, *, wide: bool) -> View:
     batch = tuple(axis for axis in range(leaf.ndim) if axis not in reduction + output)
     fan_in, fan_out = (math.prod(leaf.shape[axis] for axis in axes) for axes in (reduction, output))
     swapped = fan_in > fan_out
-    told = entry.sharding if isinstance(entry, ShardedDimensionNumbers) else None
-    if told is not None:
-        split = [any(spec_of(told, leaf.ndim)[axis] for axis in axes) for axes in (reduction, output)]
+    declared = entry.sharding if isinstance(entry, ShardedDimensionNumbers) else None
+    if declared is not None:
+        split = [any(spec_of(declared, leaf.ndim)[axis] for axis in axes) for axes in (reduction, output)]
         swapped = split[0] if split[0] != split[1] else swapped
     rows, columns = (output, reduction) if wide and swapped else (reduction, output)
     order = batch + rows + columns
     blocks = [leaf.shape[axis] for axis in batch]
     sides = [math.prod(leaf.shape[axis] for axis in axes) for axes in (rows, columns)]
     permuted = tuple(leaf.shape[i] for i in order)
-    known = explicit_sharding(leaf) or told
-    if known is not None:
-        # Axes that are seen as one are sharded as the first of them.
-        spec = spec_of(known, leaf.ndim)
-        over = [spec[axis] for axis in batch]
-        known = NamedSharding(known.mesh, PartitionSpec(*over, spec[rows[0]], spec[columns[0]]))
-    return View(order, len(batch), permuted, (*blocks, *sides), fan_in, fan_out, known)
+    sharding = explicit_sharding(leaf) or declared
+    if sharding is not None:
+        # Several axes viewed as one side take the sharding of the first of them.
+        spec = spec_of(sharding, leaf.ndim)
+        batch_spec = [spec[axis] for axis in batch]
+        spec = PartitionSpec(*batch_spec, spec[rows[0]], spec[columns[0]])
+        sharding = NamedSharding(sharding.mesh, spec)
+    return View(order, len(batch), permuted, (*blocks, *sides), fan_in, fan_out, sharding)
 
 
 def views_of(entries: Sequence[Entry], tree: Any, *, wide: bool) -> Any:

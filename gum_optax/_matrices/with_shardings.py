@@ -1,4 +1,4 @@
-"""Shardings that rules are told: which side to project, and over what to spread an orthogonalization."""
+"""Declares shardings: they decide which side to project and how to distribute an orthogonalization."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -17,19 +17,20 @@ from .rules.leaves import Reading
 def with_shardings(
     param_shardings: Any, weight_dimension_numbers: WeightDimensionNumbers = None
 ) -> Callable[[Any], Any]:
-    """Dimension numbers that tell where each leaf lives, for an optimizer's `weight_dimension_numbers`.
+    """Dimension numbers with the sharding of each leaf, for an optimizer's `weight_dimension_numbers`.
 
-    A matrix that is sharded along one of its sides is then projected along the other, even if that is the
-    longer: `PᵀG` and the lift are local, and coordinates live where the columns do. Full-size momenta are
-    orthogonalized with their long side spread over all mesh axes that shard them. The state's shapes follow
-    from the names in the specs and not from the size of the mesh: a checkpoint fits every mesh that has them.
+    The optimizer then projects a matrix that is sharded along one side along its other side, even if that is
+    the longer side. So `PᵀG` and the lift are local, and coordinates have the sharding of the columns. The
+    orthogonalization of full-size momenta distributes the long side over all mesh axes that shard them. The
+    shapes of the state follow from the names in the specs, not from the size of the mesh: a checkpoint fits
+    every mesh with these names.
 
     Args:
       param_shardings: a `jax.sharding.NamedSharding` for each leaf of the parameters.
       weight_dimension_numbers: as in `muon`. Default: `hidden_matrices`.
 
     Raises:
-      TypeError: once there are parameters, one that is a matrix has no `NamedSharding`.
+      TypeError: a matrix has no `NamedSharding`; raised when the result is called with parameters.
     """
     leaves = jax.tree_util.tree_leaves_with_path(param_shardings)
     return _WithShardings({names_of(path): x for path, x in leaves}, weight_dimension_numbers)
@@ -37,7 +38,7 @@ def with_shardings(
 
 @dataclasses.dataclass(frozen=True)
 class _WithShardings:
-    """What `with_shardings` gives: a function of the parameters."""
+    """The result of `with_shardings`: a function of the parameters."""
 
     shardings: dict[tuple[str, ...], Any]  # by the names along a leaf's path
     weight_dimension_numbers: WeightDimensionNumbers
@@ -46,12 +47,12 @@ class _WithShardings:
         return jax.tree.structure(params).unflatten([x.entry for x in self.readings(params)])
 
     def readings(self, params: Any) -> list[Reading]:
-        """What each leaf is taken for, with its sharding."""
+        """The reading of each leaf, with its sharding."""
         paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-        found = zip(paths, decided(self.weight_dimension_numbers, params), strict=True)
-        return [x._replace(entry=self._told(path, x.entry)) for path, x in found]
+        rows = zip(paths, decided(self.weight_dimension_numbers, params), strict=True)
+        return [x._replace(entry=self._with_sharding(path, x.entry)) for path, x in rows]
 
-    def _told(self, path: Any, entry: Entry) -> Entry:
+    def _with_sharding(self, path: Any, entry: Entry) -> Entry:
         if entry is None:
             return None
         sharding = self.shardings.get(names_of(path))
@@ -68,15 +69,16 @@ class _WithShardings:
         return ShardedDimensionNumbers(entry.reduction_axis, entry.output_axis, sharding)
 
 
-def untold_shardings(params: Any, entries: Sequence[Entry]) -> list[str]:
+def undeclared_shardings(params: Any, entries: Sequence[Entry]) -> list[str]:
     """The paths of the matrices that a mesh splits without the optimizer's knowledge.
 
-    A matrix counts if Auto mesh axes of two or more devices split one of its own axes, and its entry does not
-    say so: `with_shardings` would make the optimizer send less. The types of arrays tell it Explicit axes.
+    A matrix counts if Auto mesh axes of two or more devices split one of its own axes, and its entry has no
+    sharding: with `with_shardings` the optimizer would send less. Explicit axes need no declaration, because
+    they are in the types of the arrays.
 
     Args:
       params: arrays, or shapes that may have a `sharding`.
-      entries: of each leaf, as `dimension_numbers` gives them.
+      entries: the entry of each leaf, as `dimension_numbers` returns them.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return [
@@ -92,8 +94,8 @@ def _is_split(leaf: Any, entry: MuonDimensionNumbers) -> bool:
     if not isinstance(sharding, NamedSharding):
         return False
     mesh = sharding.mesh
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    splitting = {name for name, kind in kinds if kind == AxisType.Auto and mesh.shape[name] > 1}
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    splitting = {name for name, axis_type in types if axis_type == AxisType.Auto and mesh.shape[name] > 1}
     spec = spec_of(sharding, leaf.ndim)
-    over = [spec[axis] for axis in jax.tree.leaves((entry.reduction_axis, entry.output_axis))]
-    return not splitting.isdisjoint(jax.tree.leaves(over))
+    matrix_spec = [spec[axis] for axis in jax.tree.leaves((entry.reduction_axis, entry.output_axis))]
+    return not splitting.isdisjoint(jax.tree.leaves(matrix_spec))

@@ -1,1 +1,1 @@
-"""Where arrays live."""
+"""Shardings: where the arrays of the state and of the optimizer's computations live."""

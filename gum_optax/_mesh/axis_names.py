@@ -1,4 +1,4 @@
-"""The names that models give to axes, told to the state, which trainers shard by them."""
+"""Copies the models' axis names onto the optimizer state, because some trainers shard by name."""
 
 import itertools
 import math
@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec
 from .._core.checks import check_rule
 from .state_shardings import typed_state
 
-Names = tuple[Any, ...]  # of each axis: a name, several, or None
-Axis = tuple[Any, int]  # a name, and in how many parts the axis is seen
+Names = tuple[Any, ...]  # for each axis: a name, several names, or None
+Axis = tuple[Any, int]  # a name, and the number of parts of the axis on the abstract mesh
 
 _MOST_DEVICES = 2**31 - 1
 
@@ -24,41 +24,43 @@ class _Kind(NamedTuple):
 
     content: Callable[[Any], Any]
     names: Callable[[Any], Any]
-    # A box like another, of an array and names.
+    # Makes a box from another box, an array and names.
     like: Callable[[Any, Any, Names], Any]
 
 
 def _variable_names(box: Any) -> Any:
-    """Those of an NNX variable; MaxText writes down apart what its scan over layers has added."""
-    told, shape = box.get_metadata(), getattr(box.get_value(), "shape", ())
-    names = told.get("out_sharding")
-    names = getattr(getattr(names, "sharding", names), "spec", names)  # of a Format, a NamedSharding
-    scanned = all(key in told for key in _SCAN)
+    """The axis names of an NNX variable. MaxText stores the axis of its scan over layers separately."""
+    metadata, shape = box.get_metadata(), getattr(box.get_value(), "shape", ())
+    names = metadata.get("out_sharding")
+    names = getattr(
+        getattr(names, "sharding", names), "spec", names
+    )  # a Format or a NamedSharding has a spec
+    scanned = all(key in metadata for key in _SCAN)
     if not scanned or not isinstance(names, tuple) or len(names) != len(shape) - 1:
         return names
-    at = told["param_scan_axis"]
-    return (*names[:at], told["partition_name"], *names[at:])
+    scan_axis = metadata["param_scan_axis"]
+    return (*names[:scan_axis], metadata["partition_name"], *names[scan_axis:])
 
 
-# What MaxText says of a scan, beside the names.
+# The metadata of MaxText's scan, beside the names.
 _SCAN = ("param_scan_axis", "partition_name")
 
 
 def _variable_like(box: Any, array: Any, names: Names) -> Any:
-    """A copy, without the constructor and the hooks, which are for parameters."""
-    told = box.get_metadata()
-    # Under its old names NNX would take `out_sharding`, where they are still there, for the newer.
+    """Copy an NNX variable without its constructor and hooks, which are for parameters."""
+    metadata = box.get_metadata()
+    # Drop the old names of `out_sharding`: NNX would prefer them to the new one.
     dropped = {"sharding", "sharding_names"}
-    if told.get("partition_name") not in names:
-        dropped.update(_SCAN)  # the layers are no axis of this array, and are not to be put in
+    if metadata.get("partition_name") not in names:
+        dropped.update(_SCAN)  # this array has no axis of layers, so MaxText must not insert one
     new = box.copy(array)
-    told = {key: x for key, x in told.items() if key not in dropped}
-    new.set_metadata(told | {"out_sharding": names})
+    metadata = {key: x for key, x in metadata.items() if key not in dropped}
+    new.set_metadata(metadata | {"out_sharding": names})
     return new
 
 
 def _named_array_like(box: Any, array: Any, names: Names) -> Any:
-    """Haliax has no axis without a name, and no two of one."""
+    """A Haliax array, which needs a name for every axis, and no name twice."""
     free = (name for i in itertools.count() if (name := f"axis{i}") not in names)
     return type(box)(array, tuple(next(free) if name is None else name for name in names))
 
@@ -68,7 +70,7 @@ _PARTITIONED = _Kind(
     lambda box: box.value, lambda box: box.names, lambda box, x, names: box.replace(value=x, names=names)
 )
 _NAMED_ARRAY = _Kind(lambda box: box.array, lambda box: box.axis_names, _named_array_like)
-# Found where they are imported, so that none of them need be: module, class.
+# By module and class. `sys.modules` tells which libraries are imported, so that none is a dependency.
 _KINDS = {
     ("flax.nnx", "Variable"): _VARIABLE,
     ("flax.core.meta", "Partitioned"): _PARTITIONED,
@@ -84,38 +86,38 @@ def _kind(x: Any) -> _Kind | None:
 
 
 def is_box(x: Any) -> bool:
-    """Whether it is a variable of NNX, a box of Linen or a named array of Haliax."""
+    """Whether `x` is a variable of NNX, a box of Linen or a named array of Haliax."""
     return _kind(x) is not None
 
 
 def has_boxes(tree: Any) -> bool:
-    """Whether a leaf of the tree is in one."""
+    """Whether some leaf of the tree is in a box."""
     return any(map(is_box, jax.tree.leaves(tree, is_leaf=is_box)))
 
 
 def unbox(x: Any) -> tuple[Any, tuple[str | None, ...]]:
-    """A box's content, and the names of its axes; none where it has not as many as axes."""
+    """The content of a box and its axis names; no names unless there is one for each axis."""
     kind = _kind(x)
     if kind is None:
         return x, ()
     content, names = kind.content(x), kind.names(x)
-    is_told = isinstance(names, tuple | list | PartitionSpec)
-    if not is_told or len(names) != len(getattr(content, "shape", ())):
+    has_names = isinstance(names, tuple | list | PartitionSpec)
+    if not has_names or len(names) != len(getattr(content, "shape", ())):
         return content, ()
     return content, tuple(name if isinstance(name, str) else None for name in names)
 
 
 def _axes(x: Any) -> list[Axis | None]:
-    """The named axes of a parameter, those of size one and a second of the same name left out."""
+    """The named axes of a parameter, except axes of size one and the second axis of a repeated name."""
     kind = _kind(x)
     if kind is None:
         return []
     names, shape = kind.names(x), getattr(kind.content(x), "shape", None)  # a hole has no shape
     if shape is None or not isinstance(names, tuple | list | PartitionSpec) or len(names) > len(shape):
         return []
-    told = [tuple(name) if isinstance(name, list) else name for name in names]
-    once = [None if name in told[:i] else name for i, name in enumerate(told)]
-    pairs = zip(once, shape, strict=False)
+    hashable = [tuple(name) if isinstance(name, list) else name for name in names]
+    unique = [None if name in hashable[:i] else name for i, name in enumerate(hashable)]
+    pairs = zip(unique, shape, strict=False)
     return [None if name is None or size < 2 else (name, _least_factor(size)) for name, size in pairs]
 
 
@@ -123,8 +125,8 @@ def _least_factor(size: int) -> int:
     return next(p for p in range(2, size + 1) if size % p == 0)
 
 
-def _at_once(axes: list[Axis]) -> list[list[Axis]]:
-    """Axes in groups whose sizes a mesh can have: JAX counts its devices in 32 bits."""
+def _fitting_one_mesh(axes: list[Axis]) -> list[list[Axis]]:
+    """Divide the axes into groups that fit one mesh each: JAX counts the devices of a mesh in 32 bits."""
     groups: list[list[Axis]] = []
     for axis in axes:
         if not groups or math.prod(factor for _, factor in (*groups[-1], axis)) > _MOST_DEVICES:
@@ -134,16 +136,17 @@ def _at_once(axes: list[Axis]) -> list[list[Axis]]:
 
 
 def _names_beside(tx: optax.GradientTransformation, params: Any) -> list[list[Any]]:
-    """The names of the axes of each array of `tx`'s state; empty where the parameters have none.
+    """The axis names of each array of `tx`'s state; empty if no parameter axis has a name.
 
-    They are carried by types, on a mesh on which nothing is: to be sharded over an axis of it is to have its
-    name.
+    The function traces `init` on an abstract mesh with one axis per name. A dimension that comes out sharded
+    over a mesh axis gets the name of that axis.
     """
     beside: list[list[Axis | None]] = []
     for box in jax.tree.leaves(params, is_leaf=is_box):
         beside += [_axes(box)] * len(jax.tree.leaves(box))
-    found: list[list[Any]] = []
-    for group in _at_once(list(dict.fromkeys(axis for axes in beside for axis in axes if axis is not None))):
+    named_axes = list(dict.fromkeys(axis for axes in beside for axis in axes if axis is not None))
+    state_names: list[list[Any]] = []
+    for group in _fitting_one_mesh(named_axes):
         axis_of = {axis: f"axis{i}" for i, axis in enumerate(group)}
         name_of = {axis_of[name, factor]: name for name, factor in group}
         sizes = {axis_of[name, factor]: factor for name, factor in group}
@@ -153,15 +156,16 @@ def _names_beside(tx: optax.GradientTransformation, params: Any) -> list[list[An
             [name_of.get(axis) for axis in (*spec, *[None] * (x.ndim - len(spec)))]
             for x, spec in zip(jax.tree.leaves(state), specs, strict=True)
         ]
-        found = found or [[None] * len(row) for row in rows]
-        found = [[a or b for a, b in zip(*pair, strict=True)] for pair in zip(found, rows, strict=True)]
-    return found
+        state_names = state_names or [[None] * len(row) for row in rows]
+        pairs = zip(state_names, rows, strict=True)
+        state_names = [[a or b for a, b in zip(*pair, strict=True)] for pair in pairs]
+    return state_names
 
 
 def _boxes_of_parts(x: Any) -> Any:
-    """Of a box that holds the parts of a kernel, a box for each: libraries want an array in every one."""
+    """Split a box with the parts of a kernel into one box per part: libraries expect one array per box."""
     kind = _kind(x)
-    if kind is None or type(kind.content(x)) is not tuple:  # a hole is one as well
+    if kind is None or type(kind.content(x)) is not tuple:  # the exact type: a `MaskedNode` is a tuple too
         return x
     return tuple(
         jax.tree.unflatten(jax.tree.structure(x, is_leaf=lambda y: y is not x), [part])
@@ -170,16 +174,16 @@ def _boxes_of_parts(x: Any) -> Any:
 
 
 def with_axis_names(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Name the axes of `tx`'s state as Flax or Haliax names those of the parameters.
+    """Give the axes of `tx`'s state the names that Flax or Haliax gives the axes of the parameters.
 
-    A state leaf at a parameter's place would come with the names of the parameter's axes, though it has
-    others: `(layers, rank, mlp)` beside `(embed, layers, mlp)`. Trainers that shard what they find by its
-    names (Tunix, MaxText, Levanter) would refuse it, or spread the wrong axis. With this, what `init` makes
-    beside a parameter with its size along an axis (more than one) has that axis's name, a rank has none, and
-    what stands beside several parameters, the momenta of sampled blocks, is put in boxes of its own.
+    Without this, a state leaf at a parameter's place would have the names of the parameter's axes although
+    its own axes differ: `(layers, rank, mlp)` beside `(embed, layers, mlp)`. Trainers that shard by axis name
+    (Tunix, MaxText, Levanter) would refuse such a leaf or shard the wrong axis. With this, a state axis gets
+    the name of the parameter axis that it shares (if its size is more than one), and a rank axis gets no
+    name. An array beside several parameters, such as the momenta of sampled blocks, gets a box of its own.
 
-    The optimizers of this library do it themselves; it is for compositions of the parts. Where nothing is
-    named, nothing is done.
+    The optimizers of this library already do this; it is for your own compositions of the parts. If no axis
+    has a name, it changes nothing.
 
     Args:
       tx: any optax transformation.
@@ -194,17 +198,17 @@ def with_axis_names(tx: optax.GradientTransformation) -> optax.GradientTransform
         state, rows = tx.init(params), _names_beside(tx, params)
         if not rows:
             return jax.tree.map(_boxes_of_parts, state, is_leaf=is_box)
-        found = iter(rows)
+        remaining = iter(rows)
         boxes = ((x, _kind(x)) for x in jax.tree.leaves(params, is_leaf=is_box))
-        first, its_kind = next((box, kind) for box, kind in boxes if kind is not None)
+        first, first_kind = next((box, kind) for box, kind in boxes if kind is not None)
 
         def named(x):
-            names = [tuple(next(found)) for _ in jax.tree.leaves(x)]
+            names = [tuple(next(remaining)) for _ in jax.tree.leaves(x)]
             kind = _kind(x)
             if kind is None:
-                return its_kind.like(first, x, names[0]) if names and any(names[0]) else x
+                return first_kind.like(first, x, names[0]) if names and any(names[0]) else x
             if not names:
-                # A hole, without its box: whoever looks for what the names say would look for an array.
+                # Unbox a masked leaf: code that reads the names of a box expects an array in it.
                 return kind.content(x)
             parts = _boxes_of_parts(x)
             if not kind.names(x):
@@ -218,7 +222,7 @@ def with_axis_names(tx: optax.GradientTransformation) -> optax.GradientTransform
     def update(updates, state, params=None, **extra_args):
         outside, like = jax.tree.structure(state), updates if params is None else params
         if has_boxes(like):
-            # With the boxes that `tx` would have made: a box of other names, or none, is another tree.
+            # Give `tx` the boxes that its own `init` makes: a box with other names is another tree structure.
             inside = jax.eval_shape(tx.init, like)
             state = jax.tree.structure(inside).unflatten(jax.tree.leaves(state))
         steps, new = tx.update(updates, state, params, **extra_args)

@@ -1,4 +1,4 @@
-"""Leaves whose shardings are part of their types: what stands beside them, and rules on them."""
+"""Leaves whose shardings are part of their types (Explicit mesh axes): state beside them, and updates."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,23 +14,23 @@ from .._core.context import MatrixContext
 
 
 def explicit_sharding(x: Any) -> NamedSharding | None:
-    """The sharding that is part of the type of `x`, as it is on a mesh of Explicit axes."""
+    """The sharding in the type of `x`, which is there on a mesh of Explicit axes."""
     sharding = jax.typeof(x).sharding
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
 def spec_of(sharding: NamedSharding, ndim: int) -> tuple[Any, ...]:
-    """What each of `ndim` axes is sharded over; a spec leaves out the last ones."""
+    """The mesh axes that shard each of `ndim` axes; a spec may omit its last entries."""
     return (*sharding.spec, *[None] * (ndim - len(sharding.spec)))
 
 
 def _beside(
     g: Float[Array, "*b m n"], rows: int, columns: int, blocks: int | None = None
 ) -> tuple[tuple[int, ...], NamedSharding | None]:
-    """Shape and sharding of an array that stands beside `g`: `(*b, rows, columns)`.
+    """Shape and sharding of an array beside `g`: `(*b, rows, columns)`.
 
-    A side is an axis of `g` (-2 or -1), and is then sharded like it, or a size, and is then on every device.
-    So are `blocks`, where they are given in place of those of `g`.
+    A negative side is an axis of `g` (-2 or -1) and is sharded like that axis. A positive side is a size and
+    is whole on every device. `blocks`, if given, replaces the batch axes of `g` and is whole on every device.
     """
     sides = rows, columns
     batch = g.shape[:-2] if blocks is None else (blocks,)
@@ -46,7 +46,7 @@ def _beside(
 def zeros(
     g: Float[Array, "*b m n"], rows: int, columns: int, blocks: int | None = None
 ) -> Float[Array, "*c rows columns"]:
-    """Float32 zeros that stand beside `g`, as `_beside` says."""
+    """Float32 zeros beside `g`, with the shape and sharding of `_beside`."""
     shape, sharding = _beside(g, rows, columns, blocks)
     return jnp.zeros(shape, jnp.float32, out_sharding=sharding)
 
@@ -54,16 +54,16 @@ def zeros(
 def placed(
     x: Float[Array, "*b rows columns"], g: Float[Array, "*b m n"], rows: int, columns: int
 ) -> Float[Array, "*b rows columns"]:
-    """`x`, sharded as what stands beside `g`."""
+    """`x`, resharded as an array beside `g`."""
     _, sharding = _beside(g, rows, columns)
     return x if sharding is None else jax.sharding.reshard(x, sharding)
 
 
 def on_auto_axes(update: Callable[..., Any]) -> Callable[..., Any]:
-    """An update whose gradients' types may carry shardings, run where XLA chooses all shardings within.
+    """Run an update on Auto mesh axes, even if the types of the gradients carry shardings.
 
-    Between them, factorizations and products of sharded matrices need no words about theirs. Steps come
-    out sharded as the gradients, and state as it was.
+    XLA then chooses the shardings of factorizations and products inside the update. Steps come out with the
+    shardings of the gradients, and the state keeps its own.
     """
 
     def run(updates, state, params, context: MatrixContext, extra_args):
@@ -77,13 +77,13 @@ def on_auto_axes(update: Callable[..., Any]) -> Callable[..., Any]:
                 " jax.shard_map over those of the data; give the others axis_types=AxisType.Auto."
             )
         everywhere = NamedSharding(meshes[0], PartitionSpec())
-        kept = []
+        was_kept = []
 
         def inside(updates, state, params, flags, extra_args):
             inner = None if flags is None else Acceptance(*flags)
             own = dataclasses.replace(context, accept=inner)
             steps, new = update(updates, state, params, own, extra_args)
-            kept.extend(inner is not None and inner.is_kept(x) for x in jax.tree.leaves(new))
+            was_kept.extend(inner is not None and inner.is_kept(x) for x in jax.tree.leaves(new))
             return steps, new
 
         out = jax.tree.map(lambda x: explicit_sharding(x) or everywhere, (updates, state))
@@ -92,7 +92,7 @@ def on_auto_axes(update: Callable[..., Any]) -> Callable[..., Any]:
         within = jax.sharding.auto_axes(inside, out_sharding=out)
         steps, new = within(updates, state, params, flags, extra_args)  # pyright: ignore[reportCallIssue]
         if accept is not None:
-            accept.mark_kept([x for x, yes in zip(jax.tree.leaves(new), kept, strict=True) if yes])
+            accept.mark_kept([x for x, yes in zip(jax.tree.leaves(new), was_kept, strict=True) if yes])
         return steps, new
 
     return run

@@ -1,4 +1,4 @@
-"""Where state lives on a mesh."""
+"""The shardings of the optimizer state on a mesh."""
 
 from typing import Any
 
@@ -12,29 +12,30 @@ from .._core.checks import check_rule
 
 
 def state_shardings(tx: optax.GradientTransformation, params: Any, param_shardings: Any) -> Any:
-    """The sharding of each array of `tx`'s state, from those of the parameters.
+    """The sharding of each array of `tx`'s state, derived from the shardings of the parameters.
 
-    What `init` makes beside a parameter, with its size along an axis, is sharded as that axis; a rank, and
-    what belongs to no parameter, is on every device. So a rank need not be a multiple of a mesh axis. Give it
-    to `jit`, that state is born where it lives:
+    A state array beside a parameter is sharded like the parameter along every axis that both share. A rank
+    axis, and an array that belongs to no parameter, is whole on every device, so a rank need not be a
+    multiple of a mesh axis. Pass the result to `jit`, so that `init` creates the state in its final place:
 
         shardings = state_shardings(tx, params, param_shardings)
         state = jax.jit(tx.init, out_shardings=shardings)(params)
 
-    On a mesh of Explicit axes (the default of `jax.make_mesh`) the types of the parameters tell `init` as
-    much, and this is not needed.
+    A mesh of Explicit axes (the default of `jax.make_mesh`) does not need this function: there `init` reads
+    the shardings from the types of the parameters.
 
     Args:
       tx: any optax transformation.
       params: the parameters, arrays or shapes.
-      param_shardings: a `jax.sharding.NamedSharding` for each leaf, all of one mesh.
+      param_shardings: a `jax.sharding.NamedSharding` for each leaf, all on one mesh.
 
     Returns:
-      A tree of `NamedSharding`s like `tx.init(params)`.
+      A tree of `NamedSharding`s with the structure of `tx.init(params)`.
 
     Raises:
       TypeError: a sharding is not a `NamedSharding`, or `tx` is not a transformation.
-      ValueError: the shardings are of several meshes, there is none, or one does not fit its leaf.
+      ValueError: the shardings are on several meshes, there is no sharding, or a sharding does not fit its
+        leaf.
     """
     check_rule("tx", tx)
     shardings = jax.tree.structure(params).flatten_up_to(param_shardings)
@@ -54,13 +55,13 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, param_shardin
 def typed_state(
     tx: optax.GradientTransformation, params: Any, specs: list[PartitionSpec], axes: dict[str, int]
 ) -> tuple[Any, list[PartitionSpec]]:
-    """The shapes of `tx`'s state, and what each has of the axes that the parameters' types tell.
+    """The shapes of `tx`'s state, and the spec of each state array, from the specs of the parameters.
 
     Args:
       tx: any optax transformation.
       params: arrays or shapes.
-      specs: of each of their leaves.
-      axes: the mesh axes that the specs speak of, and their sizes; there need be no such devices.
+      specs: the spec of each leaf of `params`.
+      axes: the names and sizes of the mesh axes in `specs`. The mesh is abstract: it needs no devices.
     """
     mesh = AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Explicit,) * len(axes))
     leaves, treedef = jax.tree.flatten(params)
@@ -68,25 +69,27 @@ def typed_state(
         jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=NamedSharding(mesh, spec))
         for x, spec in zip(leaves, specs, strict=True)
     ]
-    # Within the mesh, without which jax 0.12 types no array that has just been made; from none to it, since
-    # JAX lets no other size take the place of one that is in force.
+    # Set the mesh: without it, jax 0.12 gives new arrays no sharding in their types. Set the empty mesh
+    # first: JAX does not let a mesh replace one of another size.
     none = AbstractMesh((), ())
     with jax.sharding.use_abstract_mesh(none), jax.sharding.use_abstract_mesh(mesh):
         state = jax.eval_shape(tx.init, treedef.unflatten(typed))
     return state, [PartitionSpec() if x.sharding is None else x.sharding.spec for x in jax.tree.leaves(state)]
 
 
-def check_processes_agree(state: Any) -> None:
-    """Compare what every process must hold alike: the keys, counts and draws of a state that has just begun.
+def check_processes_agree(state: optax.OptState) -> None:
+    """Check that all processes hold the same keys, counts and draws.
 
-    Nothing in JAX notices a seed that differs between hosts: each compiles its own program, draws its own
-    blocks, and the parameters drift apart. Call it once, after `init` or a restore. One process has no other.
+    JAX does not notice a seed that differs between hosts: each host compiles its own program and draws its
+    own blocks, and the parameters drift apart. Call this function once, after `init` or a restore. With one
+    process it returns at once.
 
     Args:
-      state: of any optax transformation; its arrays of integers that are whole on every device are compared.
+      state: the state of any optax transformation; the check compares its integer arrays that are whole on
+        every device.
 
     Raises:
-      ValueError: they differ; the message names the array and what each process holds.
+      ValueError: an array differs; the message names the array and the value in each process.
     """
     if jax.process_count() == 1:
         return

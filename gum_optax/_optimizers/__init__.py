@@ -1,1 +1,1 @@
-"""One file an optimizer."""
+"""One file per optimizer."""

@@ -23,10 +23,10 @@ class CosmosState(NamedTuple):
     """State of `scale_by_cosmos`."""
 
     count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
-    momentum: Any  # M, a leaf (*, m, n) float32
-    basis: Any  # U, a leaf (*, m, r) float32, orthonormal columns
-    spectrum: Any  # S, a leaf (*, r, r) float32: the mean of UᵀG GᵀU
-    squares: Any  # V, a leaf (*, r, n) float32: the mean of (UᵀG)²
+    momentum: optax.Updates  # M, each leaf (*, m, n) float32
+    basis: optax.Updates  # U, each leaf (*, m, r) float32, orthonormal columns
+    spectrum: optax.Updates  # S, each leaf (*, r, r) float32: the mean of UᵀG GᵀU
+    squares: optax.Updates  # V, each leaf (*, r, n) float32: the mean of (UᵀG)²
 
 
 def scale_by_cosmos(
@@ -45,21 +45,21 @@ def scale_by_cosmos(
         S ← β₂ (U'ᵀU) S (UᵀU') + (1 - β₂) U'ᵀG GᵀU',   U ← U'
         V ← β₂ V + (1 - β₂) (UᵀG)²
         A = U (UᵀM / (1 - β₁ᵗ)) / (√(V / (1 - β₂ᵗ)) + ε),   B = NS(M - U UᵀM)
-        step = norm(A + γ norm(B)),   norm to element RMS one
+        step = norm(A + γ norm(B)),   norm: scaling to element RMS one
 
-    `U` starts random and `S` at zero, so that the first step is one power iteration; the authors' code
+    `U` starts random and `S` starts at zero, so the first step is one power iteration. The authors' code
     starts from an SVD of the first gradient.
 
     Args:
-      rank: `r`; at most `m`.
+      rank: `r`, at most `m`.
       ratio: `γ`; 0.2 in the paper.
       b1, b2, eps: `β₁`, `β₂`, `ε`; 0.9, 0.96 and 1e-8 as in the authors' code.
       orthogonalizer: a function `(*, m, n) -> (*, m, n)`.
-      key: an integer seed or a JAX key, of the first `U`.
+      key: an integer seed or a JAX key, for the first `U`.
 
     Returns:
       A transformation over trees of `(*, m, n)` leaves. State: a full-size momentum, `U`, `S` and `V`,
-      `m n + r (m + n) + r²` numbers a matrix.
+      `m n + r (m + n) + r²` numbers per matrix.
 
     Raises:
       TypeError, ValueError: an argument or a leaf is out of range or of the wrong type.
@@ -109,22 +109,22 @@ def cosmos(
     """COSMOS: Adam in the leading eigenspace of the gradient, Muon outside it.
 
         U ← orth(β₂ U S + (1 - β₂) G GᵀU),   A = U Adam(UᵀG),   B = NS(M - U UᵀM)
-        step = γ norm(A + γ norm(B)),   norm to element RMS one
+        step = γ norm(A + γ norm(B)),   norm: scaling to element RMS one
 
-    Needs a full-size momentum: `m n + r (m + n) + r²` numbers a matrix, more than Muon. The whole
-    update is in `scale_by_cosmos`.
+    State: a full-size momentum, `U`, `S` and `V`, `m n + r (m + n) + r²` numbers per matrix, more than Muon.
+    `scale_by_cosmos` documents the whole update.
 
     Args:
       learning_rate: a number or a schedule; about AdamW's.
-      rank: `r`; 64 in the paper; at most `m`.
-      key: an integer seed or a JAX key, of the first `U`.
-      ratio: `γ`, the weight of the part outside, and the size of the step; 0.2 in the paper.
+      rank: `r`, at most `m`; 64 in the paper.
+      key: an integer seed or a JAX key, for the first `U`.
+      ratio: `γ`, the weight of the part outside and the size of the step; 0.2 in the paper.
       b1, b2, eps: `β₁` of the momentum, `β₂` of the second moments, Adam's `ε`; 0.9 and 0.96 as in the
         authors' code.
       orthogonalizer, weight_decay, weight_decay_mask, weight_dimension_numbers, others: as in `muon`.
 
     Raises:
-      TypeError, ValueError: as `muon`; also `rank` below 1 or not an integer.
+      TypeError, ValueError: as for `muon`; also if `rank` is below 1 or not an integer.
 
     References:
       Liu et al., COSMOS, arXiv 2502.17410, Algorithm 1.

@@ -1,4 +1,4 @@
-"""Dion: one power iteration of the momentum a step, with error feedback."""
+"""Dion: one power iteration of the momentum per step, with error feedback."""
 
 from typing import Any, NamedTuple
 
@@ -17,8 +17,8 @@ from .._transforms.scaling import fan_ratio
 from .matrix_optimizer import matrix_optimizer
 
 _EPS = float(jnp.finfo(jnp.float32).eps)
-# What a completing column of Dion's P sees of M, in units of eps |M|: the floor, over a column of Y of norm
-# 1/√r, so √r of them.
+# The largest length of `Mᵀp`, in units of eps |M|, for a column p that only completes P. The floor of eps is
+# relative to a column of Y of norm 1/√r, so the length is about √r of these units.
 _ROUNDINGS = 64.0
 
 
@@ -26,27 +26,27 @@ class DionState(NamedTuple):
     """State of `scale_by_dion`."""
 
     count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
-    momentum: Any  # M, a leaf (*, m, n) float32
-    right: Any  # Q, a leaf (*, n, r) float32 with unit columns
+    momentum: optax.Updates  # M, each leaf (*, m, n) float32
+    right: optax.Updates  # Q, each leaf (*, n, r) float32 with unit columns
 
 
 def scale_by_dion(rank: int, momentum: Any = 0.95, key: int | jax.Array = 0) -> optax.GradientTransformation:
-    """Orthonormalize the momentum by one power iteration, and keep the rest for later.
+    """Orthonormalize the momentum by one power iteration, and keep the rest for later steps.
 
         M ← M + G,   P = orth(M Q),   R = MᵀP,   M ← M - (1 - μ) P Rᵀ
         Q ← R, its columns to norm one,   step = P Qᵀ
 
-    `Q` starts random, as in the paper. Where `M` has fewer than `r` directions the columns of `R` that are
-    only its rounding get no step, and leave their columns of `Q` as they were.
+    `Q` starts random, as in the paper. If `M` has fewer than `r` directions, some columns of `R` are only
+    rounding. Such a column makes no step, and leaves its column of `Q` unchanged.
 
     Args:
-      rank: `r`; at most `m`.
-      momentum: `μ`, what stays of the directions stepped in; 0.95 in the paper.
-      key: an integer seed or a JAX key, of the first `Q`.
+      rank: `r`, at most `m`.
+      momentum: `μ`, the fraction of the momentum that stays in the directions of the step; 0.95 in the paper.
+      key: an integer seed or a JAX key, for the first `Q`.
 
     Returns:
       A transformation over trees of `(*, m, n)` leaves. State: a full-size momentum and `Q`, `m n + n r`
-      numbers a matrix.
+      numbers per matrix.
 
     Raises:
       TypeError, ValueError: an argument or a leaf is out of range or of the wrong type.
@@ -76,11 +76,11 @@ def scale_by_dion(rank: int, momentum: Any = 0.95, key: int | jax.Array = 0) -> 
 
 
 def _completed(y: Array) -> Array:
-    """`orth(Y)`, completed by columns of an identity where `Y` has not the rank.
+    """`orth(Y)`, completed by columns of the identity if `Y` does not have full rank.
 
-    They come in at float32's last bit, so that they do not tilt what `Y` has, and so in three shifted passes.
-    Where rounding defeats those, the identity's columns take the place of all: nothing is lost, for what a
-    step does not take stays in the momentum.
+    These columns enter at the size of float32's last bit, so that they do not tilt the columns of `Y`; this
+    needs three shifted passes. If rounding defeats the passes, the result is columns of the identity. Nothing
+    is lost then: the momentum keeps what the step does not take.
     """
     start = jnp.broadcast_to(jnp.eye(*y.shape[-2:], dtype=y.dtype), y.shape)
     q = orthonormalize(regularized(y * safe_reciprocal(frobenius(y)), start, _EPS), shifted_passes=3)
@@ -98,22 +98,22 @@ def dion(
     weight_dimension_numbers: WeightDimensionNumbers = None,
     others: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Dion: one power iteration of the momentum a step, orthonormalized, with error feedback.
+    """Dion: one orthonormalized power iteration of the momentum per step, with error feedback.
 
         M ← M + G,   P = orth(M Q),   R = MᵀP,   M ← M - (1 - μ) P Rᵀ
         Q ← R, its columns to norm one,   step = √(fan_out/fan_in) P Qᵀ
 
-    Needs a full-size momentum: `m n + n r` numbers a matrix, more than Muon.
+    State: a full-size momentum and `Q`, `m n + n r` numbers per matrix, more than Muon.
 
     Args:
       learning_rate: a number or a schedule; 0.01 in the paper.
-      rank: `r`; at most `m`.
-      key: an integer seed or a JAX key, of the first `Q`.
-      momentum: `μ`, what stays of the directions stepped in.
+      rank: `r`, at most `m`.
+      key: an integer seed or a JAX key, for the first `Q`.
+      momentum: `μ`, the fraction of the momentum that stays in the directions of the step.
       weight_decay, weight_decay_mask, weight_dimension_numbers, others: as in `muon`.
 
     Raises:
-      TypeError, ValueError: as `muon`; also `rank` below 1 or not an integer.
+      TypeError, ValueError: as for `muon`; also if `rank` is below 1 or not an integer.
 
     References:
       Ahn et al., Dion, arXiv 2504.05295, Algorithm 1.

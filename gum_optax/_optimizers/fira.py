@@ -1,4 +1,4 @@
-"""Fira: GaLore, and the residual scaled as inside the subspace."""
+"""Fira: GaLore plus a residual that is scaled as inside the subspace."""
 
 from typing import Any
 
@@ -32,22 +32,22 @@ def fira(
     weight_dimension_numbers: WeightDimensionNumbers = None,
     others: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Fira: GaLore, and the residual with the scale that Adam gave its column inside the subspace.
+    """Fira: GaLore plus the residual, scaled column by column as Adam scales inside the subspace.
 
         R = PᵀG,   S = Adam(R),   φⱼ = |S[:, j]| / |R[:, j]|
-        step = P S + φ ∘ (G - P R),   the norm of the last term growing by at most 1.01 a step
+        step = P S + φ ∘ (G - P R),   the norm of the last term growing by at most 1.01 per step
 
-    State: `m r + 2 r n` numbers a matrix, and one for the norm.
+    State: `m r + 2 r n` numbers per matrix, and one number for the norm.
 
     Args:
-      learning_rate: a number or a schedule. There is no `α` here: the authors' code has one inside the
-        subspace, 0.25 in its C4 runs.
+      learning_rate: a number or a schedule. This optimizer has no `α`; the authors' code has an `α` inside
+        the subspace, 0.25 in its C4 runs.
       rank, period, key, b1, b2, eps, find_subspace: as in `galore`.
-      norm_growth: the limiter's ratio; 1.01 in the paper.
+      norm_growth: the largest ratio between the norms of successive residual terms; 1.01 in the paper.
       weight_decay, weight_decay_mask, weight_dimension_numbers, others: as in `muon`.
 
     Raises:
-      TypeError, ValueError: as `galore`; also `norm_growth` below 1.
+      TypeError, ValueError: as for `galore`; also if `norm_growth` is below 1.
 
     References:
       Chen et al., Fira, arXiv 2410.01623, Algorithm 1.

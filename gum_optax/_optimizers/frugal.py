@@ -1,4 +1,4 @@
-"""FRUGAL: Adam in a subspace, and a rule without state outside it."""
+"""FRUGAL: Adam in a subspace, and a stateless rule outside it."""
 
 from typing import Any
 
@@ -33,22 +33,22 @@ def frugal(
     weight_dimension_numbers: WeightDimensionNumbers = None,
     others: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """FRUGAL: Adam in a subspace, and a rule without state outside it.
+    """FRUGAL: Adam in a subspace, and a stateless rule outside it.
 
         every K steps   P ← top r left singular vectors of G;   Adam starts again
         every step      R = PᵀG,   step = P Adam(R) + sign(G - P R)
 
-    State: `m r + 2 r n` numbers a matrix.
+    State: `m r + 2 r n` numbers per matrix.
 
     Args:
-      learning_rate: a number or a schedule, of both parts; about AdamW's.
+      learning_rate: a number or a schedule, for both parts; about AdamW's.
       rank, period, key, b1, b2, eps, find_subspace: as in `galore`.
-      residual: the rule outside; default the sign. Orthogonalized at the same size:
+      residual: the rule outside the subspace; default: the sign. An orthogonalized step of the same size is
         `normalize(multi_norm((newton_schulz, unit_frobenius)))`.
       weight_decay, weight_decay_mask, weight_dimension_numbers, others: as in `muon`.
 
     Raises:
-      TypeError, ValueError: as `galore_muon`; also `b1` or `b2` outside `[0, 1)`, `eps` below 0.
+      TypeError, ValueError: as for `galore_muon`; also if `b1` or `b2` is outside `[0, 1)`, or `eps` below 0.
 
     References:
       Zmushko et al., FRUGAL, arXiv 2411.07837, Algorithm 1.

@@ -35,11 +35,11 @@ def galore_muon(
 ) -> optax.GradientTransformationExtraArgs:
     """GaLore-Muon: Muon in the top singular subspace of the gradient.
 
-        every K steps   P ← top r left singular vectors of G        (the momentum is kept as it is)
+        every K steps   P ← top r left singular vectors of G        (the momentum stays unchanged)
         every step      R ← β R + PᵀG,   step = P NS(R)
 
-    What lies outside the subspace is lost, so this is biased: where the noise is larger than the
-    signal it can stall for good (`examples/linear_regression.py`). State: `r (m + n)` numbers a matrix.
+    The rule is biased, because it loses the gradient outside the subspace: with more noise than signal it can
+    stall for good (`examples/linear_regression.py`). State: `r (m + n)` numbers per matrix.
 
     Args:
       learning_rate: a number or a schedule.
@@ -47,12 +47,12 @@ def galore_muon(
       period: `K`; 200 as in GaLore.
       key: an integer seed or a JAX key, for finders that draw.
       find_subspace: `track_subspace` (the default: two power steps at first, then one step of
-        `subspace_iteration` at each refresh), `svd_subspace` (the paper's).
+        `subspace_iteration` at each refresh) or `svd_subspace` (as in the paper).
       momentum, momentum_dtype, orthogonalizer, consistent_rms, weight_decay, weight_decay_mask,
         weight_dimension_numbers, others: as in `muon`.
 
     Raises:
-      TypeError, ValueError: as `muon`; also `rank` or `period` below 1 or not an integer.
+      TypeError, ValueError: as for `muon`; also if `rank` or `period` is below 1 or not an integer.
 
     References:
       Zhao et al., GaLore, arXiv 2403.03507, Algorithm 2; Pan et al., arXiv 2510.17802, section 3.
@@ -93,10 +93,10 @@ def galore(
 ) -> optax.GradientTransformationExtraArgs:
     """GaLore: Adam in the top singular subspace of the gradient.
 
-        every K steps   P ← top r left singular vectors of G        (the moments are kept as they are)
+        every K steps   P ← top r left singular vectors of G        (the moments stay unchanged)
         every step      R = PᵀG,   step = α P Adam(R)
 
-    State: `m r + 2 r n` numbers a matrix. What lies outside the subspace is lost.
+    State: `m r + 2 r n` numbers per matrix. The rule loses the gradient outside the subspace.
 
     Args:
       learning_rate: a number or a schedule; 0.01 in the paper's C4 runs.
@@ -105,11 +105,12 @@ def galore(
       key: an integer seed or a JAX key, for finders that draw.
       scale: `α`; 0.25 in the paper.
       b1, b2, eps: Adam's.
-      find_subspace: `track_subspace` (the default), `svd_subspace` (the paper's).
+      find_subspace: `track_subspace` (the default) or `svd_subspace` (as in the paper).
       weight_decay, weight_decay_mask, weight_dimension_numbers, others: as in `muon`.
 
     Raises:
-      TypeError, ValueError: as `galore_muon`; also `scale` or `eps` below 0, `b1` or `b2` outside `[0, 1)`.
+      TypeError, ValueError: as for `galore_muon`; also if `scale` or `eps` is below 0, or `b1` or `b2` is
+        outside `[0, 1)`.
 
     References:
       Zhao et al., GaLore, arXiv 2403.03507, Algorithm 2.

@@ -1,4 +1,4 @@
-"""GoLore: GaLore, and later a random subspace."""
+"""GoLore: GaLore at first, later in a random subspace."""
 
 from typing import Any
 
@@ -32,23 +32,26 @@ def golore(
     weight_dimension_numbers: WeightDimensionNumbers = None,
     others: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """GoLore: GaLore, and later a random subspace, in which noise cannot hide the signal.
+    """GoLore: GaLore at first, later in a random subspace, where noise cannot hide the signal.
 
-        every K steps   P ← top r left singular vectors of G, or after `random_after` steps uniform;
+        every K steps   P ← top r left singular vectors of G, or uniform after `random_after` steps;
                         M ← (P_newᵀ P_old) M        (Adam's mean; its squares stay)
         every step      R = PᵀG,   step = α P Adam(R)
 
-    `E[P Pᵀ] = (r/m) I` for a uniform `P`: the projected gradient is unbiased up to that factor. Random
-    from the start (`random_after=0`) is the subspace of FedSLoP and Flora. State: `m r + 2 r n` numbers.
+    `E[P Pᵀ] = (r/m) I` for a uniform `P`: the projected gradient is unbiased up to that factor. A subspace
+    that is random from the start (`random_after=0`) is that of FedSLoP and Flora. State: `m r + 2 r n`
+    numbers per matrix.
 
     Args:
       learning_rate, rank, period, key, scale, b1, b2, eps: as in `galore`.
-      random_after: steps before the subspace is random; the paper's experiments take 80 % of all.
-      find_subspace: of the steps before; `track_subspace` (the default), `svd_subspace` (the paper's).
+      random_after: the number of steps before the subspace becomes random; 80 % of all steps in the paper's
+        experiments.
+      find_subspace: the finder for the first steps: `track_subspace` (the default) or `svd_subspace` (as in
+        the paper).
       weight_decay, weight_decay_mask, weight_dimension_numbers, others: as in `muon`.
 
     Raises:
-      TypeError, ValueError: as `galore`; also `random_after` below 0 or not an integer.
+      TypeError, ValueError: as for `galore`; also if `random_after` is below 0 or not an integer.
 
     References:
       He et al., GoLore, arXiv 2410.11289, Algorithm 2; FedSLoP, arXiv 2604.24012.

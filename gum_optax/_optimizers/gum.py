@@ -40,24 +40,24 @@ def gum(
         low-rank block  R ← β R + PᵀG/(1-q)           step = P NS(R)      R is r × n
         sampled block   R ← β R + (G - P PᵀG)/q       step = NS(R)        R is m × n,   q = γ/L
 
-    What Muon's rule is fed has the gradient as its mean over the draw. State: `r (m + n) + q m n`
-    numbers a matrix, the full-rank momenta in γ slots a shape.
+    The mean of the rule's input over the draw is the gradient. State: `r (m + n) + q m n` numbers per matrix;
+    the full-rank momenta are in γ slots per shape.
 
     Args:
-      learning_rate: a number or a schedule of the steps taken: a step that is skipped, for a gradient that is
-        not finite, does not count. (A schedule given by way of `optax.inject_hyperparams` counts it.)
+      learning_rate: a number or a schedule. The schedule does not count a step that is skipped because its
+        gradient is not finite. (A schedule in `optax.inject_hyperparams` does count it.)
       rank: `r`; 128 as in the paper. Matrices with `m <= rank` run plain Muon.
       period: `K`; 200 as in the paper.
-      full_rank_fraction: the asked `q`; a shape with L blocks gets `γ = clip(round(q L), 1, L)` slots
-        (0 only for 0), and one with a single block runs plain Muon. The paper's is 2 of L layers.
-      key: an integer seed or a JAX key: the draws of period `p` are a function of it and `p`.
-      compensation: `complement` (the default, the paper's) or `low_variance`.
-      find_subspace: `track_subspace` (the default), `svd_subspace` (the paper's).
+      full_rank_fraction: the requested `q`. A shape with L blocks gets `γ = clip(round(q L), 1, L)` slots
+        (0 only for 0), and a shape with a single block runs plain Muon. The paper samples 2 of L layers.
+      key: an integer seed or a JAX key; the draws of period `p` are a function of the key and `p`.
+      compensation: `complement` (the default, as in the paper) or `low_variance`.
+      find_subspace: `track_subspace` (the default) or `svd_subspace` (as in the paper).
       momentum, momentum_dtype, orthogonalizer, consistent_rms, weight_decay, weight_decay_mask,
         weight_dimension_numbers, others: as in `muon`.
 
     Raises:
-      TypeError, ValueError: as `galore_muon`; also `full_rank_fraction` outside `[0, 1]`.
+      TypeError, ValueError: as for `galore_muon`; also if `full_rank_fraction` is outside `[0, 1]`.
 
     References:
       Pan et al., Unbiased Gradient Low-Rank Projection, arXiv 2510.17802, Algorithm 2.

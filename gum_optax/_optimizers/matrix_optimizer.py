@@ -40,22 +40,22 @@ from .._transforms.momentum import adam
 from .._transforms.scaling import scale_by_fans
 from .._transforms.skip_non_finite import skip_as_one, skip_leaves
 
-# A number, or a function of the fan-in and the fan-out of a matrix.
+# A number, or a function of the fan-in and fan-out of a matrix.
 Scale = float | jax.Array | Callable[[int, int], Any]
 
 
 def _decays(weight_decay: Any) -> bool:
-    """Whether parameters are needed; without decay `params=None` is fine. A traced number is not zero."""
+    """Whether `update` needs parameters: without decay it does not. A traced number counts as nonzero."""
     return not (isinstance(weight_decay, int | float) and weight_decay == 0)
 
 
 def _decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransformation:
-    """`optax.add_decayed_weights`, or nothing."""
+    """`optax.add_decayed_weights`, or the identity without decay."""
     return optax.add_decayed_weights(weight_decay, mask) if _decays(weight_decay) else optax.identity()
 
 
 def _rescaling(scale: Scale) -> Callable[[Any], optax.GradientTransformation]:
-    """From the dimension numbers of a tree to the transformation that scales its steps."""
+    """A function from the dimension numbers of a tree to the transformation that scales its steps."""
     if callable(scale):
         return lambda dims: scale_by_fans(dims, scale)
     factor = check_number("scale", scale, at_least=0)
@@ -63,7 +63,7 @@ def _rescaling(scale: Scale) -> Callable[[Any], optax.GradientTransformation]:
 
 
 def at_least_float32(rule: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Run `rule` on float32 gradients where theirs are narrower: its state is float32, and stays so."""
+    """Run `rule` on gradients of at least float32, so that the state of `rule` is and stays float32."""
 
     def widened(tree):
         def wide(x):
@@ -82,7 +82,7 @@ def at_least_float32(rule: optax.GradientTransformation) -> optax.GradientTransf
 
 
 def _check_matrices(params: Any, entries: Sequence[Entry]) -> None:
-    """Refuse what is no matrix, before optax masks anything away: an error then names the leaf's own path."""
+    """Refuse leaves that are not matrices before optax masks the tree, so that errors name their paths."""
     chosen, _ = split(params, [entry is not None for entry in entries])
     kernels = Apart(jax.tree.structure(params).unflatten(entries), chosen)
     views_of(kernels.entries, kernels.apart(chosen), wide=True)
@@ -100,14 +100,14 @@ def matrix_optimizer(
     others_rule: optax.GradientTransformation | None = None,
     wide: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    """An optimizer from a rule for matrices: what all optimizers of this library share.
+    """Make an optimizer from a rule for matrices, as all optimizers of this library do.
 
         matrices      W ← W - η (scale · rule(G) + λ W)
         all others    W ← W - η (Adam(G) + λ W)
 
-    It finds the matrices of the model, shows them to the rule as `(*blocks, m, n)` with `m <= n`, and gives
-    all other leaves to AdamW. A leaf whose gradient holds a NaN or an infinity is skipped: its parameter and
-    its state stay. This is GaLore with a sign in place of Adam:
+    The optimizer finds the matrices of the model, passes them to the rule as `(*blocks, m, n)` with `m <= n`,
+    and updates all other leaves by AdamW. It skips a leaf whose gradient holds a NaN or an infinity: the
+    parameter and its state stay unchanged. This is GaLore with the sign of a momentum in place of Adam:
 
         rule = gum_optax.low_rank(optax.scale_by_lion(), rank=128, period=200)
         tx = gum_optax.matrix_optimizer(rule, 1e-4, 1.0, weight_decay=0.1)
@@ -118,28 +118,28 @@ def matrix_optimizer(
         keeps its state leaf by leaf if its update reads `accept` of the argument `context` (a
         `MatrixContext`), as the rules of this library do; the state of another rule stays whole on a step
         that any leaf skips.
-      learning_rate: `η`, a number or a schedule of the steps that all leaves take.
-      scale: the factor of the step, a number or a function `(fan_in, fan_out) -> number`: `shape_factor()`
-        for orthogonal steps, `fan_ratio`. (`optax.inject_hyperparams` takes a function for a schedule: name
-        it in `static_args`.)
-      weight_decay: `λ`, decoupled, of the matrices and under the default `others`.
+      learning_rate: `η`, a number or a schedule; the schedule counts the steps that all leaves take.
+      scale: the factor of the step, a number or a function `(fan_in, fan_out) -> number`, such as
+        `shape_factor()` for orthogonal steps, or `fan_ratio`. (`optax.inject_hyperparams` mistakes a function
+        for a schedule: name `scale` in `static_args`.)
+      weight_decay: `λ`, decoupled. It applies to the matrices and to the default `others`.
       weight_decay_mask: a tree of booleans, or a function from the parameters to one, as in `optax.adamw`.
       weight_dimension_numbers: which leaves are matrices along which axes: a tree of
-        `optax.contrib.MuonDimensionNumbers`, `None` at leaves that are not matrices; a function from the
-        parameters to one; or a mapping from patterns of paths. Default: `hidden_matrices`.
-      others: the transformation of all leaves that are not matrices, learning rate and decay included.
+        `optax.contrib.MuonDimensionNumbers`, with `None` for leaves that are not matrices; a function from
+        the parameters to one; or a mapping from path patterns. Default: `hidden_matrices`.
+      others: the transformation for all leaves that are not matrices, with its own learning rate and decay.
         Default: AdamW at `learning_rate`.
       others_rule: a rule in place of AdamW's, with the same learning rate and decay.
-      wide: whether the shorter side of each matrix comes first; False keeps `(*blocks, fan_in, fan_out)`, for
-        rules that tell rows from columns.
+      wide: whether the shorter side of each matrix comes first. False keeps `(*blocks, fan_in, fan_out)`, for
+        rules that distinguish rows from columns.
 
     Returns:
-      A transformation over the parameters of a model, as `muon` is: its state follows the axis names of the
-      parameters, and `update` names what does not go together.
+      A transformation over the parameters of a model, as `muon` is. Its state has the axis names of the
+      parameters, and `update` explains mismatched arguments.
 
     Raises:
-      TypeError, ValueError: an argument out of range or of the wrong type; at `init`, dimension
-        numbers that do not fit a leaf, or a complex or integer matrix.
+      TypeError, ValueError: an argument is out of range or of the wrong type; at `init`, dimension numbers do
+        not fit a leaf, or a matrix is complex or integer.
     """
     check_rule("rule", rule)
     rescale = _rescaling(scale)
@@ -151,7 +151,7 @@ def matrix_optimizer(
     decisions = Decisions(weight_dimension_numbers)
 
     def routed(tree):
-        """The transformation for one tree; functions of the parameters see it whole, without holes."""
+        """The transformation for one tree; functions of the parameters get the whole tree, nothing masked."""
         treedef = jax.tree.structure(tree)
         entries = decisions.of(tree)
         dims = treedef.unflatten(entries)
@@ -164,11 +164,11 @@ def matrix_optimizer(
         outer = rest if others is None else skip_as_one(others)
         rules: dict[Hashable, optax.GradientTransformation] = {"matrices": matrices, "others": outer}
         labels = treedef.unflatten(["others" if entry is None else "matrices" for entry in entries])
-        # Labels come from a function: `optax.partition` calls them where their tree can be called.
+        # Pass the labels as a function: `optax.partition` would call a tree of labels that is callable.
         return optax.partition(rules, lambda _: labels)
 
     def init(params):
-        entries = decisions.made_at_init(params)
+        entries = decisions.decide_at_init(params)
         _check_matrices(params, entries)
         return routed(params).init(params)
 
@@ -176,5 +176,6 @@ def matrix_optimizer(
         return routed(updates).update(updates, state, params, **extra_args)
 
     named = with_axis_names(skip_leaves(optax.GradientTransformationExtraArgs(init, update)))
-    told = optax.GradientTransformationExtraArgs(decisions.told_at_init(named.init), named.update)  # pyright: ignore
-    return with_clear_errors(told)
+    init_and_warn = decisions.warning_at_init(named.init)
+    warned = optax.GradientTransformationExtraArgs(init_and_warn, named.update)  # pyright: ignore
+    return with_clear_errors(warned)

@@ -1,4 +1,4 @@
-"""Muon: momentum, orthogonalized."""
+"""Muon: orthogonalized momentum."""
 
 from typing import Any
 
@@ -24,30 +24,31 @@ def muon(
     weight_dimension_numbers: WeightDimensionNumbers = None,
     others: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Muon: momentum, orthogonalized.
+    """Muon: orthogonalized momentum.
 
         R ← β R + G,   step = NS(R)   (with `nesterov`: NS(G + β R))
 
-    State: one full-size momentum a matrix, `m n` numbers.
+    State: one full-size momentum per matrix, `m n` numbers.
 
     Args:
-      learning_rate: a number or a schedule; about AdamW's with `consistent_rms`.
-      momentum: `β` in `[0, 1)`; 0.95 as in Jordan's.
-      nesterov: look ahead, as Jordan's code does.
-      momentum_dtype: what `R` is kept in: float32 (the default), or bfloat16, rounded to stochastically,
-        which halves the state. (GUM's sampled blocks live outside the subspace; rounding puts a little of
-        their momentum inside, where Newton-Schulz raises it.)
+      learning_rate: a number or a schedule; with `consistent_rms`, about AdamW's.
+      momentum: `β` in `[0, 1)`; 0.95 as in Jordan's code.
+      nesterov: whether to look ahead, as Jordan's code does.
+      momentum_dtype: the dtype of the stored `R`: float32 (the default), or bfloat16 with stochastic
+      rounding,
+        which halves the state. (The momentum of GUM's sampled blocks lies outside the subspace. Rounding
+        moves a little of it inside, where Newton-Schulz amplifies it.)
       orthogonalizer: `fastest_newton_schulz` (the default), `polar`, or any function
         `(*, m, n) -> (*, m, n)`.
-      consistent_rms: step times `0.2 √max(fan_in, fan_out)` (Moonlight); `None`: times
-        `√max(1, fan_out/fan_in)` (Jordan).
+      consistent_rms: 0.2 multiplies the step by `0.2 √max(fan_in, fan_out)` (Moonlight); `None` multiplies it
+        by `√max(1, fan_out/fan_in)` (Jordan).
       weight_decay, weight_decay_mask, weight_dimension_numbers, others: as in all optimizers of this
         library: decoupled decay, its mask, which leaves are matrices along which axes (default:
-        `hidden_matrices`), and the rule of all other leaves (default: AdamW at `learning_rate`).
+        `hidden_matrices`), and the transformation for all other leaves (default: AdamW at `learning_rate`).
 
     Raises:
-      TypeError, ValueError: an argument out of range or of the wrong type; at `init`, dimension
-        numbers that do not fit a leaf, or a complex or integer matrix.
+      TypeError, ValueError: an argument is out of range or of the wrong type; at `init`, dimension numbers do
+        not fit a leaf, or a matrix is complex or integer.
 
     References:
       Jordan et al., https://kellerjordan.github.io/posts/muon; Liu et al., arXiv 2502.16982.

@@ -1,4 +1,4 @@
-"""Scion: for each kind of layer the steepest step in a norm ball of its own."""
+"""Scion: each kind of layer takes the steepest step in its own norm ball."""
 
 from collections.abc import Hashable
 from typing import Any
@@ -13,7 +13,7 @@ from .._linalg.normalizers import Normalizer, outputs_first, sign_lmo, spectral_
 from .._matrices.as_matrices import as_matrices
 from .._matrices.dimension_numbers import WeightDimensionNumbers, names_of
 from .._matrices.hidden_matrices import policy
-from .._transforms.momentum import average
+from .._transforms.momentum import ema
 from .._transforms.normalize import normalize, normalize_sequentially
 from .matrix_optimizer import at_least_float32, matrix_optimizer
 
@@ -32,7 +32,7 @@ def scion(
     weight_dimension_numbers: WeightDimensionNumbers = None,
     others: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Scion: for each kind of layer the steepest step in a norm ball of its own.
+    """Scion: each kind of layer takes the steepest step in its own norm ball.
 
         D ← β D + (1 - β) G,   step = ρ lmo(D),   lmo(D) = argmax { <D, z> : |z| <= 1 }
 
@@ -41,24 +41,24 @@ def scion(
         all other leaves        RMS:        D / rms(D) of the last axis,  ρ = `radius`
 
     `weight_decay=1` is the constrained form: weights that start in the ball of radius `ρ` stay there.
-    Needs a full-size momentum for every leaf: `m n` numbers a matrix, as Muon.
+    State: a full-size momentum for every leaf, `m n` numbers per matrix, as in Muon.
 
     Args:
       learning_rate: a number or a schedule; 2⁻¹² in the authors' example, with these radii.
       momentum: `β = 1 - α`; α = 0.1 in the paper.
       radius, edge_radius: 50 and 3000 in the paper's language models.
-      lmo: of hidden matrices, a function of `(*, fan_out, fan_in)`: `spectral_lmo` (the default, with
-        Newton-Schulz), `sign_lmo`, `row_lmo`, `column_lmo`.
-      embedding_lmo: of tables, a function of `(*, vocabulary, width)`: `sign_lmo` (the default, the paper's
-        for one that is tied to the head), or `unit_rows` where it is not (the paper's ColNorm).
-      head_lmo: of the kernels of heads, a function of `(*, vocabulary, width)`: `sign_lmo` (the default),
-        or `row_lmo`.
+      lmo: for hidden matrices, a function of `(*, fan_out, fan_in)`: `spectral_lmo` (the default, with
+        Newton-Schulz), `sign_lmo`, `row_lmo` or `column_lmo`.
+      embedding_lmo: for tables, a function of `(*, vocabulary, width)`: `sign_lmo` (the default; the paper
+        has it for a table tied to the head) or `unit_rows` (the paper's ColNorm, for an untied table).
+      head_lmo: for the kernels of heads, a function of `(*, vocabulary, width)`: `sign_lmo` (the default) or
+        `row_lmo`.
       weight_decay, weight_decay_mask, weight_dimension_numbers: as in `muon`, for all leaves.
-      others: the transformation of all leaves that are not matrices, in place of the last two lines.
+      others: the transformation for all leaves that are not matrices, in place of the last two lines.
 
     Raises:
-      TypeError, ValueError: as `muon`; also a radius below 0, an `lmo` that is not a function, or a complex
-        leaf.
+      TypeError, ValueError: as for `muon`; also if a radius is below 0, an `lmo` is not a function, or a leaf
+        is complex.
 
     References:
       Pethick et al., Scion, arXiv 2502.07529, Algorithms 1 and 2, Tables 2 to 4.
@@ -76,8 +76,8 @@ def scion(
         "heads": optax.chain(_of_matrices(outputs_first(head)), optax.scale(edge_radius)),
         "vectors": optax.chain(normalize(_unit_vector), optax.scale(radius)),
     }
-    # In float32 and without bias correction, which no norm ball would see.
-    averaged = average(momentum)
+    # The average is in float32 and has no bias correction, which would not change a normalized step.
+    averaged = ema(momentum)
     rule = at_least_float32(optax.chain(averaged, normalize_sequentially(outputs_first(hidden))))
     return matrix_optimizer(
         rule,
@@ -92,13 +92,13 @@ def scion(
     )
 
 
-def _balls(params: Any) -> Any:
-    """The name of each leaf's ball, of the leaves that are not hidden matrices."""
+def _balls(params: optax.Params) -> Any:
+    """The ball of each leaf that is not a hidden matrix, by name."""
 
     def ball(path, x, reading):
         if jnp.iscomplexobj(x):
             raise TypeError(
-                f"leaf {jax.tree_util.keystr(path)} is complex, and scion's norm balls are of real numbers;"
+                f"leaf {jax.tree_util.keystr(path)} is complex, but scion's norm balls are for real numbers;"
                 " pass others=optax.adamw(learning_rate), for instance."
             )
         if jnp.ndim(x) < 2 or (reading.entry is None and reading.kind not in ("embedding", "head")):
@@ -116,5 +116,5 @@ def _of_matrices(method: Normalizer) -> optax.GradientTransformation:
 
 
 def _unit_vector(x: Array) -> Array:
-    """To RMS one along the last axis; an empty leaf has none."""
+    """Scale `x` to RMS one along the last axis; an empty leaf has no RMS and stays empty."""
     return unit_rows(jnp.atleast_1d(x)).reshape(x.shape) if x.size else x

@@ -1,4 +1,4 @@
-"""SinkGD: rows and columns of the gradient to constant norms."""
+"""SinkGD: scales rows and columns of the gradient to constant norms."""
 
 import functools
 from typing import Any
@@ -22,7 +22,8 @@ def sinkgd(
     weight_dimension_numbers: WeightDimensionNumbers = None,
     others: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """SinkGD: rows and columns of the gradient to constant norms, in turn. No state for a matrix.
+    """SinkGD: scales rows and columns of the gradient to constant norms in turn. It has no state for
+    matrices.
 
         repeat `rounds` times:   rows to ℓ2-norm √n, then columns to √m;   step = α X
 
@@ -33,13 +34,13 @@ def sinkgd(
       weight_decay, weight_decay_mask, weight_dimension_numbers, others: as in `muon`.
 
     Raises:
-      TypeError, ValueError: as `muon`; also `scale` below 0, `rounds` below 1.
+      TypeError, ValueError: as for `muon`; also if `scale` is below 0, or `rounds` below 1.
 
     References:
       Scetbon et al., SinkGD, arXiv 2502.06742, Algorithm 4.
     """
     check_integer("rounds", rounds, at_least=1)
-    # A Flax kernel has the outputs as columns, the paper's matrices as rows.
+    # A Flax kernel has outputs as columns; the paper's matrices have them as rows.
     rule = normalize(functools.partial(sinkhorn, rounds=rounds, first=-2))
     return matrix_optimizer(
         rule,

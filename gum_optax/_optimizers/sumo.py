@@ -36,29 +36,29 @@ def sumo(
     weight_dimension_numbers: WeightDimensionNumbers = None,
     others: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """SUMO: exactly orthogonalized momentum in a subspace, rotated with it.
+    """SUMO: exactly orthogonalized momentum in a subspace; the momentum rotates with the subspace.
 
         every K steps   Q' ← r leading left singular vectors of G;   M ← (Q'ᵀQ) M;   Q ← Q'
-        every step      M ← μ M + QᵀG,   O = msign(M), its norm growing by at most 1.1 a step
+        every step      M ← μ M + QᵀG,   O = msign(M), its norm growing by at most 1.1 per step
                         step = Q O + (G - Q QᵀG)
 
-    State: `r (m + n)` numbers a matrix, and one for its norm. The residual is added raw, as printed: its
-    size is the gradient's, not the step's.
+    State: `r (m + n)` numbers per matrix, and one number for its norm. The rule adds the raw residual, as
+    printed in the paper: the residual has the size of the gradient, not of the step.
 
     Args:
-      learning_rate: a number or a schedule. The paper leaves open whether the shape factor applies.
+      learning_rate: a number or a schedule. The paper does not say whether the shape factor applies.
       rank: `r`; matrices with `m <= rank` are not projected.
       period: `K`; 250 in the paper's headline.
       key: an integer seed or a JAX key, for finders that draw.
       find_subspace: `randomized_svd` (the default), `svd_subspace`, ...
       orthogonalizer: `polar` (the default), or `polar_by_products` on accelerators.
       residual: `add_raw` (the default, the printed form) or `drop` (the other form in circulation).
-      norm_growth: the limiter's ratio.
+      norm_growth: the largest ratio between the norms of successive steps.
       momentum, momentum_dtype, consistent_rms, weight_decay, weight_decay_mask, weight_dimension_numbers,
         others: as in `muon`.
 
     Raises:
-      TypeError, ValueError: as `galore_muon`; also `norm_growth` below 1.
+      TypeError, ValueError: as for `galore_muon`; also if `norm_growth` is below 1.
 
     References:
       Refael et al., SUMO, arXiv 2505.24749, Algorithm 1.

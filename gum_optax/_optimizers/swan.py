@@ -23,19 +23,19 @@ def swan(
     weight_dimension_numbers: WeightDimensionNumbers = None,
     others: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """SWAN: standardized rows, then whitening. No state for a matrix.
+    """SWAN: standardized rows, then whitening. It has no state for matrices.
 
-        G̃ = rows of G, each minus its mean, over its deviation;   O = msign(G̃);   step = α O |G̃|_F / |O|_F
+        G̃ = (rows of G - their means) / their deviations;   O = msign(G̃);   step = α O |G̃|_F / |O|_F
 
     Args:
       learning_rate: a number or a schedule; 0.02 in the paper.
       scale: `α`; 0.05 in the paper.
-      orthogonalizer: for `msign`; default Newton-Schulz with `POLAR_EXPRESS` (the paper's own iteration
-        stands on an unstable fixed point). `polar` is exact.
+      orthogonalizer: the function for `msign`. Default: Newton-Schulz with `POLAR_EXPRESS`, because the
+        paper's own iteration has an unstable fixed point. `polar` is exact.
       weight_decay, weight_decay_mask, weight_dimension_numbers, others: as in `muon`.
 
     Raises:
-      TypeError, ValueError: as `muon`; also `scale` below 0.
+      TypeError, ValueError: as for `muon`; also if `scale` is below 0.
 
     References:
       Ma et al., SWAN, arXiv 2412.13148, Algorithm 1.

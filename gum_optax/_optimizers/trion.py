@@ -18,17 +18,17 @@ from .matrix_optimizer import matrix_optimizer
 
 
 def dct_columns(m: Float[Array, "*b m n"], rank: int) -> Float[Array, "*b m r"]:
-    """The `r` columns of the orthonormal DCT that see most of the matrix: largest ℓ1 norm of `dᵀM`.
+    """The `r` columns `d` of the orthonormal DCT with the largest ℓ1 norms of `dᵀM`.
 
-    One fixed basis a size, so that `r` integers say which; no factorization, only a fast transform.
-    (Modoranu et al., arXiv 2505.17967.)
+    The basis is fixed for each size, so `r` integers identify the subspace. The function needs only a fast
+    transform, no factorization. (Modoranu et al., arXiv 2505.17967.)
 
     Args:
       m: the matrix.
       rank: `r`, from 1 to the size of its first side.
 
     Raises:
-      TypeError, ValueError: `rank` is not such an integer.
+      TypeError, ValueError: `rank` is out of range or not an integer.
     """
     size = m.shape[-2]
     rank = check_integer("rank", rank, at_least=1)
@@ -36,8 +36,8 @@ def dct_columns(m: Float[Array, "*b m n"], rank: int) -> Float[Array, "*b m r"]:
         raise ValueError(f"rank must be at most {size}, the size of the matrix, got {rank}.")
     similarity = jnp.sum(jnp.abs(jax.scipy.fft.dct(m, axis=-2, norm="ortho")), axis=-1)
     _, chosen = jax.lax.top_k(similarity, rank)
-    # The DCT-II: row i of column j is √(2/m) cos(π j (2i + 1) / 2m), and √(1/m) for j = 0. The angle is
-    # reduced as an integer: float32 would lose the phase of a large j (2i + 1).
+    # The DCT-II: row i of column j is √(2/m) cos(π j (2i + 1) / 2m), and √(1/m) for j = 0. Reduce the angle
+    # as an integer: float32 would lose the phase of a large j (2i + 1).
     chosen = chosen[..., None, :]
     odd = (2 * jnp.arange(size) + 1).reshape(*[1] * (chosen.ndim - 2), size, 1)
     quarters = (chosen * odd) % (4 * size)
@@ -49,24 +49,25 @@ class TrionState(NamedTuple):
     """State of `scale_by_trion`."""
 
     count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
-    momentum: Any  # M, a leaf (*, m, n) float32
+    momentum: optax.Updates  # M, each leaf (*, m, n) float32
 
 
 def scale_by_trion(
     rank: int, momentum: Any = 0.95, orthogonalizer: Orthogonalizer = newton_schulz
 ) -> optax.GradientTransformation:
-    """Orthogonalize the momentum in its strongest cosines, and keep the rest for later.
+    """Orthogonalize the momentum in its strongest cosines, and keep the rest for later steps.
 
         M ← M + G,   P = the r columns of the DCT with the largest |PᵀM|₁,   R = PᵀM
         M ← M - (1 - μ) P R,   step = P NS(R)
 
     Args:
-      rank: `r`, cosines kept; at most `m` are.
-      momentum: `μ`, what stays of the directions stepped in; 0.95 in the paper.
+      rank: `r`, the number of cosines, at most `m`.
+      momentum: `μ`, the fraction of the momentum that stays in the directions of the step; 0.95 in the paper.
       orthogonalizer: a function `(*, r, n) -> (*, r, n)`.
 
     Returns:
-      A transformation over trees of `(*, m, n)` leaves. State: a full-size momentum, `m n` numbers a matrix.
+      A transformation over trees of `(*, m, n)` leaves. State: a full-size momentum, `m n` numbers per
+      matrix.
 
     Raises:
       TypeError, ValueError: an argument or a leaf is out of range or of the wrong type.
@@ -109,17 +110,17 @@ def trion(
         M ← M + G,   P = the r columns of the DCT with the largest |PᵀM|₁,   R = PᵀM
         M ← M - (1 - μ) P R,   step = P NS(R)
 
-    Needs a full-size momentum: `m n` numbers a matrix, as Muon. What is small is the orthogonalization.
+    State: a full-size momentum, `m n` numbers per matrix, as in Muon. Only the orthogonalization is small.
 
     Args:
       learning_rate: a number or a schedule.
-      rank: `r`, cosines kept; at most `m` are.
-      momentum: `μ`, what stays of the directions stepped in.
+      rank: `r`, the number of cosines, at most `m`.
+      momentum: `μ`, the fraction of the momentum that stays in the directions of the step.
       orthogonalizer, consistent_rms, weight_decay, weight_decay_mask, weight_dimension_numbers, others: as
         in `muon`.
 
     Raises:
-      TypeError, ValueError: as `muon`; also `rank` below 1 or not an integer.
+      TypeError, ValueError: as for `muon`; also if `rank` is below 1 or not an integer.
 
     References:
       Modoranu et al., arXiv 2505.17967, Algorithm 2.

@@ -1,1 +1,1 @@
-"""What can be said of an optimizer's state."""
+"""Describes, measures, checks and converts optimizer states."""

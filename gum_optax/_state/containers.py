@@ -1,8 +1,8 @@
-"""Optimizer states in any container: their arrays by name, and whether they are those of a transformation.
+"""Optimizer states in any container: their arrays by name, and whether they fit a transformation.
 
-A state is a tree of NamedTuples, tuples and dicts. Trainers and checkpoints give it back in other containers:
-NamedTuples as dicts or lists, tuples as dicts of "0", "1", ..., arrays in boxes, all of it within a training
-state. The names along the way to each array stay the same.
+A state is a tree of NamedTuples, tuples and dicts. Trainers and checkpoints return it in other containers:
+NamedTuples as dicts or lists, tuples as dicts of "0", "1", ..., arrays in boxes, and the whole state inside a
+training state. The names along the path to each array stay the same.
 """
 
 from collections.abc import Iterable
@@ -16,9 +16,9 @@ import optax
 from .._core.trees import key_name
 
 Names = tuple[str, ...]
-Decided = tuple[str, str, int]  # a field of a low-rank state, an argument, the axis that this decides
+Decided = tuple[str, str, int]  # a field of a low-rank state, an argument, the axis that it decides
 
-# The field in which Flax, MaxText, Tunix, Kauldron and others keep the optimizer's state in a training state.
+# Flax, MaxText, Tunix, Kauldron and others keep the optimizer state in this field of a training state.
 _STATE_FIELD = "opt_state"
 # The arguments that decide the shape of a low-rank state's fields, and the axis that each decides.
 _ARGUMENTS = {
@@ -27,12 +27,12 @@ _ARGUMENTS = {
     "slots": ("full_rank_fraction", 0),
     "index": ("full_rank_fraction", 0),
 }
-# Differences that an error lists; of another optimizer's state every array is one.
+# How many differences an error lists; in another optimizer's state every array differs.
 _LISTED = 8
 
 
 def array_name(path: tuple[Any, ...]) -> Names:
-    """The names along a path to an array, without the `value` of boxes: Orbax restores a box as a dict."""
+    """The names along a path to an array, without the final `value`s: Orbax restores a box as a dict."""
     names: list[str] = []
     for key in path:
         part = key_name(key)
@@ -48,7 +48,7 @@ def named_arrays(tree: Any) -> dict[Names, Any]:
 
 
 def low_rank_places(names: Iterable[Names]) -> list[Names]:
-    """The names of each `LowRankState`, known by fields that no other state has together."""
+    """The names of each `LowRankState`, identified by three fields that no other state combines."""
     known = set(names)
     signs = ("refreshes", "period", "captured")
     places = dict.fromkeys(name[:-1] for name in known if name[-1:] == ("captured",))
@@ -56,7 +56,7 @@ def low_rank_places(names: Iterable[Names]) -> list[Names]:
 
 
 def argument_of(name: Names, places: Iterable[Names]) -> Decided | None:
-    """The field of a low-rank state that an array is in, the argument and the axis that it decides."""
+    """The field of a low-rank state that holds an array, the argument for it, and the axis it decides."""
     for place in places:
         if name[: len(place)] == place:
             rest = name[len(place) :]
@@ -66,19 +66,19 @@ def argument_of(name: Names, places: Iterable[Names]) -> Decided | None:
 
 
 class Match(NamedTuple):
-    """What `match` finds."""
+    """The result of `match`."""
 
-    found: dict[Names, Any]  # arrays of the state, by the names that they have in the transformation's
-    rest: dict[Names, str]  # of arrays that have none: their names, and how the container spells them
-    positions: dict[Names, Names]  # the transformation's names, and what they are with NamedTuples as tuples
+    found: dict[Names, Any]  # arrays of the state, by their names in the transformation's state
+    rest: dict[Names, str]  # names of all other arrays, and their paths as the container spells them
+    positions: dict[Names, Names]  # the transformation's names, and the same names with NamedTuples as tuples
 
 
 def match(state: Any, like: Any) -> Match:
-    """The arrays of a state in any container, by the names that they have in `like`.
+    """The arrays of a state in any container, by their names in `like`.
 
     Args:
       state: an optimizer state, or a training state with one in a field `opt_state`.
-      like: the state of a transformation, as its `init` makes it: arrays or shapes.
+      like: the state of a transformation from its `init`: arrays or shapes.
 
     Raises:
       ValueError: several optimizer states in a training state fit equally well.
@@ -95,7 +95,7 @@ def match(state: Any, like: Any) -> Match:
 
 
 def _start(held: Iterable[Names], known: Iterable[Names]) -> Names:
-    """Where in a training state the optimizer's is; the beginning, where it is one itself."""
+    """The path of the optimizer state in a training state; empty if `held` is itself an optimizer state."""
     known = set(known)
     fits: dict[Names, int] = {(): sum(name in known for name in held)}
     for name in held:
@@ -112,7 +112,7 @@ def _start(held: Iterable[Names], known: Iterable[Names]) -> Names:
 
 
 def _without_fields(tree: Any) -> Any:
-    """The same tree with tuples in place of NamedTuples: names are then positions."""
+    """The same tree with tuples in place of NamedTuples, so that positions replace names."""
 
     def is_named_tuple(x):
         return isinstance(x, tuple) and hasattr(x, "_fields")
@@ -124,7 +124,7 @@ def _without_fields(tree: Any) -> Any:
 
 
 def differences(matched: Match, like: Any) -> list[str]:
-    """What makes a state another than `like`, an entry an array."""
+    """The differences of a state from `like`, one entry per array."""
     places = low_rank_places(named_arrays(like))
     entries = [f"{spelled} is no part of this optimizer's" for spelled in matched.rest.values()]
     for path, wanted in jax.tree_util.tree_leaves_with_path(like):
@@ -143,21 +143,21 @@ def differences(matched: Match, like: Any) -> list[str]:
 
 
 def type_of(x: Any) -> tuple[tuple[int, ...], Any]:
-    """Shape and dtype of an array, or of what stands for one."""
+    """Shape and dtype of an array, a shape or a number."""
     known = hasattr(x, "shape") and hasattr(x, "dtype")
     return (tuple(x.shape), x.dtype) if known else (np.shape(x), jnp.result_type(x))
 
 
 def has_numbers(x: Any) -> bool:
-    """Whether it is an array, and not only a shape and a dtype."""
+    """Whether `x` holds numbers, and not only a shape and a dtype."""
     return isinstance(x, jax.Array | np.ndarray | np.generic | int | float)
 
 
 def with_clear_errors(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """`tx`, whose `update` tells what is wrong where state, gradients and parameters do not go together.
+    """`tx` with an `update` that explains mismatched state, gradients and parameters.
 
-    It looks closer only when `update` has failed, or has changed the type of its state, so that nothing is
-    compiled or traced for it otherwise.
+    It checks them only after `update` fails or changes the type of its state, so it compiles and traces
+    nothing otherwise.
     """
     tx = optax.with_extra_args_support(tx)
 
@@ -174,37 +174,42 @@ def with_clear_errors(tx: optax.GradientTransformation) -> optax.GradientTransfo
     return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
-def _check_together(tx: Any, updates: Any, state: Any, params: Any) -> None:
-    """Raise an error that names what does not go together, if anything.
+def _check_together(
+    tx: optax.GradientTransformation,
+    updates: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params | None,
+) -> None:
+    """Raise an error that names mismatched leaves, if there are any.
 
     Raises:
-      ValueError: gradients and parameters, or the state and either, are not of each other.
+      ValueError: gradients and parameters do not match, or the state matches neither.
     """
     if params is not None:
-        mine, its = named_arrays(updates), named_arrays(params)
-        if mine.keys() != its.keys():
-            apart = sorted("/".join(name) for name in mine.keys() ^ its.keys())
+        of_updates, of_params = named_arrays(updates).keys(), named_arrays(params).keys()
+        if of_updates != of_params:
+            in_one_tree = sorted("/".join(name) for name in of_updates ^ of_params)
             raise ValueError(
-                f"updates and params must be trees of the same leaves, but only one has {_some(apart)}."
+                f"updates and params must be trees of the same leaves, but only one has {_some(in_one_tree)}."
             )
     try:
         like = jax.eval_shape(tx.init, updates if params is None else params)
     except Exception:
-        return  # what `update` said of them is more to the point
+        return  # the error of `update` itself is clearer
     if type(state) is not type(like):
         raise ValueError(
             f"state must be what this optimizer's init makes, a {type(like).__name__}, got a"
-            f" {type(state).__name__}; where that holds its arrays, as a checkpoint restored without a target"
+            f" {type(state).__name__}; if that holds its arrays, as a checkpoint restored without a target"
             " does, gum_optax.convert_state(tx, state, params) gives the state."
         )
-    found = differences(match(state, like), like)
-    if params is None:  # then nobody knows what dtype the state of `others` was made for
-        found = [entry for entry in found if "['others']" not in entry or " has dtype " not in entry]
-    if found:
+    entries = differences(match(state, like), like)
+    if params is None:  # then the dtype of the parameters of `others`, and of their state, is unknown
+        entries = [entry for entry in entries if "['others']" not in entry or " has dtype " not in entry]
+    if entries:
         raise ValueError(
             "this state is not one of this optimizer for these gradients: "
-            + _some(found)
-            + ". Make it by tx.init(params) with the same arguments and leaves; where it was cast to another"
+            + _some(entries)
+            + ". Make it by tx.init(params) with the same arguments and leaves; if it was cast to another"
             " dtype, gum_optax.convert_state(tx, state, params) casts it back."
         )
 

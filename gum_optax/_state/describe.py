@@ -1,4 +1,4 @@
-"""What an optimizer makes of a model, leaf by leaf: for a user to read before the first step."""
+"""Describes how an optimizer treats a model, leaf by leaf: read it before the first step."""
 
 import math
 import re
@@ -13,11 +13,11 @@ from .._lowrank.low_rank import LowRankState
 from .._lowrank.unbiased import SampledState
 from .._matrices.decisions import doubts
 from .._matrices.dimension_numbers import leaf_names
-from .._matrices.listening import Heard, listening
+from .._matrices.listening import InitRecord, listening
 from .._matrices.parts import Apart
 from .._matrices.rules.leaves import Reading
 from .._matrices.view import View, views_of
-from .._matrices.with_shardings import untold_shardings
+from .._matrices.with_shardings import undeclared_shardings
 from .memory import LeafMemory, aligned, memory_report, mib
 
 Names = tuple[str, ...]
@@ -29,17 +29,15 @@ class LeafDescription(NamedTuple):
     name: str  # the leaf's path, "layers/0/kernel"
     shape: tuple[int, ...]
     kind: str  # "matrix", "router", "embedding", "head", "vector", "token", "other"
-    blocks: str  # "12 of 512 × 2048", the side that is projected first; of several parts, each
-    rank: int | None  # of the subspace; None: full rank, or no matrix
-    slots: str  # "1 of 12": blocks of this shape at full rank in a period, of all
+    blocks: str  # "12 of 512 × 2048", the projected side first; for several parts, an entry for each
+    rank: int | None  # the rank of the subspace; None: full rank, or not a matrix
+    slots: str  # "1 of 12": how many of all blocks of this shape are at full rank in a period
     reason: str
     state: int  # bytes
 
 
 class Description(NamedTuple):
-    """Rows, and what a user should look at; `str()` is a table, leaves that differ in a number being one
-    row.
-    """
+    """Rows, and notes for the user; `str()` is a table, with one row for leaves that differ in a number."""
 
     leaves: tuple[LeafDescription, ...]
     notes: tuple[str, ...]
@@ -65,48 +63,50 @@ class Description(NamedTuple):
         return "\n".join([aligned(lines), summary, *(f"- {note}" for note in self.notes)])
 
     def _patterns(self) -> dict[tuple[Any, ...], list[LeafDescription]]:
-        """Leaves that differ in a number along the path, and in nothing else."""
-        found: dict[tuple[Any, ...], list[LeafDescription]] = {}
+        """Groups of leaves that differ only in numbers along the path."""
+        groups: dict[tuple[Any, ...], list[LeafDescription]] = {}
         for leaf in self.leaves:
-            found.setdefault((re.sub(r"\d+", "*", leaf.name), *leaf[1:]), []).append(leaf)
-        return {(xs[0].name if len(xs) == 1 else key[0], *key[1:]): xs for key, xs in found.items()}
+            groups.setdefault((re.sub(r"\d+", "*", leaf.name), *leaf[1:]), []).append(leaf)
+        return {(xs[0].name if len(xs) == 1 else key[0], *key[1:]): xs for key, xs in groups.items()}
 
 
 def describe(tx: optax.GradientTransformation, params: Any) -> Description:
-    """What `tx` makes of each leaf: matrix or not and why, its blocks, its rank, its slots, its state.
+    """Show how `tx` treats each leaf: whether and why it is a matrix, its blocks, rank, slots and state.
 
     Args:
-      tx: any optax optimizer, of which this library's tell what they decide.
+      tx: any optax optimizer; only those of this library report their decisions.
       params: the parameters, arrays or `jax.ShapeDtypeStruct`s.
 
     Returns:
-      A `Description`; print it. Its notes say what should be looked at: leaves of which two readings are as
-      plausible, matrices that are not projected, shardings that `tx` was not told.
+      A `Description`; print it. Its notes list what deserves attention: leaves with two equally plausible
+      readings, matrices that are not projected, shardings that `tx` does not know.
 
     Raises:
       TypeError: `tx` is not an `optax.GradientTransformation`.
     """
     check_rule("tx", tx)
-    with listening() as heard:
-        state = jax.eval_shape(lambda tree: tx.init(tree), params)  # traced anew, or nothing would be told
+    with listening() as record:
+        state = jax.eval_shape(
+            lambda tree: tx.init(tree), params
+        )  # a new lambda, so that JAX traces it again
         memory = {leaf.name: leaf for leaf in memory_report(tx, params).leaves}
     names = leaf_names(params)
-    readings = [heard.readings.get(x, Reading(None, "other", "not decided by gum_optax")) for x in names]
+    readings = [record.readings.get(x, Reading(None, "other", "not decided by gum_optax")) for x in names]
     leaves = [_Leaf(*row) for row in zip(names, jax.tree.leaves(params), readings, strict=True)]
     ranks = _ranks(state)
     slots = _slots(state, [view for leaf in leaves if leaf.names in ranks for view in leaf.views])
     rows = [leaf.row(ranks.get(leaf.names), slots, memory.pop(leaf.name)) for leaf in leaves]
-    notes = [*_notes(heard, [(leaf, row) for leaf, row in zip(leaves, rows, strict=True) if leaf.views])]
-    if untold := untold_shardings(params, [reading.entry for reading in readings]):
+    notes = [*_notes(record, [(leaf, row) for leaf, row in zip(leaves, rows, strict=True) if leaf.views])]
+    if undeclared := undeclared_shardings(params, [reading.entry for reading in readings]):
         notes.append(
-            f"{_some(untold)}: a mesh splits the matrices, and the optimizer was not told how; with"
+            f"{_some(undeclared)}: a mesh splits the matrices, but the optimizer does not know how; with"
             " weight_dimension_numbers=gum_optax.with_shardings(shardings) it sends less"
         )
     return Description((*rows, *map(_shared, memory.values())), tuple(notes))
 
 
 class _Leaf:
-    """A leaf of the parameters, and the matrices in it."""
+    """A leaf of the parameters, and its matrices."""
 
     def __init__(self, names: Names, x: Any, reading: Reading):
         self.names, self.shape, self.reading = names, tuple(x.shape), reading
@@ -119,14 +119,14 @@ class _Leaf:
 
     def row(self, rank: int | None, slots: dict[str, str], memory: LeafMemory) -> LeafDescription:
         blocks = [f"{_count(view)} of {view.shape[-2]} × {view.shape[-1]}" for view in self.views]
-        held = [slots[_group(view)] for view in self.views if rank is not None and _group(view) in slots]
+        own_slots = [slots[_group(view)] for view in self.views if rank is not None and _group(view) in slots]
         return LeafDescription(
             self.name,
             self.shape,
             self.reading.kind,
             " + ".join(blocks),
             rank,
-            " + ".join(dict.fromkeys(held)),
+            " + ".join(dict.fromkeys(own_slots)),
             self.reading.reason,
             sum(memory.state.values()),
         )
@@ -147,23 +147,23 @@ def _group(view: View) -> str:
 
 
 def _low_rank_states(state: Any) -> list[LowRankState]:
-    """All within a state, however nested."""
+    """All low-rank states in a state, at any depth."""
     nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, LowRankState))
     own = [x for x in nodes if isinstance(x, LowRankState)]
     return own + [inner for x in own for field in x for inner in _low_rank_states(field)]
 
 
 def _ranks(state: Any) -> dict[Names, int]:
-    """The rank of each projected leaf; a part's is its kernel's too."""
-    found: dict[Names, int] = {}
+    """The rank of each projected leaf; the rank of a part is also that of its kernel."""
+    ranks: dict[Names, int] = {}
     for node in _low_rank_states(state):
         for names, x in zip(leaf_names(node.projectors), jax.tree.leaves(node.projectors), strict=True):
-            found[names] = found[names[:-1]] = x.shape[-1]
-    return found
+            ranks[names] = ranks[names[:-1]] = x.shape[-1]
+    return ranks
 
 
 def _slots(state: Any, projected: Sequence[View]) -> dict[str, str]:
-    """How many blocks of each sampled shape are at full rank in a period, of how many."""
+    """For each sampled shape, how many of all blocks are at full rank in a period."""
     blocks: dict[str, int] = {}
     for view in projected:
         blocks[_group(view)] = blocks.get(_group(view), 0) + _count(view)
@@ -172,14 +172,14 @@ def _slots(state: Any, projected: Sequence[View]) -> dict[str, str]:
     return {group: f"{x.shape[-1]} of {blocks[group]}" for draw in draws for group, x in draw.items()}
 
 
-def _notes(heard: Heard, matrices: Sequence[tuple[_Leaf, LeafDescription]]) -> Iterator[str]:
-    """What a user should look at."""
-    yield from doubts(heard.readings)
-    if heard.unmatched:
-        yield f"patterns of weight_dimension_numbers that decide no leaf: {heard.unmatched}"
-    if not heard.ranks or not matrices:
+def _notes(record: InitRecord, matrices: Sequence[tuple[_Leaf, LeafDescription]]) -> Iterator[str]:
+    """Sentences about what deserves the user's attention."""
+    yield from doubts(record.readings)
+    if record.unmatched:
+        yield f"patterns of weight_dimension_numbers that decide no leaf: {record.unmatched}"
+    if not record.ranks or not matrices:
         return
-    rank = max(heard.ranks)
+    rank = max(record.ranks)
     whole = [(leaf, row) for leaf, row in matrices if row.rank is None]
     small = [row.name for leaf, row in whole if all(view.shape[-2] <= rank for view in leaf.views)]
     alone = [row.name for leaf, row in whole if row.name not in small]
@@ -189,7 +189,7 @@ def _notes(heard: Heard, matrices: Sequence[tuple[_Leaf, LeafDescription]]) -> I
     if small:
         yield f"{_some(small)}: a side is at most the rank {rank}, so {at_full_rank}"
     if alone:
-        yield f"{_some(alone)}: no other block of its shape to share full rank with, so {at_full_rank}"
+        yield f"{_some(alone)}: no other block has its shape to share full rank with, so {at_full_rank}"
 
 
 def _some(names: Sequence[str]) -> str:

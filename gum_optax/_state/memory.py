@@ -1,4 +1,4 @@
-"""What an optimizer holds in memory, from shapes alone."""
+"""Computes from shapes alone what an optimizer holds in memory."""
 
 import functools
 import math
@@ -12,25 +12,27 @@ import optax
 from .._core.checks import check_rule
 from .._matrices.dimension_numbers import leaf_names
 
-# State that belongs to no leaf of the model: GUM's slots, and counts, keys and the like.
+# State that belongs to no single leaf: GUM's slots, and bookkeeping such as counts and keys.
 _SLOTS, _BOOKKEEPING = "slots", "bookkeeping"
 
 
 class LeafMemory(NamedTuple):
     """A row of `memory_report`, in bytes."""
 
-    name: str  # the leaf's path, "layers/0/kernel", or the name of state that no leaf owns
-    shape: tuple[int, ...]  # of the parameter, () for shared state
+    name: str  # the leaf's path, "layers/0/kernel", or a name for shared state
+    shape: tuple[int, ...]  # the shape of the parameter, () for shared state
     parameters: int
     gradients: int
     state: dict[str, int]  # by kind: "trace", "mu", "projectors", "slots", ...
 
 
 class MemoryReport(NamedTuple):
-    """Bytes of each leaf, and in total; `str()` is a table."""
+    """Bytes per leaf and in total; `str()` is a table."""
 
     leaves: tuple[LeafMemory, ...]
-    temporaries: int | None  # beside the gradients, of a donated update and apply; None: not compiled
+    temporaries: (
+        int | None
+    )  # temporaries of a donated update and apply, gradients excluded; None: not compiled
 
     @property
     def parameters(self) -> int:
@@ -51,7 +53,7 @@ class MemoryReport(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Parameters, gradients, state and, where they are known, temporaries."""
+        """Parameters, gradients, state and, if compiled, temporaries."""
         return self.parameters + self.gradients + sum(self.state.values()) + (self.temporaries or 0)
 
     def __str__(self) -> str:
@@ -73,12 +75,12 @@ class MemoryReport(NamedTuple):
 
 
 def mib(size: int) -> str:
-    """Bytes in MiB."""
+    """A number of bytes in MiB, as text."""
     return "-" if not size else f"{size / 2**20:.1f}" if size >= 2**16 else f"{size / 2**20:.4f}"
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Cells in columns."""
+    """Lines of cells as text with aligned columns."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(x.rjust(w) for x, w in zip(line, widths, strict=True)) for line in lines)
 
@@ -91,21 +93,21 @@ def memory_report(
     compiled: Any = False,
     keep_gradients: bool = False,
 ) -> MemoryReport:
-    """What a model and its optimizer hold: parameters, gradients, and the state by kind, leaf by leaf.
+    """Report what a model and its optimizer hold, leaf by leaf: parameters, gradients, and the state by kind.
 
-    Everything comes from `jax.eval_shape`, so that a model of 70B parameters is planned on a laptop. A leaf
-    of the state belongs to the parameter whose path its own path ends with; what belongs to none (counts,
-    keys, GUM's slots) is listed after the parameters.
+    All figures but temporaries come from `jax.eval_shape`, so a laptop can plan a model of 70B parameters. A
+    state array belongs to the parameter whose path ends the array's path. The report lists all other state
+    (counts, keys, GUM's slots) after the parameters.
 
     Args:
       tx: any optax optimizer.
       params: a tree of arrays or of `jax.ShapeDtypeStruct`s.
-      gradient_dtype: of the gradients; default each parameter's own.
-      compiled: True: also compile a donated update and apply, and report what it holds besides: for the
-        default backend, or for the device given, which may be one of a topology that is not here
-        (`jax.experimental.topologies`).
-      keep_gradients: of the compiled step: whether gradients are its arguments, which it may not write over.
-        By default it makes them itself, as a training step does.
+      gradient_dtype: the dtype of the gradients; by default that of each parameter.
+      compiled: whether to compile a donated update and apply, and report its temporaries. True compiles for
+        the default backend; a device compiles for that device, which may be one of a topology that is not
+        present (`jax.experimental.topologies`).
+      keep_gradients: whether the gradients of the compiled step are arguments that the step may not
+        overwrite. By default the step computes its gradients itself, as a training step does.
 
     Returns:
       A `MemoryReport`; print it.
@@ -144,13 +146,13 @@ def memory_report(
 
 
 def _owner(names: tuple[str, ...], owned: dict[tuple[str, ...], LeafMemory]) -> tuple[LeafMemory | None, int]:
-    """The parameter whose path a path of the state ends with, and where that begins.
+    """The parameter whose path ends a path of the state, and the index at which the parameter's path begins.
 
-    Of a part of a kernel, a number comes after it.
+    For a part of a kernel, a number follows the parameter's path.
     """
     ends = [names, names[:-1]] if names and names[-1].isdigit() else [names]
-    found = ((owned[end[i:]], i) for end in ends for i in range(len(end) + 1) if end[i:] in owned)
-    return next(found, (None, 0))
+    owners = ((owned[end[i:]], i) for end in ends for i in range(len(end) + 1) if end[i:] in owned)
+    return next(owners, (None, 0))
 
 
 def _bytes(leaf: Any) -> int:
@@ -158,17 +160,17 @@ def _bytes(leaf: Any) -> int:
 
 
 def _last_field(path: Any) -> str:
-    """The last field on the way to a leaf of the state: optax's own name for it."""
+    """The last field on the path to a leaf of the state, which is optax's own name for the leaf."""
     fields = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
     return fields[-1] if fields else "state"
 
 
-# Rows of the products that stand for a backward pass: more than one, of which XLA would make a sum.
+# Rows of the products that stand for a backward pass. XLA would turn a product with one row into a sum.
 _TOKENS = 8
 
 
-def _made_within(gradients: Any) -> Any:
-    """Other gradients, as if the step had computed them: XLA has to hold them, and may write over them."""
+def _made_within(gradients: optax.Updates) -> optax.Updates:
+    """Recompute the gradients inside the step: XLA then has to hold them, and may overwrite them."""
 
     def products(tree):
         def product(g):
@@ -178,19 +180,27 @@ def _made_within(gradients: Any) -> Any:
         return jax.lax.optimization_barrier(jax.tree.map(lambda g: product(g) if g.ndim else g + 1, tree))
 
     def either(tree):
-        # A CPU has no products in bfloat16, and would hold wider ones; on a TPU a branch copies.
+        # Use a branch on CPUs, because they have no products in bfloat16 and would hold wider ones. Use
+        # products elsewhere, because on a TPU a branch copies.
         which = jnp.asarray(sum(map(jnp.sum, jax.tree.leaves(tree)))) > 0
-        ways = (functools.partial(jax.tree.map, lambda g, x=x: g + x) for x in (1, 2))
-        return jax.lax.cond(which, *ways, tree)
+        branches = (functools.partial(jax.tree.map, lambda g, x=x: g + x) for x in (1, 2))
+        return jax.lax.cond(which, *branches, tree)
 
     return jax.lax.platform_dependent(gradients, cpu=either, default=products)
 
 
 def _temporaries(
-    tx: Any, device: Any, params: Any, state: Any, gradients: Any, *, keep_gradients: bool
+    tx: optax.GradientTransformation,
+    device: Any,
+    params: Any,
+    state: Any,
+    gradients: Any,
+    *,
+    keep_gradients: bool,
 ) -> int | None:
-    # In the order of the results: JAX gives a result the first donated argument of its shape, and would give
-    # new parameters the room of a momentum, to be copied away first.
+    # Keep the arguments in the order of the results: JAX gives a result the first donated argument of its
+    # shape. In another order it would give new parameters the buffer of a momentum, and would first copy that
+    # away.
     def step(params, state, gradients):
         if not keep_gradients:
             gradients = _made_within(gradients)
@@ -205,5 +215,5 @@ def _temporaries(
     if analysis is None:
         return None
     made = 0 if keep_gradients else sum(map(_bytes, jax.tree.leaves(gradients)))
-    # A step need not hold all gradients at once.
+    # Cut at zero: a step need not hold all gradients at once.
     return max(analysis.temp_size_in_bytes - made, 0)

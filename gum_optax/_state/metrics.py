@@ -1,4 +1,4 @@
-"""What an optimizer state says of itself."""
+"""Reads metrics from an optimizer state."""
 
 import math
 from typing import Any
@@ -11,25 +11,25 @@ from .containers import Names, has_numbers, low_rank_places, named_arrays, type_
 
 
 def metrics(state: Any) -> dict[str, Scalar | Array]:
-    """What GUM did in the last step, read from an optimizer state of any nesting, at no cost.
+    """Read from an optimizer state, at any nesting and at no cost, what GUM did in the last step.
 
     Args:
-      state: an optimizer state, or anything that holds one: a `TrainState`, an `nnx.Optimizer` or its
-        `nnx.state`, a checkpoint restored without a target. Of shapes, the result is shapes.
+      state: an optimizer state, or a container with one: a `TrainState`, an `nnx.Optimizer` or its
+        `nnx.state`, a checkpoint restored without a target. If it holds shapes, the result holds shapes.
 
     Returns:
       A flat dict of scalars, each present where the state has it:
 
       - `captured_energy`: `|PᵀG|² / |G|²` over the projected blocks;
       - `residual_share`: `|G - P PᵀG| / |G|`, its complement;
-      - `refresh_count`: subspaces found so far, so periods begun;
+      - `refresh_count`: the number of subspaces so far, which is the number of periods begun;
       - `realised_fraction`: sampled blocks over the blocks of sampled groups, `γ/L`;
       - `sampled/64x256/0`: the block in that slot of that group, counted over the group's leaves;
-      - `skipped_steps`: steps that some leaf has skipped, for a gradient that was not finite.
+      - `skipped_steps`: the number of steps that some leaf skipped because its gradient was not finite.
     """
     arrays = named_arrays(state)
     places = low_rank_places(arrays)
-    # Of a training state, not the model: what is read has names of its own.
+    # A training state also holds the model; read only arrays with the names of optimizer state.
     read = {name: x for name, x in arrays.items() if name[-1:] == ("skipped",) or _is_within(name, places)}
     if all(map(has_numbers, read.values())):
         return _measured(read)
@@ -42,25 +42,25 @@ def _is_within(name: Names, places: list[Names]) -> bool:
 
 
 def _measured(arrays: dict[Names, Any]) -> dict[str, Scalar | Array]:
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, x in arrays.items():
-        # An integer, unlike the moments of a parameter of that name.
+        # The count is an integer, unlike the moments of a parameter with that name.
         if name[-1:] == ("skipped",) and jnp.issubdtype(type_of(x)[1], jnp.integer):
-            found["skipped_steps"] = found.get("skipped_steps", 0) + x
+            values["skipped_steps"] = values.get("skipped_steps", 0) + x
     for place in low_rank_places(arrays):
         inside = [(name[len(place) :], x) for name, x in arrays.items() if _is_within(name, [place])]
         projectors = [x for name, x in inside if name[0] == "projectors"]
         if not projectors:
             continue  # nothing is projected, so nothing is lost
         captured = jnp.asarray(arrays[*place, "captured"])
-        found["captured_energy"] = captured
-        found["residual_share"] = jnp.sqrt(jnp.clip(1 - captured, 0))
-        found["refresh_count"] = arrays[*place, "refreshes"]
-        # Without groups the index is one number, and has no name below its own.
+        values["captured_energy"] = captured
+        values["residual_share"] = jnp.sqrt(jnp.clip(1 - captured, 0))
+        values["refresh_count"] = arrays[*place, "refreshes"]
+        # Without groups the index is one number, and its name has no third part.
         index = {name[2]: x for name, x in inside if name[:2] == ("outside", "index") and len(name) == 3}
         if index:
             blocks = sum(math.prod(p.shape[:-2]) for p in projectors)
-            found["realised_fraction"] = jnp.float32(sum(i.shape[-1] for i in index.values()) / blocks)
+            values["realised_fraction"] = jnp.float32(sum(i.shape[-1] for i in index.values()) / blocks)
         for group, i in index.items():
-            found |= {f"sampled/{group}/{slot}": i[..., slot] for slot in range(i.shape[-1])}
-    return {name: jnp.asarray(value) for name, value in found.items()}
+            values |= {f"sampled/{group}/{slot}": i[..., slot] for slot in range(i.shape[-1])}
+    return {name: jnp.asarray(value) for name, value in values.items()}

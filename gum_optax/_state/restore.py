@@ -1,4 +1,4 @@
-"""State that comes from a checkpoint: whether it is this optimizer's, and how it becomes another's."""
+"""Restores state from a checkpoint: checks that it fits an optimizer, and converts it to another one."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,14 +24,14 @@ from .containers import (
     named_arrays,
 )
 
-# Against rounding that adds up: new columns may be nearly in the span of the old ones.
+# Three shifted passes keep rounding from adding up: new columns may lie nearly in the span of the old ones.
 _SHIFTED_PASSES = 3
-# The fields of what starts anew: a matrix that is no longer projected, a group's slots.
+# These fields may start anew: those of a matrix that is no longer projected, and the slots of a group.
 _MAY_GO = ("projectors", "low", "full", "outside")
 
 
 def _periods(tx: optax.GradientTransformation, params: Any) -> dict[Names, int]:
-    """Of the rules in `tx`, by their places; compiled, so that no other state is made."""
+    """The periods of the rules in `tx`, by their places; compiled, so that no other state is allocated."""
 
     def periods(params):
         arrays = named_arrays(tx.init(params))
@@ -41,59 +41,61 @@ def _periods(tx: optax.GradientTransformation, params: Any) -> dict[Names, int]:
 
 
 def check_state(tx: optax.GradientTransformation, state: Any, params: Any) -> None:
-    """Compare a state with what `tx` would have: call it once after a restore.
+    """Check that a restored state fits `tx`: call it once after a restore.
 
-    A state of another rank or fraction has other shapes, and one of another period would go on with momenta
-    of blocks that are no longer the drawn ones; the step would be wrong without a word.
+    A state with another rank or fraction has other shapes. A state with another period would continue with
+    momenta of blocks that are no longer drawn, and its steps would be wrong without an error.
 
     Args:
       tx: any optax transformation.
-      state: as restored, arrays or shapes, in any container: of Orbax and Flax without a target, of NNX, or a
-        training state that holds it in a field `opt_state`. Of shapes, the period is not compared.
+      state: the restored state, arrays or shapes, in any container: from Orbax or Flax without a target, from
+        NNX, or a training state with the optimizer state in a field `opt_state`. The check skips the period
+        of a state of shapes.
       params: the parameters, arrays or shapes.
 
     Raises:
-      ValueError: it is of another optimizer, another version of this library, or of one with another `rank`,
-        `full_rank_fraction`, `period` or `momentum_dtype`; the message names each difference.
+      ValueError: the state belongs to another optimizer, to another version of this library, or to another
+        `rank`, `full_rank_fraction`, `period` or `momentum_dtype`; the message names each difference.
     """
     check_rule("tx", tx)
     like = jax.eval_shape(tx.init, params)
     matched = match(state, like)
-    found = differences(matched, like)
-    held = {place: matched.found[*place, "period"] for place in low_rank_places(matched.found) if not found}
-    if any(map(has_numbers, held.values())):
+    entries = differences(matched, like)
+    places = low_rank_places(matched.found) if not entries else []
+    stored = {place: matched.found[*place, "period"] for place in places}
+    if any(map(has_numbers, stored.values())):
         periods = _periods(tx, params)
-        its = {place: int(jnp.asarray(x)) for place, x in held.items() if has_numbers(x)}
-        found += [
-            f"period is {x} in place of {periods[place]}" for place, x in its.items() if x != periods[place]
+        known = {place: int(jnp.asarray(x)) for place, x in stored.items() if has_numbers(x)}
+        entries += [
+            f"period is {x} in place of {periods[place]}" for place, x in known.items() if x != periods[place]
         ]
-    if found:
+    if entries:
         raise ValueError(
             "this state is of another optimizer: "
-            + "; ".join(sorted(found))
+            + "; ".join(sorted(entries))
             + ". Restore it with the arguments that it was saved with; gum_optax.convert_state changes them."
         )
 
 
-def convert_state(tx: optax.GradientTransformation, state: Any, params: Any) -> Any:
-    """The state of an optimizer with another rank, period or fraction, at the beginning of a period.
+def convert_state(tx: optax.GradientTransformation, state: Any, params: optax.Params) -> optax.OptState:
+    """Convert a state to that of an optimizer with another rank, period or fraction.
 
         P ← the first r' columns of P, or P and r' - r random columns, made orthonormal
         R ← its first r' rows, or R and zeros
 
-    Counts, key, moments of unprojected leaves and of `others` stay; matrices that were not projected and are
-    now, or the other way round, start anew. With the same arguments, it is the same state in the structure
-    of `tx.init(params)`, whatever it was restored into, and at any step.
+    Counts, key, and moments of unprojected leaves and of `others` stay. A matrix that becomes projected, or
+    stops being projected, starts anew. With the same arguments, at any step, the function returns the same
+    state in the structure of `tx.init(params)`, whatever container the state comes in.
 
     Args:
       tx: the new optimizer.
-      state: of the old one, before a step that begins a period unless all arguments are the same; arrays, in
-        any container that `check_state` takes.
+      state: the state of the old optimizer: arrays, in any container that `check_state` accepts. Unless all
+        arguments are the same, the next step must begin a period.
       params: the parameters.
 
     Raises:
       TypeError: the state has shapes in place of arrays.
-      ValueError: the state is within a period, or is not of the same kind of optimizer and parameters.
+      ValueError: the state is within a period, or belongs to another kind of optimizer or other parameters.
     """
     check_rule("tx", tx)
     new = tx.init(params)
@@ -110,7 +112,7 @@ def convert_state(tx: optax.GradientTransformation, state: Any, params: Any) -> 
     def converted(path, x):
         name = array_name(path)
         decided = argument_of(name, places)
-        # The draw of the new period is made anew, with the new arguments.
+        # The new arguments need a new draw for the new period.
         is_drawn = name[-1:] == ("period",) or (decided is not None and decided[0] == "index")
         return x if name not in old or (is_drawn and not is_same) else _fitted(name, decided, old[name], x)
 
@@ -130,13 +132,13 @@ def _check_begins(old: dict[Names, Array]) -> None:
         period = int(old[*place, "period"])
         if into := int(old[*place, "count"]) % period:
             raise ValueError(
-                f"a state is converted at the beginning of a period, but {into} of {period} steps of this one"
-                f" are taken: take {period - into} more, or go back to an earlier checkpoint."
+                f"convert_state needs a state at the beginning of a period, but {into} of {period} steps of"
+                f" this period are taken: take {period - into} more, or go back to an earlier checkpoint."
             )
 
 
 def _check_kind(matched: Match, places: Sequence[Names]) -> None:
-    """Arrays that the new optimizer has no place for are of what starts anew, or an error."""
+    """Raise an error if the new optimizer has no place for an array, unless the array may start anew."""
     fields = {*_MAY_GO, *(str(LowRankState._fields.index(field)) for field in _MAY_GO)}
     starts = [*places, *(matched.positions[*place, "count"][:-1] for place in places)]
 
@@ -154,15 +156,15 @@ def _check_kind(matched: Match, places: Sequence[Names]) -> None:
 def _fitted(
     name: Names, decided: Decided | None, x: Float[Array, "..."], like: Float[Array, "..."]
 ) -> Float[Array, "..."]:
-    """`x` in the shape of `like`: the axis that an argument decides is cut, or filled up."""
+    """`x` in the shape of `like`: cuts or pads the axis that an argument decides."""
     if x.shape == like.shape:
         return x.astype(like.dtype)
     field, _, axis = decided or ("", "", 0)
     others = [i for i in range(like.ndim) if i != axis % like.ndim]
     if not field or x.ndim != like.ndim or any(x.shape[i] != like.shape[i] for i in others):
         raise ValueError(
-            f"{'/'.join(name)} has shape {x.shape} and would have {like.shape}: no change of"
-            " rank, period or fraction does that; give its own parameters and kind of optimizer."
+            f"{'/'.join(name)} has shape {x.shape} and would have {like.shape}: no change of rank, period or"
+            " fraction causes that; give the parameters and the kind of optimizer that the state belongs to."
         )
     size = like.shape[axis]
     kept = jax.lax.slice_in_dim(x, 0, min(size, x.shape[axis]), axis=axis)

@@ -1,4 +1,4 @@
-"""Momentum in float32, or kept in bfloat16 by stochastic rounding."""
+"""Momentum in float32, or stored in bfloat16 with stochastic rounding."""
 
 from typing import Any, NamedTuple
 
@@ -12,56 +12,54 @@ from .._core.context import NO_CONTEXT, MatrixContext
 from .._core.keys import key_data, streams
 from .._linalg.numerics import LARGEST
 
-# The bits of a float32 that a bfloat16 does not have.
+# A bfloat16 has this many bits less than a float32.
 _DROPPED = 16
 
 
 class RoundedTrace(NamedTuple):
-    """State of `heavy_ball` in a lower precision."""
+    """State of `trace` in bfloat16."""
 
     count: Int[Array, ""]  # steps since the start or the last restart  # pyright: ignore[reportIncompatibleMethodOverride]
-    trace: Any  # the momentum, a leaf (*, m, n) bfloat16
+    trace: optax.Updates  # the momentum, each leaf (*, m, n) bfloat16
 
 
 def round_stochastically(key: PRNGKeyArray, x: Float[Array, "*shape"]) -> BFloat16[Array, "*shape"]:
-    """One of the two bfloat16 numbers around `x`, the nearer one the more likely: its mean is `x`.
+    """Round to one of the two bfloat16 numbers around `x`, so that the mean of the result is `x`.
 
-    Rounded to the nearest, a momentum would lose what is below a 512th of it, which at `β = 0.95` and steady
-    gradients of one sign is where the average ends. (Gupta et al., arXiv 1502.02551.)
+    Rounding to nearest would lose every change below a 512th of the momentum. An average at `β = 0.95` of
+    steady gradients of one sign ends there. (Gupta et al., arXiv 1502.02551.)
     """
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
-    # Sign and magnitude: adding to the bits moves away from zero, cutting them off moves back.
-    kept = ((bits + noise) >> _DROPPED).astype(jnp.uint16)
-    rounded = jax.lax.bitcast_convert_type(kept, jnp.bfloat16)
+    # Floats are sign and magnitude: adding to the bits moves away from zero, truncation moves back.
+    upper_bits = ((bits + noise) >> _DROPPED).astype(jnp.uint16)
+    rounded = jax.lax.bitcast_convert_type(upper_bits, jnp.bfloat16)
     return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
 
 
-def heavy_ball(
-    decay: Any, nesterov: bool = False, dtype: Any = None
-) -> optax.GradientTransformationExtraArgs:
-    """`M ← β M + G,  step = M` (with `nesterov`: `β M + G`), in float32: `optax.trace` that may reject.
+def trace(decay: Any, nesterov: bool = False, dtype: Any = None) -> optax.GradientTransformationExtraArgs:
+    """`M ← β M + G,  step = M` (with `nesterov`: `β M + G`), in float32. It may reject a step.
 
     Args:
       decay: `β`.
-      nesterov: look ahead.
-      dtype: what `M` is kept in between steps, float32 (the default) or bfloat16, which is rounded to
-        stochastically; the step is made of the float32 one.
+      nesterov: whether to look ahead.
+      dtype: the dtype of `M` between steps, float32 (the default) or bfloat16 with stochastic rounding. The
+        step comes from the float32 `M`, before rounding.
 
     Raises:
-      TypeError, ValueError: `decay` is not a number in `[0, 1)`, or `dtype` is another.
+      TypeError, ValueError: `decay` is not a number in `[0, 1)`, or `dtype` is neither float32 nor bfloat16.
     """
     decay = check_number("momentum", decay, at_least=0, below=1)
-    kept = check_momentum_dtype(dtype)
-    is_rounded = kept == jnp.bfloat16
+    stored_dtype = check_momentum_dtype(dtype)
+    is_rounded = stored_dtype == jnp.bfloat16
 
     def init(params):
-        trace = jax.tree.map(lambda x: jnp.zeros_like(x, kept), params)
-        return RoundedTrace(jnp.zeros((), jnp.int32), trace) if is_rounded else optax.TraceState(trace)
+        zeros = jax.tree.map(lambda x: jnp.zeros_like(x, stored_dtype), params)
+        return RoundedTrace(jnp.zeros((), jnp.int32), zeros) if is_rounded else optax.TraceState(zeros)
 
     def rounded(momentum, count):
         leaves, treedef = jax.tree.flatten(momentum)
-        # Any seed: the noise has only to differ from leaf to leaf and from step to step.
+        # Any seed will do: the noise only has to differ between leaves and between steps.
         keys = streams(key_data(0), count, len(leaves))
         return treedef.unflatten(map(round_stochastically, keys, leaves))
 
@@ -74,14 +72,14 @@ def heavy_ball(
             )
 
         momentum = ahead(state.trace)
-        trace = rounded(momentum, state.count) if is_rounded else momentum
+        stored = rounded(momentum, state.count) if is_rounded else momentum
         if context.accept is not None:
-            trace = context.accept.keep_if_rejected(trace, state.trace)
+            stored = context.accept.keep_if_rejected(stored, state.trace)
         if is_rounded:
             state = state._replace(count=optax.safe_increment(state.count))
         else:
-            momentum = trace  # one array, so that no second one is held
-        state = state._replace(trace=trace)
+            momentum = stored  # use the stored array, so that memory holds only one
+        state = state._replace(trace=stored)
         return ahead(momentum) if nesterov else momentum, state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -92,8 +90,8 @@ def adam(b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8) -> optax.GradientTrans
 
         M ← b1 M + (1 - b1) G,   V ← b2 V + (1 - b2) G²,   step = M/(1 - b1ᵗ) / (√(V/(1 - b2ᵗ)) + eps)
 
-    The step is made of the moments that are stored. Otherwise XLA's CPU backend computes it out of the old
-    ones, and copies those for it.
+    The step reads the new, stored moments. Otherwise XLA's CPU backend would compute the step from the old
+    moments, and copy those for it.
     """
     plain = optax.scale_by_adam(b1, b2, eps)
 
@@ -101,7 +99,7 @@ def adam(b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8) -> optax.GradientTrans
         del extra_args
         if (accept := context.accept) is None:
             return plain.update(updates, state, params)
-        # Of a wider or narrower gradient than the parameters it was made for, the state keeps its own dtype.
+        # The state keeps its dtype, even if the gradient is wider or narrower than the parameters at `init`.
         updates = jax.tree.map(
             lambda g, m: g.astype(jnp.promote_types(m.dtype, jnp.float32)), updates, state.mu
         )
@@ -118,8 +116,8 @@ def adam(b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8) -> optax.GradientTrans
     return optax.GradientTransformationExtraArgs(plain.init, update)
 
 
-def average(decay: Any) -> optax.GradientTransformationExtraArgs:
-    """`M ← β M + (1 - β) G,  step = M`: `optax.ema` without bias correction, which may reject a step."""
+def ema(decay: Any) -> optax.GradientTransformationExtraArgs:
+    """`M ← β M + (1 - β) G,  step = M`, `optax.ema` that may reject a step."""
     plain = optax.ema(decay, debias=False, accumulator_dtype=jnp.float32)
 
     def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
@@ -127,34 +125,34 @@ def average(decay: Any) -> optax.GradientTransformationExtraArgs:
         if (accept := context.accept) is None:
             return plain.update(updates, state, params)
         moment = optax.tree.update_moment(updates, state.ema, decay, 1)
-        ema = accept.keep_if_rejected(optax.tree.cast(moment, jnp.float32), state.ema)
-        return ema, optax.EmaState(optax.safe_increment(state.count), ema)
+        stored = accept.keep_if_rejected(optax.tree.cast(moment, jnp.float32), state.ema)
+        return stored, optax.EmaState(optax.safe_increment(state.count), stored)
 
     return optax.GradientTransformationExtraArgs(plain.init, update)
 
 
 def check_momentum_dtype(dtype: Any) -> Any:
-    """float32, or bfloat16 where it is asked for.
+    """The dtype of a stored momentum: float32 by default, or bfloat16.
 
     Raises:
-      ValueError: any other.
+      ValueError: `dtype` is neither.
     """
     try:
-        found = jnp.dtype(jnp.float32 if dtype is None else dtype)
+        stored_dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
     except TypeError:
-        found = None
-    if found not in (jnp.float32, jnp.bfloat16):
+        stored_dtype = None
+    if stored_dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"momentum_dtype must be float32 or bfloat16, got {dtype!r}.")
-    return found
+    return stored_dtype
 
 
 def scale_by_clipped_adam(b1: Any, b2: Any, eps: Any) -> optax.GradientTransformationExtraArgs:
-    """Adam's rule, of gradients up to 1e15: an infinite square would stop it for good.
+    """Adam's rule for gradients clipped to 1e15: an infinite square would stop the rule for good.
 
     Args:
       b1, b2, eps: Adam's.
 
     Raises:
-      TypeError, ValueError: one of them is out of range or of the wrong type.
+      TypeError, ValueError: an argument is out of range or of the wrong type.
     """
     return optax.chain(optax.clip(LARGEST), adam(*check_adam(b1, b2, eps)))

@@ -13,9 +13,10 @@ from .._linalg.normalizers import Normalizer
 
 
 def normalize(method: Normalizer) -> optax.GradientTransformation:
-    """Replace each matrix by its normalized form, in float32: `step = method(g)`. No state.
+    """Replace each matrix by its normalized form: `step = method(g)`, without state.
 
-    Not in bfloat16: rows without their mean have a null space, which whitening would fill with rounding.
+    The computation is in float32. Rows without their mean have a null space, and in bfloat16 whitening would
+    fill the null space with rounding errors.
 
     Args:
       method: `sinkhorn`, `standardize_rows`, a `multi_norm`, or any function `(*, m, n) -> (*, m, n)`.
@@ -24,16 +25,18 @@ def normalize(method: Normalizer) -> optax.GradientTransformation:
       TypeError: `method` is not a function.
     """
     check_function("method", method, "gum_optax.sinkhorn")
-    return _of_each(jax.tree.map, method)
+    return _stateless(jax.tree.map, method)
 
 
 def normalize_sequentially(method: Normalizer) -> optax.GradientTransformation:
-    """`normalize`, one leaf after the other: for a method that makes matrices on the way, to hold one leaf's.
+    """`normalize`, one leaf after the other, so that memory holds the temporary matrices of one leaf only.
 
-    `sinkhorn` makes none, and would only have the leaf that waits copied.
+    It is for methods with temporary matrices. `sinkhorn` has none: waiting would only copy its gradients.
     """
-    return _of_each(map_sequentially, method)
+    return _stateless(map_sequentially, method)
 
 
-def _of_each(mapped: Callable[..., Any], method: Normalizer) -> optax.GradientTransformation:
-    return optax.stateless(lambda updates, params: mapped(lambda g: method(g.astype(jnp.float32)), updates))
+def _stateless(map_leaves: Callable[..., Any], method: Normalizer) -> optax.GradientTransformation:
+    return optax.stateless(
+        lambda updates, params: map_leaves(lambda g: method(g.astype(jnp.float32)), updates)
+    )

@@ -8,7 +8,7 @@ from .._core.context import NO_CONTEXT, MatrixContext
 from .._core.xla import map_batched, map_sequentially
 from .._linalg.newton_schulz import Orthogonalizer, newton_schulz
 from .._matrices.view import views_beside
-from .._mesh.distribute import spread
+from .._mesh.distribute import distribute
 
 
 def orthogonalize(
@@ -16,13 +16,14 @@ def orthogonalize(
 ) -> optax.GradientTransformation:
     """Replace each matrix by its polar factor: `step = method(g)`.
 
-    With momentum before it this is Muon's rule: `optax.chain(optax.trace(0.95), orthogonalize())`.
+    Momentum followed by `orthogonalize` is Muon's rule: `optax.chain(optax.trace(0.95), orthogonalize())`.
 
     Args:
       method: `newton_schulz` (with its coefficients bound by `functools.partial`) or `polar`; any
         function from `(*, m, n)` to `(*, m, n)`.
-      together: whether single matrices of one shape go through `method` as one stack: XLA compiles it once
-        for all of them, and holds them all. For small leaves, such as coordinates in a subspace.
+      together: whether single matrices of one shape go through `method` as one stack. XLA then compiles
+        `method` once for all of them and holds all of them in memory: this is for small leaves, such as
+        coordinates in a subspace.
 
     Returns:
       A stateless `optax.GradientTransformation` over trees of `(*, m, n)` leaves.
@@ -31,15 +32,15 @@ def orthogonalize(
       TypeError: `method` is not a function.
     """
     check_function("method", method, "gum_optax.newton_schulz")
-    mapped = map_batched if together else map_sequentially
-    once = jax.jit(method)  # traced once for all leaves of a shape
+    map_leaves = map_batched if together else map_sequentially
+    jitted = jax.jit(method)  # all leaves of one shape share one trace
 
     def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
         del params, extra_args
         views = views_beside(updates, context.views)
         if not any(view.sharding for view in jax.tree.leaves(views)):
-            return mapped(once, updates), state
-        # Leaves that live apart do not go together.
-        return map_sequentially(lambda view, x: spread(once, x, view.sharding), views, updates), state
+            return map_leaves(jitted, updates), state
+        # Do not stack leaves that have different shardings.
+        return map_sequentially(lambda view, x: distribute(jitted, x, view.sharding), views, updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)

@@ -1,4 +1,4 @@
-"""A rule from two functions of one stack of matrices."""
+"""Builds a rule from two functions of one stack of matrices."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,26 +14,26 @@ from .._core.xla import map_sequentially
 
 
 def per_matrix(
-    kind: Callable[..., Any],
+    state_class: Callable[..., Any],
     init: Callable[..., tuple[Any, ...]],
     update: Callable[..., tuple[Any, ...]],
     key: Any = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """A transformation that treats every leaf by itself, one after the other.
+    """A transformation that updates the leaves independently, one after the other.
 
     Args:
-      kind: a NamedTuple: `count`, the steps taken, then one field for each array of a leaf's state.
-      init: `(key, leaf) -> arrays`, with a key of the leaf's own.
+      state_class: a NamedTuple with `count`, the number of steps, then one field per array of a leaf's state.
+      init: `(key, leaf) -> arrays`; every leaf gets its own key.
       update: `(count, gradient, *arrays) -> (step, *arrays)`; `count` is 1 on the first step.
       key: an integer seed or a JAX key.
     """
     check_key(key)
 
-    width = len(kind._fields) - 1  # pyright: ignore[reportFunctionMemberAccess]
+    width = len(state_class._fields) - 1  # pyright: ignore[reportFunctionMemberAccess]
 
     def as_state(count, rows, treedef):
-        """The arrays of each leaf, in rows, as one tree for each array."""
-        return kind(count, *(treedef.unflatten([row[i] for row in rows]) for i in range(width)))
+        """The state of rows, each of which holds the arrays of one leaf."""
+        return state_class(count, *(treedef.unflatten([row[i] for row in rows]) for i in range(width)))
 
     def init_all(params):
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -49,16 +49,17 @@ def per_matrix(
         count, *arrays = state
         count = jnp.asarray(optax.safe_increment(count))
 
-        def one(*arrays_and_gradient):
-            # Last, for it waits: each rule first adds it to its momentum, and the wait goes with that.
-            yes, *old, g = arrays_and_gradient
+        def update_leaf(*arrays_and_gradient):
+            # The gradient is last, because `map_sequentially` delays the last operand. Every rule first adds the
+            # gradient to its momentum, and that sum absorbs the delay.
+            is_accepted, *old, g = arrays_and_gradient
             step, *new = update(count, g.astype(jnp.float32), *old)
-            return step, new if accept is None else accept.keep_leaf_if_rejected(yes, new, old)
+            return step, new if accept is None else accept.keep_leaf_if_rejected(is_accepted, new, old)
 
         leaves, treedef = jax.tree.flatten(updates)
         accepted = [True] * len(leaves) if accept is None else accept.of_leaves(updates)
         columns = [treedef.flatten_up_to(array) for array in arrays]
-        results = map_sequentially(one, accepted, *columns, leaves)
+        results = map_sequentially(update_leaf, accepted, *columns, leaves)
         steps = treedef.unflatten([step for step, _ in results])
         return steps, as_state(count, [row for _, row in results], treedef)
 

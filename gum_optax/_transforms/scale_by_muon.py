@@ -1,4 +1,4 @@
-"""Muon's rule, which several optimizers run."""
+"""Muon's rule, shared by several optimizers."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import optax
 
 from .._core.checks import check_function
 from .._linalg.newton_schulz import Orthogonalizer, fastest_newton_schulz
-from .momentum import heavy_ball
+from .momentum import trace
 from .orthogonalize import orthogonalize
 
 
@@ -18,20 +18,20 @@ def scale_by_muon(
     momentum_dtype: Any = None,
     together: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Muon's rule: momentum, orthogonalized.
+    """Muon's rule: orthogonalize the momentum.
 
         R ← β R + G,   step = NS(R)   (with `nesterov`: NS(G + β R))
 
     Args:
-      momentum: `β` in `[0, 1)`; 0.95 as in Jordan's.
+      momentum: `β` in `[0, 1)`; 0.95 as in Jordan's code.
       orthogonalizer: `fastest_newton_schulz` (the default), `polar`, or any function
         `(*, m, n) -> (*, m, n)`.
-      nesterov: look ahead, as Jordan's code does.
-      momentum_dtype: what `R` is kept in, float32 (the default), or bfloat16, rounded to stochastically.
+      nesterov: whether to look ahead, as Jordan's code does.
+      momentum_dtype: the dtype of the stored `R`: float32 (the default) or bfloat16 with stochastic rounding.
       together: as in `orthogonalize`.
 
     Returns:
-      A transformation over trees of `(*, m, n)` leaves. State: a momentum of their size.
+      A transformation over trees of `(*, m, n)` leaves. State: one momentum of each leaf's size.
 
     Raises:
       TypeError, ValueError: an argument is out of range or of the wrong type.
@@ -41,5 +41,4 @@ def scale_by_muon(
     """
     method = fastest_newton_schulz if orthogonalizer is None else orthogonalizer
     check_function("orthogonalizer", method, "gum_optax.polar")
-    trace = heavy_ball(momentum, nesterov, momentum_dtype)
-    return optax.chain(trace, orthogonalize(method, together=together))
+    return optax.chain(trace(momentum, nesterov, momentum_dtype), orthogonalize(method, together=together))

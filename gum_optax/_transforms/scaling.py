@@ -1,4 +1,4 @@
-"""The size of a step: from the shape of the weight, and from the step before."""
+"""The size of a step: factors from the shape of the weight, and a limit from the previous step."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,13 +15,13 @@ from .._matrices.view import views_of
 
 
 def shape_factor(consistent_rms: Any = 0.2) -> Callable[[int, int], Any]:
-    """The factor of an orthogonal step, a function of the fan-in and the fan-out of the full weight.
+    """The factor of an orthogonal step as a function of the fan-in and fan-out of the full weight.
 
         consistent_rms · √max(fan_in, fan_out)      (Moonlight), or with `None`
         √max(1, fan_out / fan_in)                   (Jordan)
 
     Args:
-      consistent_rms: the RMS of the scaled step's elements, for a full-rank orthogonal step; 0.2 is
+      consistent_rms: the RMS of the elements of a scaled full-rank orthogonal step. The default 0.2 is
         AdamW's, so that one learning rate serves both (Moonlight, arXiv 2502.16982, section 2.2).
 
     Raises:
@@ -39,7 +39,7 @@ def shape_factor(consistent_rms: Any = 0.2) -> Callable[[int, int], Any]:
 
 
 def fan_ratio(fan_in: int, fan_out: int) -> float:
-    """`√(fan_out / fan_in)`: the operator norm of an orthogonal step between RMS norms is then one."""
+    """`√(fan_out / fan_in)`: gives an orthogonal step the operator norm 1 between RMS norms."""
     return (fan_out / fan_in) ** 0.5
 
 
@@ -53,7 +53,7 @@ def scale_by_shape(
       consistent_rms: as in `shape_factor`.
 
     Returns:
-      A stateless transformation over leaves in the axes of the model.
+      A stateless transformation over leaves with the axes of the model.
 
     Raises:
       TypeError, ValueError: `consistent_rms` is not a number of at least 0, or a leaf is no matrix.
@@ -82,7 +82,7 @@ def scale_by_fans(
 class LimitNormGrowthState(NamedTuple):
     """State of `limit_norm_growth`."""
 
-    norms: Any  # a leaf (*,) float32: the norm of each block's last step, 0 before the first
+    norms: optax.Updates  # each leaf (*,) float32: the norm of each block's last step, 0 before the first
 
 
 def limit_norm_growth(ratio: Any = 1.1) -> optax.GradientTransformation:
@@ -90,8 +90,9 @@ def limit_norm_growth(ratio: Any = 1.1) -> optax.GradientTransformation:
 
         if |O| > ratio |O_prev|:   O ← O ratio |O_prev| / |O|
 
-    A first step, and one after a zero step, is not limited. After an exact orthogonalizer of a momentum of
-    full rank it never acts: the norm is always `√r`. (SUMO, arXiv 2505.24749, Algorithm 1, ratio 1.1.)
+    The first step and a step after a zero step are not limited. After an exact orthogonalizer and a momentum
+    of full rank, the limit never acts: the norm is always `√r`. (SUMO, arXiv 2505.24749, Algorithm 1, ratio
+    1.1.)
 
     Args:
       ratio: at least 1.

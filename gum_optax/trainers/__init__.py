@@ -1,4 +1,4 @@
-"""One import for each trainer that has to be told of an optimizer.
+"""One module for each trainer that selects optimizers by name.
 
-Neither module is imported by `gum_optax`: each needs its trainer's package, which this library does not.
+`gum_optax` imports neither module: each needs the package of its trainer, which this library does not need.
 """

@@ -1,8 +1,8 @@
 """The optimizers as Levanter's configurations: `optimizer: {type: gum, rank: 128}`.
 
-Each has a field for every number in its optimizer's signature, beside those that all of Levanter's optimizers
-have (`learning_rate`, `weight_decay`, `warmup`, `lr_schedule`, ...). Importing this module registers them.
-Haliax's layers say which axes of a weight are its fan-in and fan-out.
+Each configuration has a field for every numeric argument of its optimizer, beside the fields of all Levanter
+optimizers (`learning_rate`, `weight_decay`, `warmup`, `lr_schedule`, ...). Importing this module registers
+the configurations. Haliax's layers tell which axes of a weight are its fan-in and fan-out.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ from levanter.optim.config import OptimizerConfig
 
 import gum_optax
 
-# The arguments that a configuration can hold, by their annotations; functions and trees are not among them.
-_FIELD_TYPES: dict[Any, Any] = {kind: kind for kind in (int, float, bool, float | None)} | {
+# The field types of a configuration, by the annotations of arguments; it cannot hold functions and trees.
+_FIELD_TYPES: dict[Any, Any] = {annotation: annotation for annotation in (int, float, bool, float | None)} | {
     int | jax.Array: int
 }
 
@@ -25,22 +25,23 @@ _FIELD_TYPES: dict[Any, Any] = {kind: kind for kind in (int, float, bool, float 
 def config_of(
     optimizer: Callable[..., optax.GradientTransformation], type_name: str | None = None
 ) -> type[OptimizerConfig]:
-    """The configuration of an optimizer, registered under its name or `type_name`.
+    """Make the configuration of an optimizer, and register it under the optimizer's name or `type_name`.
 
-    Its fields are the optimizer's numeric arguments and `momentum_dtype`, with their defaults; `key` is an
-    integer. `max_grad_norm` clips the gradient first, as in Levanter's configurations; `null` does not.
+    The fields are the optimizer's numeric arguments and `momentum_dtype`, with their defaults; `key` is an
+    integer. `max_grad_norm` first clips the gradient, as in Levanter's configurations; `null` turns clipping
+    off.
 
     Args:
-      optimizer: one of this library, or a function with their arguments and annotations.
-      type_name: what a configuration calls it under `type`; default, the function's name.
+      optimizer: an optimizer of this library, or a function with the same arguments and annotations.
+      type_name: the name of the optimizer under `type` in a configuration. Default: the function's name.
 
     Raises:
       ValueError: Levanter has another optimizer of that name.
     """
     parameters = inspect.signature(optimizer).parameters.values()
-    kinds = {p.name: _FIELD_TYPES.get(p.annotation) for p in parameters} | {"momentum_dtype": str | None}
-    # Levanter's own fields give the learning rate and the weight decay.
-    own = [p for p in parameters if kinds[p.name] is not None and p.name != "weight_decay"]
+    types = {p.name: _FIELD_TYPES.get(p.annotation) for p in parameters} | {"momentum_dtype": str | None}
+    # Levanter's own fields hold the learning rate and the weight decay.
+    own = [p for p in parameters if types[p.name] is not None and p.name != "weight_decay"]
 
     def build(self, num_train_steps):
         tx = optimizer(
@@ -53,7 +54,7 @@ def config_of(
             return tx
         return optax.chain(optax.clip_by_global_norm(self.max_grad_norm), tx)
 
-    fields = [(p.name, kinds[p.name], dataclasses.field(default=p.default)) for p in own]
+    fields = [(p.name, types[p.name], dataclasses.field(default=p.default)) for p in own]
     fields.append(("max_grad_norm", float | None, dataclasses.field(default=1.0)))
     name = optimizer.__name__
     described = {"build": build, "__doc__": f"The arguments of `gum_optax.{name}`.", "__module__": __name__}
@@ -76,6 +77,6 @@ SinkgdConfig = config_of(gum_optax.sinkgd)
 TrionConfig = config_of(gum_optax.trion)
 DionConfig = config_of(gum_optax.dion)
 CosmosConfig = config_of(gum_optax.cosmos)
-# Levanter has optimizers of these names.
+# Levanter has its own optimizers with these two names.
 MuonConfig = config_of(gum_optax.muon, "gum_optax_muon")
 ScionConfig = config_of(gum_optax.scion, "gum_optax_scion")

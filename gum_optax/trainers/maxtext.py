@@ -1,30 +1,30 @@
-"""MaxText takes an optimizer by name and knows only its own: `install` gives it another."""
+"""Lets MaxText, which selects among its own optimizers by name, train with any optimizer: `install`."""
 
 from collections.abc import Callable
 from typing import Any
 
 import optax
 
-# What MaxText's own `get_optimizer` wraps around its optimizers, and this one does not.
+# MaxText's own `get_optimizer` wraps these around its optimizers; `install` does not.
 _WRAPPERS = ("skip_step_on_spikes", "trainable_parameters_mask")
 
 
 def install(optimizer: Callable[..., optax.GradientTransformation], **arguments: Any) -> None:
     """Make MaxText train with `optimizer(learning_rate, **arguments)`, whatever `opt_type` says.
 
-    Call it before MaxText's `train.main`. The learning rate is MaxText's schedule; weight decay is
-    `adam_weight_decay` under `adamw_mask`, unless `arguments` say otherwise. The matrices are read from the
-    names of the variables' axes, which also say where a scan puts the layers.
+    Call it before MaxText's `train.main`. The learning rate is MaxText's schedule, and weight decay is
+    `adam_weight_decay` under `adamw_mask`, unless `arguments` override them. The axis names of the variables
+    tell which leaves are matrices and on which axis a scan puts the layers.
 
     Args:
-      optimizer: one of this library, `gum_optax.gum` for instance, or a function with their arguments.
-      **arguments: its other arguments, such as `rank=128`.
+      optimizer: an optimizer of this library, such as `gum_optax.gum`, or a function with the same arguments.
+      **arguments: the other arguments of `optimizer`, such as `rank=128`.
 
     Raises:
-      ValueError: when training begins, if the configuration asks for `skip_step_on_spikes` or
-        `trainable_parameters_mask`, which only MaxText's own optimizers do.
+      ValueError: when training begins, if the configuration requests `skip_step_on_spikes` or
+        `trainable_parameters_mask`, which only MaxText's own optimizers support.
     """
-    from maxtext.optimizers import optimizers  # here: what it imports depends on the environment's variables
+    from maxtext.optimizers import optimizers  # here, because its imports depend on environment variables
 
     def get_optimizer(config, learning_rate_schedule, model=None, mesh=None):
         del model, mesh

@@ -1,4 +1,4 @@
-"""An error at construction or at `init` that names the argument or the leaf, the value and the remedy."""
+"""Bad input raises an error at construction or `init` with the argument or leaf, the value and the remedy."""
 
 import functools
 import inspect
@@ -58,7 +58,7 @@ ARGUMENTS = [
     (
         {"key": jax.random.PRNGKey(0, impl="rbg")},
         TypeError,
-        "as those of rbg are; its draws are the same on every platform",
+        "a raw rbg key; its draws are the same on every platform",
     ),
     ({"key": jax.random.split(jax.random.key(0))}, TypeError, "key must be one key"),
     ({"key": [0, 1]}, TypeError, "key must be an integer seed or a JAX key such as jax.random.key"),
@@ -156,7 +156,7 @@ def test_an_inner_rule_must_be_a_transformation(wrap):
 
 
 def of_optimizers_and_rules():
-    """Each with all its numbers, every one exact in a float of eight bits."""
+    """Every optimizer gets all its numeric arguments, each exact in an eight-bit float."""
     half = {
         "momentum": 0.5,
         "consistent_rms": 0.5,
@@ -203,14 +203,14 @@ def test_every_scalar_of_numpy_jax_and_ml_dtypes_is_a_number(scalar):
 
 
 def test_a_number_of_any_dtype_gives_the_same_optimizer():
-    """It is a Python number from then on, which changes no dtype."""
+    """The argument becomes a Python number, which changes no dtype."""
     params = {"kernel": jnp.ones((3, 4, 6)), "bias": jnp.ones(3)}
     arguments = {"momentum": 0.5, "weight_decay": 0.25, "consistent_rms": 0.5}
     want, _ = run(go.muon(0.5, **arguments), [params], params)
     half = {name: jnp.asarray(x, jnp.bfloat16) for name, x in arguments.items()}
     found, _ = run(go.muon(jnp.asarray(0.5, jnp.bfloat16), **half), [params], params)
     jax.tree.map(np.testing.assert_array_equal, found, want)
-    run(go.muon(0.5, weight_decay=np.float32(0)), [params])  # decays nothing, so it needs no parameters
+    run(go.muon(0.5, weight_decay=np.float32(0)), [params])  # no decay, so `update` needs no parameters
 
 
 BFLOAT16 = {"stack": jnp.ones((5, 4, 6), jnp.bfloat16), "bias": jnp.ones(3, jnp.bfloat16)}
@@ -219,7 +219,7 @@ STATIC = ("rank", "period", "full_rank_fraction", "rounds", "random_after")
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_inject_hyperparams_takes_a_model_in_bfloat16_or_says_how(name):
-    """It casts numbers to the dtype of the parameters, in which Adam's 0.999 is 1."""
+    """`inject_hyperparams` casts numbers to the dtype of the parameters, which rounds Adam's 0.999 to 1."""
     make, arguments = OPTIMIZERS[name]
     inject = functools.partial(optax.inject_hyperparams, make, [x for x in STATIC if x in arguments])
     wide = inject(hyperparam_dtype=jnp.float32)(0.1, **arguments)
@@ -232,7 +232,7 @@ def test_inject_hyperparams_takes_a_model_in_bfloat16_or_says_how(name):
         updates, after = jax.eval_shape(tx.update, BFLOAT16, state, BFLOAT16)
         assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)
         return
-    # Compiled, its value is not known, but its dtype is.
+    # In a compiled function, the dtype of the number is known, but not its value.
     for init in (tx.init, functools.partial(jax.eval_shape, tx.init))[name == "cosmos" :]:
         with pytest.raises((TypeError, ValueError), match=r"b2 must be .*hyperparam_dtype=jnp\.float32"):
             init(BFLOAT16)

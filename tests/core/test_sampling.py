@@ -1,4 +1,4 @@
-"""The draw: exactly γ of L blocks, every block with frequency q, a fresh draw each period."""
+"""The draw takes exactly γ of L blocks, every block with frequency q, and is new in each period."""
 
 import functools
 import subprocess
@@ -41,7 +41,7 @@ def test_every_block_is_drawn_with_frequency_q():
     hits = np.bincount(periods(KEY, count, blocks, k).ravel(), minlength=blocks)
     q = k / blocks
     z = (hits - count * q) / np.sqrt(count * q * (1 - q))
-    # Seven correlated normal scores of a fixed seed; 4 sigma is one in two thousand.
+    # Seven correlated normal scores for a fixed seed; one in two thousand seeds exceeds 4 sigma.
     assert np.abs(z).max() < 4
 
 
@@ -88,7 +88,7 @@ def test_the_same_key_draws_the_same_whatever_its_form(jit):
 
 
 def test_no_stream_is_one_that_a_model_gets_from_the_same_seed():
-    """`split(key, n)[i]` is `fold_in(key, i)`, and `key=0` is the default and the seed of many a model."""
+    """`split(key, n)[i]` is `fold_in(key, i)`, and many models are initialized from `key=0`, the default."""
 
     def numbers(keys):
         return set(map(tuple, np.asarray(jax.random.key_data(keys)).reshape(-1, 2).tolist()))
@@ -109,7 +109,7 @@ def test_no_stream_is_one_that_a_model_gets_from_the_same_seed():
 
 
 def test_another_process_draws_the_same():
-    """Python's string hash differs from process to process; the draw must not."""
+    """Python's string hash differs between processes, but the draw must not."""
     code = (
         "import jax.numpy as jnp, numpy as np, gum_optax as go;"
         "key = jnp.asarray([0, 7], jnp.uint32);"
@@ -131,7 +131,7 @@ def test_the_number_of_slots_is_the_rounded_share_within_one_and_all(blocks, fra
     tx = go.as_matrices(go.unbiased_low_rank(muon_rule(), 2, 3, fraction))
     state = jax.eval_shape(tx.init, {"w": jax.ShapeDtypeStruct((blocks, 4, 5), jnp.float32)})
     expected = min(max(round(fraction * blocks), 1), blocks) if fraction else 0
-    if expected in (0, blocks):  # nothing is sampled: all low rank, or all full rank
+    if expected in (0, blocks):  # no sampling: all blocks are low rank, or all are full rank
         assert state.outside.index.shape == ()
         kept = state.projectors["w"] if expected == 0 else state.full[0].trace["w"]
         assert kept.shape == (blocks, 4, 2 if expected == 0 else 5)

@@ -47,7 +47,7 @@ def test_newton_schulz_is_its_polynomial(shape, seed):
 def test_the_gram_form_is_the_plain_form_up_to_rounding(rng, coefficients, condition):
     x = with_spectrum(rng, 24, 96, np.geomspace(1, 1 / condition, 24))
     plain = go.newton_schulz(x, coefficients)
-    # Measured: 2e-5; errors of the Gram matrix grow with the rows since it was made.
+    # Measured: 2e-5. Errors of the Gram matrix grow with the number of rows since its last computation.
     np.testing.assert_allclose(go.gram_newton_schulz(x, coefficients), plain, atol=1e-4)
     np.testing.assert_allclose(go.gram_newton_schulz(x, coefficients, restart=1), plain, atol=1e-4)
     with pytest.raises(ValueError, match="restart must be at least 1, got 0"):
@@ -74,7 +74,7 @@ def test_the_fastest_way_is_the_gram_form_of_wide_matrices_on_a_cpu_alone(rng):
 
 @pytest.mark.parametrize("small", [1e-2, 1e-3, 3e-4, 1e-7, 0])
 def test_without_restarts_the_gram_form_is_close_to_float64_whatever_the_condition(rng, small):
-    """In spectral norm, where the Gram matrix loses the small singular values to rounding."""
+    """The bound is in spectral norm, because the Gram matrix loses small singular values to rounding."""
     left, _ = np.linalg.qr(rng.standard_normal((16, 16)))
     right, _ = np.linalg.qr(rng.standard_normal((64, 16)))
     x = np.float32((left * np.r_[1, np.full(15, small)]) @ right.T)
@@ -93,7 +93,7 @@ def test_the_gram_form_costs_less_on_wide_matrices():
         return jax.jit(method).lower(x).compile().cost_analysis()["flops"]
 
     one_row = flops(functools.partial(go.newton_schulz, coefficients=go.JORDAN[:1]))
-    # XLA counts the plain form's loop once; the Gram form is not a loop.
+    # XLA counts the loop of the plain form once; the Gram form has no loop.
     assert flops(go.gram_newton_schulz) < 0.7 * len(go.JORDAN) * one_row
 
 
@@ -106,14 +106,14 @@ def test_bfloat16_products_keep_singular_values_near_one(rng):
 @given(SHAPES, SEEDS)
 def test_polar_is_the_polar_factor(shape, seed):
     x = np.random.default_rng(seed).normal(size=shape)
-    if np.linalg.cond(x) < 1e3:  # the factor itself is ill-conditioned where the matrix is
+    if np.linalg.cond(x) < 1e3:  # the factor of an ill-conditioned matrix is itself ill-conditioned
         np.testing.assert_allclose(go.polar(jnp.float32(x)), msign(x), atol=2e-3)
 
 
 def test_polar_is_exact_at_real_sizes_and_condition_1e5(rng):
     u, v = orthonormal(rng, 256, 256), orthonormal(rng, 1024, 256)
     x = jnp.asarray(u * np.geomspace(1, 1e-5, 256, dtype=np.float32) @ v.T)
-    assert np.linalg.norm(go.polar(x) - u @ v.T) / 16 < 5e-3  # rounding of x itself, times its condition
+    assert np.linalg.norm(go.polar(x) - u @ v.T) / 16 < 5e-3  # the rounding of x times its condition
     low = jnp.asarray(u[:, :32] @ v[:, :32].T)
     np.testing.assert_allclose(go.polar(low), low, atol=1e-5)
 
@@ -140,7 +140,7 @@ def test_jordan_brings_singular_values_near_one(rng):
 
 
 def test_polar_express_rows_are_minimax_each_on_the_range_that_the_row_before_leaves():
-    """Each quintic's errors at its extremes are equal in size, the property that defines it.
+    """The errors of each quintic at its extremes are equal in size: this property defines the quintic.
 
     The listing fits row k on [max(l, u/41.5), u] ("cushion" 0.02407) and centres it at 1 over [l, u];
     from the fourth row on l exceeds the cushion, so there the ends are l and u themselves.
@@ -153,7 +153,7 @@ def test_polar_express_rows_are_minimax_each_on_the_range_that_the_row_before_le
         y = a * x + b * x**3 + c * x**5
         inner = np.flatnonzero(np.diff(np.sign(np.diff(y)))) + 1
         extremes = y[[0, *inner, -1]]
-        assert len(extremes) == 4 or row >= 6  # the last rows are Newton-Schulz's own, to rounding
+        assert len(extremes) == 4 or row >= 6  # the last rows are those of Newton-Schulz, up to rounding
         centre = (extremes.max() + extremes.min()) / 2
         if row < 6:
             np.testing.assert_allclose(np.abs(extremes / centre - 1), extremes.max() / centre - 1, rtol=1e-3)
@@ -197,7 +197,7 @@ def test_bfloat16_is_computed_in_float32(rng, method):
 
 
 def test_the_loop_is_not_unrolled_into_memory():
-    """More steps cost no more temporaries."""
+    """More steps need no more temporaries."""
 
     def temporaries(steps):
         method = functools.partial(go.newton_schulz, coefficients=go.JORDAN[:1] * steps)
@@ -211,6 +211,8 @@ def test_orthogonalize_maps_its_method_over_the_tree(rng):
     tree = {"a": jnp.float32(rng.normal(size=(2, 3, 4))), "b": None}
     tx = go.orthogonalize(go.polar)
     step, state = tx.update(tree, tx.init(tree))
-    np.testing.assert_allclose(step["a"], go.polar(tree["a"]), atol=1e-6)  # jax 0.9 fuses the two apart
+    np.testing.assert_allclose(
+        step["a"], go.polar(tree["a"]), atol=1e-6
+    )  # jax 0.9 fuses the two forms differently
     assert step["b"] is None
     assert not jax.tree.leaves(state)

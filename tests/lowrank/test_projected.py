@@ -1,4 +1,4 @@
-"""Projecting before the reduce gives the update of the mean gradient, and never forms it."""
+"""Projecting before the reduction gives the update of the mean gradient without forming that gradient."""
 
 import functools
 import re
@@ -25,7 +25,7 @@ STEPS = 5  # two periods of three: two power steps, a power step
 
 
 def users_own(key, gradient, previous):
-    """A finder that says nothing of how it reads the gradient."""
+    """A finder without a linear form of the gradient."""
     del key
     return jnp.linalg.qr(gradient @ gradient.mT @ previous)[0]
 
@@ -50,7 +50,7 @@ MAKERS = {
 
 
 def params():
-    """A stack, two shapes that are one turned, a vector; a matrix no larger than the rank."""
+    """A stack, a shape and its transpose, a vector, and a matrix no larger than the rank."""
     rng = np.random.default_rng(0)
     shapes = {"in": (12, 8), "layers": (3, 8, 8), "out": (8, 12), "few": (2, 12)}
     tree = {name: {"kernel": jnp.float32(rng.normal(size=shape) / 3)} for name, shape in shapes.items()}
@@ -73,7 +73,7 @@ def batches(step, microbatches):
 
 
 def plain_update(tx, batches, state, params):
-    """Of the mean gradient."""
+    """The update of the mean gradient."""
 
     def mean_loss(params):
         return jnp.mean(jax.vmap(functools.partial(loss, params))(batches))
@@ -121,7 +121,11 @@ def test_it_is_the_update_of_the_mean_gradient(name, microbatches):
 
 def test_a_gradient_that_is_not_finite_is_skipped_at_a_refresh_too():
     data = [batches(step, 2) for step in range(STEPS)]
-    for place in (0, 2, 4):  # the first step, within a period, the refresh that the first two put off
+    for place in (
+        0,
+        2,
+        4,
+    ):  # the first step, a step within a period, the refresh that the first two steps delay
         x, y = batches(place, 2)
         data.insert(place, (x, y.at[0, 0, 0].set(jnp.nan)))
     (found, state), _ = run(projected, MAKERS["gum"](), data)
@@ -131,7 +135,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_at_a_refresh_too():
 
 
 def test_no_accumulator_has_the_size_of_a_projected_gradient():
-    """Of wide layers, six microbatches: scans of six carry means, and no float32[64,96] or its turn."""
+    """Six microbatches of wide layers: scans of six carry means, and no float32[64,96] or its transpose."""
     shapes = {f"layer_{i}": {"kernel": jax.ShapeDtypeStruct((64, 96), jnp.float32)} for i in range(4)}
     tx = go.gum(1e-2, rank=4, period=3, full_rank_fraction=1 / 4)
 
@@ -144,13 +148,15 @@ def test_no_accumulator_has_the_size_of_a_projected_gradient():
     jaxpr = jax.make_jaxpr(update)(jnp.zeros((6, 2, 64)), jax.eval_shape(tx.init, shapes), shapes)
     found = list(scans(jaxpr.jaxpr, 6))
     sums = [v.aval for eqn in found for v in eqn.outvars]
-    # One for the step and two for a power step.
+    # One scan is for the step, two are for a power step.
     assert len(found) == 1 + 2
-    # Only the sampled block, of one of the four layers, in the loop of the step.
+    # Only the sampled block of one of the four layers is in the loop of the step.
     assert [x.size for x in sums if x.size >= 64 * 96] == [64 * 96]
     step = found[-1]
     held = sum(v.aval.size for v in step.outvars)
-    assert held == 1 + 4 * 4 * 96 + 4 * 96 + 64 * 96  # the loss, R, a row for the energy outside, the block
+    assert (
+        held == 1 + 4 * 4 * 96 + 4 * 96 + 64 * 96
+    )  # the loss, R, a row for the energy outside the subspace, the block
 
 
 def scans(jaxpr, length):
@@ -162,7 +168,7 @@ def scans(jaxpr, length):
 
 
 def test_the_energy_outside_is_right_in_the_mean():
-    """Over 400 draws of the signs, a z-score below 4."""
+    """The z-score over 400 draws of the signs is below 4."""
     rng = np.random.default_rng(0)
     p = jnp.float32(np.linalg.qr(rng.normal(size=(8, 3)))[0])
     g = jnp.float32(rng.normal(size=(8, 12)))
@@ -180,7 +186,7 @@ def test_the_energy_outside_is_right_in_the_mean():
 
 
 class Immediate:
-    """Answers at once."""
+    """Replays measurements immediately."""
 
     def __init__(self, leaves):
         self.leaves = leaves
@@ -211,7 +217,7 @@ def test_flax_nnx_parameters_and_a_chain_behind_the_rule():
 def refused(tx, error, message, data=None):
     batch = batches(0, 2) if data is None else data
     state = jax.eval_shape(tx.init, params())
-    with pytest.raises(error, match=re.escape(message)):  # traced, and not run
+    with pytest.raises(error, match=re.escape(message)):  # traced only, not run
         jax.eval_shape(lambda state, params: projected(tx, batch, state, params), state, params())
 
 
@@ -230,7 +236,7 @@ def test_what_is_not_finite_stops_the_rule_that_sees_it_and_no_other():
     def spoilt(params, batch):
         return loss(params | {"bias": 0}, batch) + jnp.sum(
             jnp.sqrt(params["bias"])
-        )  # its gradient is infinite
+        )  # the gradient of this leaf is infinite
 
     _, updates, state = go.projected_update(tx, spoilt, batches(0, 2), tx.init(params()), params())
     assert updates["layers"]["kernel"].any()
@@ -241,7 +247,9 @@ def test_what_is_not_finite_stops_the_rule_that_sees_it_and_no_other():
     "tx",
     [
         go.galore_muon(0.1, **LOW_RANK),
-        optax.chain(optax.clip_by_global_norm(0.1), go.muon(0.1)),  # nothing is projected, so nothing refused
+        optax.chain(
+            optax.clip_by_global_norm(0.1), go.muon(0.1)
+        ),  # nothing is projected, so nothing is refused
         optax.adamw(0.1),
     ],
     ids=["galore_muon", "clipped muon", "adamw"],

@@ -1,4 +1,4 @@
-"""Finders: orthonormal whatever the gradient, and as much of it captured as the SVD captures."""
+"""Finders are orthonormal for every gradient, and capture as much of it as the SVD does."""
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,7 @@ def test_columns_are_orthonormal_whatever_the_gradient(finder):
         assert defect(p) < ORTHONORMAL, name
 
 
-@settings(max_examples=8)  # each compiles every finder
+@settings(max_examples=8)  # each example compiles every finder
 @given(st.integers(2, 12), st.integers(1, 12), st.lists(st.integers(1, 2), max_size=2), st.data())
 def test_finders_take_any_stack_of_any_shape(m, n, batch, data):
     rank = data.draw(st.integers(1, m - 1))
@@ -85,7 +85,7 @@ def test_svd_subspace_is_the_top_of_numpys(rng):
 
 
 def drifting(steps=6, m=48, n=96, exponent=0.7):
-    """Gradients of power-law spectrum under fresh noise, a third of their norm each step."""
+    """Gradients with a power-law spectrum and new noise in each step, a third of their norm."""
     rng = np.random.default_rng(0)
     u = np.linalg.qr(rng.normal(size=(m, m)))[0]
     v = np.linalg.qr(rng.normal(size=(n, m)))[0]
@@ -97,7 +97,7 @@ def drifting(steps=6, m=48, n=96, exponent=0.7):
 
 
 def test_the_default_finder_captures_what_the_svd_captures():
-    """Two power steps at first, then one at each refresh."""
+    """The finder makes two power steps at first, then one at each refresh."""
     p, share = start(48, 12), []
     for step, g in enumerate(drifting(steps=12)):
         before = p
@@ -106,7 +106,7 @@ def test_the_default_finder_captures_what_the_svd_captures():
         p = form(lambda f, *operands, g=g: f(g, *operands), KEY, p)
         np.testing.assert_array_equal(p, go.subspace_iteration(KEY, g, before, 1 if step else 2))
         share.append(captured(p, g) / captured(go.svd_subspace(KEY, g, p), g))
-    assert share[0] > 0.96  # measured 0.967; a power step from a random subspace 0.93
+    assert share[0] > 0.96  # measured 0.967; a power step from a random subspace captures 0.93
     assert min(share[1:]) > 0.97
 
 
@@ -115,7 +115,7 @@ def test_warm_iteration_captures_what_the_svd_captures():
     for step, g in enumerate(drifting()):
         p = find(KEY, g, p)
         share = captured(p, g) / captured(go.svd_subspace(KEY, g, p), g)
-        assert share > (0.97 if step else 0.93)  # the first starts from a random subspace
+        assert share > (0.97 if step else 0.93)  # the first step starts from a random subspace
 
 
 def iterated_by_numpy(g, p, iterations):
@@ -129,7 +129,7 @@ def iterated_by_numpy(g, p, iterations):
 
 @pytest.mark.parametrize("decades", [0, 1, 3])
 def test_iteration_is_numpys(rng, decades):
-    """What orthonormalization leaves out between steps is not missed."""
+    """The result does not suffer from fewer orthonormalization passes between steps."""
     u, v = (np.linalg.qr(rng.normal(size=(size, 24)))[0] for size in (24, 40))
     g = u * 10.0 ** -np.linspace(0, decades, 24) @ v.T
     p = start(24, 7)
@@ -139,12 +139,12 @@ def test_iteration_is_numpys(rng, decades):
 
 
 def test_iteration_is_numpys_where_the_gradient_sees_nothing(rng):
-    """Of rank 2: five of seven directions are the floor's, 1e-5 over a rounding of 1e-7."""
+    """The gradient has rank 2: five of seven directions come from the floor, 1e-5 over a rounding of 1e-7."""
     g = rng.normal(size=(4, 24, 2)) @ rng.normal(size=(4, 2, 40))
     p = start(24, 7, 4)
     found = go.subspace_iteration(KEY, jnp.float32(g), p)
     exact = iterated_by_numpy(g, p, 2)
-    # Measured: 9e-4, whatever is orthonormalized between; 3e-2 with no clean pass there.
+    # Measured: 9e-4 with any passes between the steps, but 3e-2 without a clean pass there.
     np.testing.assert_allclose(found @ found.mT, exact @ np.swapaxes(exact, -1, -2), atol=2e-3)
 
 
@@ -161,7 +161,7 @@ def sketched_by_numpy(key, g, p, iterations):
 
 @pytest.mark.parametrize("iterations", [0, 1, 2])
 def test_sketched_subspace_is_numpys(rng, iterations):
-    """Of a stack."""
+    """The projectors of a stack."""
     g = rng.normal(size=(2, 24, 40)) * np.linspace(1, 3, 40)
     p = start(24, 7, 2)
     found = go.sketched_subspace(KEY, jnp.float32(g), p, iterations)
@@ -170,17 +170,17 @@ def test_sketched_subspace_is_numpys(rng, iterations):
 
 
 def test_a_sketch_loses_nothing_in_the_mean(rng):
-    """`E|GS|² = |G|²`, whatever the gradient: here equal columns, which signs keep from piling up."""
+    """`E|GS|² = |G|²` for every gradient: here for equal columns, whose sum the signs keep bounded."""
     g = np.ones((1, 40))
     keys = jax.random.split(KEY, 2000)
     squares = jax.vmap(lambda key: jnp.sum((g @ count_sketch(key, 40, 7)) ** 2))(keys)
     z = (np.mean(squares) - 40) / (np.std(squares) / np.sqrt(len(keys)))
     assert abs(z) < 4
-    assert np.std(squares) > 1  # the columns do meet
+    assert np.std(squares) > 1  # the columns do share entries
 
 
 def test_a_sketch_and_a_power_step_find_more_than_a_power_step():
-    """From nothing, of the exact energy."""
+    """The first subspace, compared by the exact energy."""
     for g in drifting():
         sketched, iterated = (
             captured(find(KEY, g, start(48, 12), iterations=1), g)
@@ -190,13 +190,13 @@ def test_a_sketch_and_a_power_step_find_more_than_a_power_step():
 
 
 def test_where_a_sketch_cancels_the_floor_a_power_step_starts_from_the_previous_subspace(rng):
-    """In the first of two blocks `G S / |G S| + δ P` has 24 directions of 32, up to rounding: else NaN."""
+    """`G S / |G S| + δ P` of the first block has 24 of 32 directions up to rounding, which could give NaN."""
     p = start(48, 32, 2)
     v = np.linalg.qr(rng.normal(size=(2, 32, 8)))[0]
     cancelled = v @ np.swapaxes(v, -1, -2)
     sketch = rng.normal(size=p.shape) @ (np.eye(32) - cancelled)
     sketch /= np.linalg.norm(sketch, axis=(-2, -1), keepdims=True)
-    sketch[0] = np.sqrt(1 - 8e-4) * sketch[0] - (1e-2 * np.asarray(p) @ cancelled)[0]  # of norm one
+    sketch[0] = np.sqrt(1 - 8e-4) * sketch[0] - (1e-2 * np.asarray(p) @ cancelled)[0]  # norm one
     g = jnp.float32(sketch @ np.linalg.pinv(count_sketch(KEY, 400, 32)))
     found = go.sketched_subspace(KEY, g, p)
     assert defect(found) < ORTHONORMAL
@@ -206,16 +206,16 @@ def test_where_a_sketch_cancels_the_floor_a_power_step_starts_from_the_previous_
 
 
 def test_iteration_costs_a_small_fraction_of_the_svd():
-    """In floating-point operations that XLA counts, against the least an SVD of this shape needs."""
+    """The test compares XLA's count of floating-point operations with the least that an SVD needs."""
     m, n, r = 128, 512, 16
     args = (KEY, jax.ShapeDtypeStruct((m, n), jnp.float32), jax.ShapeDtypeStruct((m, r), jnp.float32))
     cost = jax.jit(go.subspace_iteration).lower(*args).compile().cost_analysis()["flops"]
-    # Reduction to bidiagonal form alone: 4 m² n - 4/3 m³ (Golub and Van Loan, section 5.4.8).
+    # The reduction to bidiagonal form alone takes 4 m² n - 4/3 m³ (Golub and Van Loan, section 5.4.8).
     assert cost < 0.35 * (4 * m**2 * n - 4 / 3 * m**3)
 
 
 def test_iteration_stays_close_to_the_previous_basis():
-    """Signs and order are kept, so that a momentum that is kept still means the same."""
+    """The finder keeps signs and order, so that an unchanged momentum keeps its meaning."""
     g = next(drifting())
     p = go.subspace_iteration(KEY, g, start(48, 12))
     for _ in range(20):
@@ -231,7 +231,7 @@ def test_zero_gradient_keeps_the_previous_subspace(finder):
 
 
 def test_random_subspace_is_uniform():
-    """`E[P Pᵀ] = (r/m) I` by z-scores, and every draw is its own."""
+    """`E[P Pᵀ] = (r/m) I` by z-scores, and every draw is different."""
     m, r, count = 6, 2, 4000
     keys = jax.random.split(KEY, count)
     p = jax.vmap(lambda key: go.random_subspace(key, jnp.zeros((m, 1)), jnp.zeros((m, r))))(keys)
@@ -249,7 +249,7 @@ def test_orthonormalize_is_qr_up_to_condition_1e6(rng, condition):
     y = jnp.float32(u * np.geomspace(1, 1 / condition, 8) @ v)
     q = orthonormalize(y)
     assert defect(q) < ORTHONORMAL
-    # The same columns up to rounding amplified by the condition: a triangular factor of positive diagonal.
+    # The columns are equal up to rounding times the condition: a triangular factor with a positive diagonal.
     assert float(jnp.diagonal(q.mT @ y).min()) > 0
     if condition <= 1e4:
         assert float(jnp.abs(jnp.tril(q.mT @ y, -1)).max()) < 1e-5
@@ -262,13 +262,13 @@ def test_outside_is_the_residual_and_zero_where_it_is_rounding(rng):
     exact = jnp.float32(rng.normal(size=(3, 10, 4)) @ rng.normal(size=(3, 4, 14)))
     np.testing.assert_array_equal(outside(go.svd_subspace(KEY, exact, p), exact), 0)
     np.testing.assert_array_equal(outside(p, jnp.zeros_like(g)), 0)
-    # In bfloat16 the gradient itself is rounded, by 0.2 % of its norm; 3 % is more than rounding.
+    # bfloat16 rounds the gradient itself by 0.2 % of its norm; 3 % is more than rounding.
     coarse = exact.astype(jnp.bfloat16)
     q = go.svd_subspace(KEY, coarse, p)
     np.testing.assert_array_equal(outside(q, coarse), 0)
     seen = (exact + 0.03 * jnp.linalg.norm(exact) / jnp.linalg.norm(g) * g).astype(jnp.bfloat16)
     assert outside(go.svd_subspace(KEY, exact, p), seen).any(axis=(1, 2)).all()
-    # Every block is judged by itself.
+    # The finder judges every block separately.
     mixed = jnp.stack([exact[0], g[1]])
     residual = outside(go.svd_subspace(KEY, mixed, p[:2]), mixed)
     assert not residual[0].any()

@@ -1,4 +1,4 @@
-"""The mean over draws of the inner rule's input, lifted back, is the gradient."""
+"""The mean over draws of the lifted input of the inner rule is the gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ COMPENSATIONS = {"complement": go.complement, "low_variance": go.low_variance}
 def problem():
     rng = np.random.default_rng(0)
     gradients = jnp.float32(rng.normal(size=(3, L, M, N)))
-    # A subspace that does not depend on the draw, and not on the gradient either: the strongest form.
+    # A subspace that depends neither on the draw nor on the gradient gives the strongest form of the test.
     p = jnp.float32(np.linalg.qr(rng.normal(size=(L, M, RANK)))[0])
     return gradients, p
 
@@ -55,9 +55,9 @@ def test_the_mean_over_draws_is_the_full_rule(problem, compensation, beta):
         expected.append(momentum)
     steps = np.float64(steps)
     z = (steps.mean(0) - expected) / (steps.std(0) / np.sqrt(DRAWS))
-    # Normal scores of fixed seeds, one for each step and block, the largest of which the test looks at.
+    # The test bounds the largest of the normal scores of fixed seeds, one for each step and block.
     assert np.abs(z).max() < 4.5
-    assert (steps.std(0) > 0).all()  # a score of a constant would say nothing
+    assert (steps.std(0) > 0).all()  # the score of a constant has no meaning
 
 
 NOT_LINEAR = {"adam": optax.scale_by_adam(), "lion": optax.scale_by_lion(), "muon": muon_rule()}
@@ -65,7 +65,7 @@ NOT_LINEAR = {"adam": optax.scale_by_adam(), "lion": optax.scale_by_lion(), "muo
 
 @pytest.mark.parametrize("inner", NOT_LINEAR.values(), ids=NOT_LINEAR)
 def test_the_step_of_a_rule_that_is_not_linear_is_biased(problem, inner):
-    """What the documents say of it, with the same score."""
+    """The claim of the documents, with the same score."""
     steps, _ = estimates(problem, go.complement, inner)
     state, expected = inner.init(problem[0][0]), []
     for g in problem[0]:
@@ -88,7 +88,7 @@ def test_the_variance_is_the_formulas(problem, compensation):
         "low_variance": (1 - Q) / Q * b,
     }[compensation.__name__]
     squares = np.sum((np.float64(steps) - gradients) ** 2, axis=(-2, -1))
-    # A two-valued variable: its mean square is known to a standard error from the same sample.
+    # The variable has two values, so the same sample gives the standard error of its mean square.
     z = (squares.mean(0) - formula) / (squares.std(0) / np.sqrt(DRAWS))
     assert np.abs(z).max() < 4
 
@@ -102,7 +102,7 @@ def test_weights_satisfy_the_two_conditions_of_unbiasedness(compensation, q):
 
 
 def test_dropping_what_lies_outside_is_biased_and_the_test_sees_it(problem):
-    """The same z-score on plain low rank: the check above can fail."""
+    """The same z-score is large for plain low rank, so the check above can fail."""
     gradients, p = problem
     tx = go.low_rank(optax.identity(), RANK, 10, find_subspace=lambda key, g, previous: p)
     step, _ = tx.update(gradients[0], tx.init(gradients[0]))

@@ -1,4 +1,4 @@
-"""The view and the routing: dimension numbers, Flax Linen, NNX, scanned layers."""
+"""Views and routing: dimension numbers, Flax Linen, NNX, scanned layers."""
 
 import flax.linen as nn
 import jax
@@ -22,7 +22,7 @@ HEADS_FIRST = Dims(-2, (-3, -1))
 
 
 def seen_by(inner_shapes):
-    """A rule that notes the shapes it sees."""
+    """A rule that records the shapes of its leaves."""
 
     def update(updates, state, params=None):
         inner_shapes.append(jax.tree.map(jnp.shape, updates))
@@ -33,7 +33,7 @@ def seen_by(inner_shapes):
 
 @st.composite
 def leaves_with_axes(draw):
-    """A shape of 2 to 5 axes and a partition of its axes, as non-negative or negative numbers."""
+    """A shape of 2 to 5 axes and a partition of the axes, as non-negative or negative numbers."""
     shape = tuple(draw(st.lists(st.integers(1, 4), min_size=2, max_size=5)))
     axes = draw(st.permutations(range(len(shape))))
     first = draw(st.integers(1, len(axes) - 1))
@@ -80,7 +80,7 @@ def test_scale_by_shape_uses_fan_in_and_fan_out_of_the_full_weight():
 
 
 def test_the_shape_factor_of_a_projected_block_is_that_of_the_full_weight(rng):
-    """Consistent RMS: a full-rank orthogonal step has RMS 0.2 lr, and a rank-r one 0.2 lr √(r/m)."""
+    """Consistent RMS: a full-rank orthogonal step has RMS 0.2 lr, a step of rank r has 0.2 lr √(r/m)."""
     g = {"w": np.float32(rng.normal(size=(4, 8, 16)))}
     polar = {"orthogonalizer": go.polar, "momentum": 0.0}
     full, _ = run(go.muon(1.0, **polar), [g])
@@ -90,7 +90,7 @@ def test_the_shape_factor_of_a_projected_block_is_that_of_the_full_weight(rng):
 
 
 def entries(params):
-    """Path to entry, by joined names."""
+    """The entries by path, with joined names."""
     leaves = jax.tree_util.tree_leaves_with_path(
         go.hidden_matrices(params), is_leaf=lambda x: x is None or isinstance(x, Dims)
     )
@@ -136,7 +136,7 @@ def test_linen_matrices_are_found_and_only_they(scan):
     found = entries(params)
     assert {name: entry for name, entry in found.items() if entry} == LINEN_MATRICES
     stacked = {"layers/attention/query/bias", "layers/up/bias", "layers/RMSNorm_0/scale"}
-    assert stacked < set(found)  # two axes when scanned, and still no matrices
+    assert stacked < set(found)  # two axes in scanned layers, but no matrices
     state = jax.eval_shape(go.muon(1e-3).init, params)
     assert isinstance(state, go.SkipNonFiniteState)
 
@@ -196,7 +196,7 @@ def test_nnx_optimizer_trains(make):
 
 
 def shaped(**shapes):
-    """Path to shape as a tree; `__` separates names."""
+    """A tree of shapes from paths to shapes; `__` separates names."""
     tree: dict = {}
     for path, shape in shapes.items():
         *parents, last = path.split("__")
@@ -234,7 +234,7 @@ ATTENTION = {
     "stack_with_bias": ({"a": {"query": shaped(kernel=(9, 6, 6), bias=(9, 6))}}, PLAIN | {None}),
     "feed_forward_stack": (shaped(mlp__wi__kernel=(5, 6, 9), mlp__wo__kernel=(5, 9, 6)), PLAIN),
     "convolution": (shaped(attn_1__q__kernel=(1, 1, 6, 6)), PLAIN),
-    # Tunix's LLaMA and Qwen call them `w`, as the layers of Haiku do theirs.
+    # Tunix's LLaMA and Qwen call their kernels `w`, as Haiku's layers do.
     "einsum": (
         shaped(attn__q_proj__w=(6, 2, 3), attn__k_proj__w=(6, 1, 3), attn__o_proj__w=(2, 3, 6)),
         SPLIT,
@@ -250,7 +250,7 @@ ATTENTION = {
         shaped(attn__qkv_einsum__w=(4, 3, 2, 6, 3), attn__attn_vec_einsum__w=(4, 2, 3, 6)),
         {HEADS_FIRST, SPLIT_OUTPUT},
     ),
-    # A leaf of that name at the root has no module to look beside it in.
+    # A leaf with that name at the root is in no module, so it has no siblings.
     "root": (shaped(w=(6,), a__w=(3, 4, 6)) | shaped(kernel=(4, 6), a2__kernel=(3, 4, 6)), PLAIN | {None}),
     "gemma_feed_forward": (shaped(mlp__gating_einsum__w=(2, 9, 6), mlp__linear__w=(9, 6)), PLAIN),
 }
@@ -258,7 +258,7 @@ ATTENTION = {
 
 @pytest.mark.parametrize(("tree", "expected"), ATTENTION.values(), ids=ATTENTION)
 def test_split_heads_are_told_from_stacks_of_plain_matrices(tree, expected):
-    """`nn.Dense` queries scanned over layers have three axes too; the other side tells them apart."""
+    """Scanned `nn.Dense` queries have three axes too; the other side of the attention distinguishes them."""
     assert set(entries(tree).values()) == expected
 
 
@@ -296,11 +296,11 @@ def test_vectors_empty_leaves_and_none_are_not_matrices():
 
 
 def test_the_users_dimension_numbers_decide(rng):
-    """Scanned on axis 1, as MaxText stacks layers: one stack of 5 blocks, not 3 matrices of (5, 4)."""
+    """MaxText scans on axis 1: the leaf is one stack of 5 blocks, not 3 matrices of (5, 4)."""
     g = {"kernel": np.float32(rng.normal(size=(3, 5, 4))), "embedding": np.float32(rng.normal(size=(7, 3)))}
     tree = {"kernel": Dims(0, 2), "embedding": None}
 
-    def by_path(params):  # sees every leaf, as at `init`
+    def by_path(params):  # gets every leaf, as at `init`
         return {name: Dims(0, 2) if leaf.ndim == 3 else None for name, leaf in params.items()}
 
     for spec in (tree, by_path):
@@ -335,7 +335,7 @@ def test_weight_decay_is_decoupled_masked_and_shared_with_the_default_others(rng
 
 
 def test_rules_take_leaves_of_any_stack(rng):
-    """Without `as_matrices`, leading axes are blocks."""
+    """Leading axes are blocks without `as_matrices`."""
     g = np.float32(rng.normal(size=(2, 3, 4, 6)))
     rule = go.unbiased_low_rank(muon_rule(), 2, 2, 0.4, find_subspace=go.svd_subspace)
     a, _ = run(rule, [g])

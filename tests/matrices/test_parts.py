@@ -1,4 +1,4 @@
-"""Fused kernels: each part is a matrix of its own, and no part is copied."""
+"""Fused kernels: each part is a separate matrix, and nothing copies a part."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def layers(rng, shape=(6, 16), count=2):
 
 
 def apart(tree, sizes=(8, 4, 4)):
-    """The same model with a kernel for each part."""
+    """The same model with one kernel per part."""
     ends = np.cumsum(sizes)[:-1]
     return jax.tree.map(lambda x: tuple(np.split(x, ends, axis=-1)), tree)
 
@@ -70,7 +70,7 @@ KERNELS = {
 
 @pytest.mark.parametrize(("shape", "entry", "blocks"), KERNELS.values(), ids=KERNELS)
 def test_each_part_is_orthogonal_by_itself(shape, entry, blocks, rng):
-    """Its singular values are one, and the squares of all add up."""
+    """The singular values of each part are one, and the squares add up."""
     g = {"kernel": np.float32(rng.normal(size=shape))}
     rule = go.as_matrices(optax.stateless(lambda tree, _: jax.tree.map(go.polar, tree)), entry)
     seen = []
@@ -97,7 +97,7 @@ def test_a_part_is_scaled_by_its_own_shape(rng):
 
 @pytest.mark.parametrize("rank", [2, 4], ids=["all parts projected", "queries only"])
 def test_projected_update_projects_parts(rank, rng):
-    """At rank 4 keys and values are not projected, and their gradient is needed whole."""
+    """Rank 4 does not project keys and values, so they need their whole gradient."""
     params = layers(rng) | {"out": np.float32(rng.normal(size=(16, 1)))}
     batches = np.float32(rng.normal(size=(2, 5, 6)))
     tx = go.gum(

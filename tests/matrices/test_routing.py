@@ -1,4 +1,4 @@
-"""Which leaf of a real model is which matrix: the policy over true parameter trees, and the user's word."""
+"""Which leaf of a real model is which matrix: the policy on real parameter trees, and overrides by users."""
 
 import functools
 import json
@@ -25,24 +25,24 @@ from helpers import run
 
 MODELS = json.loads((Path(__file__).parent / "models.json").read_text())
 NO_MATRIX = {"embedding", "head", "norm", "bias", "vector", "position", "token", "depthwise conv", "other"}
-# Where the policy reads a leaf otherwise than the model's author would, and why that is meant.
+# Leaves that the policy intentionally reads otherwise than the model's author, with the reason.
 MEANT = {
-    # Two matrices side by side on an axis of their own are two blocks, and not one fused matrix.
+    # Two matrices on a separate axis are two blocks, not one fused matrix.
     "gating_einsum": "blocks", "kv_einsum": "blocks", "Wi/weight": "blocks",
-    # What makes features of pixels is an embedding by its module's name.
+    # The layer from pixels to features is an embedding by the name of its module.
     "patch_embedding": "embedding", "patch_embeddings": "embedding", "embedding/kernel": "embedding",
     "embedding_layer": "embedding",
-    # No name, no bias and no other side says what these are.
+    # No name, no bias and no other side of an attention identifies these leaves.
     "correction_coefs": "unknown", "prediction_coefs": "unknown", "per_layer_input_projection": "unknown",
     "output_proj": "unknown", "einsum/kernel": "unknown",
-    # The module tells, which this test does not have: see the tests of Equinox below.
+    # The module would tell, but this test has no modules: see the Equinox tests below.
     "c1/weight": "module", "ct/weight": "module", "dw/weight": "module", "grp/weight": "module",
     "lora_A/weight": "module", "lora_B/weight": "module",
 }  # fmt: skip
 
 
 def tree_of(leaves, *, named=True):
-    """The parameters as a nested dict, in Linen's boxes where axes have names."""
+    """The parameters as a nested dict, with Linen boxes for axes with names."""
     tree: dict = {}
     for path, leaf in leaves.items():
         *parents, last = path.split("/")
@@ -55,13 +55,13 @@ def tree_of(leaves, *, named=True):
 
 
 def entries(params, spec=None):
-    """Path to entry."""
+    """The entries by path."""
     names = ["/".join(x) for x in leaf_names(params)]
     return dict(zip(names, Decisions(spec).of(params), strict=True))
 
 
 def sides(shape, reduction, output):
-    """The axes of either side that are longer than one."""
+    """The axes of each side that are longer than one."""
     several = [axes if isinstance(axes, tuple | list) else (axes,) for axes in (reduction, output)]
     return [{axis % len(shape) for axis in axes if shape[axis] > 1} for axes in several]
 
@@ -79,8 +79,8 @@ def test_the_policy_reads_a_real_model_as_its_author_does(name):
         if wanted and not all(wanted):
             wanted = None  # a side of one
         got = entry and sides(shape, *entry)
-        # Haliax and Equinox tell fan-in from fan-out by the module, and Hugging Face's GPT-2 not at all;
-        # either way it is the same matrix.
+        # Haliax and Equinox tell fan-in from fan-out by the module, Hugging Face's GPT-2 does not tell them;
+        # the matrix is the same either way.
         as_one = sorted if name.startswith(("levanter", "equinox", "hf gpt2")) else list
         if (wanted and as_one(map(sorted, wanted))) != (got and as_one(map(sorted, got))):
             wrong[path] = (shape, leaf["kind"], leaf["dims"], entry)
@@ -93,7 +93,7 @@ def test_the_meant_readings_are_of_leaves_that_exist():
 
 
 def test_names_of_axes_alone_give_maxtext_its_state():
-    """LLaMA-3-8B, layers scanned on axis 1: 10.71 GiB, 7 kernels projected, as with MaxText's own numbers."""
+    """LLaMA-3-8B scanned on axis 1: 10.71 GiB, 7 projected kernels, as with MaxText's dimension numbers."""
     leaves = MODELS["maxtext llama3_8b"]["leaves"]
     params = tree_of(leaves)
     numbers = {path: x["dims"] and Dims(*map(tuple, x["dims"])) for path, x in leaves.items()}
@@ -105,7 +105,7 @@ def test_names_of_axes_alone_give_maxtext_its_state():
 
 
 class Scanned(nnx.Module):
-    """Layers on axis 1, as the variables' metadata say: their sizes alone say nothing."""
+    """The layers are on axis 1 by the metadata of the variables; sizes alone do not tell that."""
 
     def __init__(self):
         def init(key, shape, dtype=jnp.float32):
@@ -124,7 +124,7 @@ class Scanned(nnx.Module):
     ids=["muon", "inject_hyperparams"],
 )
 def test_flax_nnx_trains_by_the_names_that_only_init_sees(make):
-    """`nnx.Optimizer` gives `update` arrays without their variables."""
+    """`nnx.Optimizer` passes arrays without their variables to `update`."""
     model = Scanned()
     optimizer = nnx.Optimizer(model, make(1.0, momentum=0.0, orthogonalizer=go.polar), wrt=nnx.Param)
     before = model.up[...]
@@ -168,7 +168,7 @@ def test_pairs_of_attention_kernels_are_found_by_structure(pair, scanned):
 
 
 def test_latent_attention_is_found_by_its_heads():
-    """DeepSeek's sides have widths of their own: all that they have in common is heads."""
+    """The kernels of DeepSeek's attention have different widths and share only the number of heads."""
     leaves = {
         "attn/q_a_proj/kernel": {"shape": [64, 24]},
         "attn/q_b_proj/kernel": {"shape": [24, 4, 12]},
@@ -189,7 +189,7 @@ def test_latent_attention_is_found_by_its_heads():
     ids=lambda names: names[0],
 )  # fmt: skip
 def test_what_a_leaf_is_does_not_depend_on_which_of_its_siblings_are_there(names, scanned):
-    """`optax.partition`, `masked`, an NNX filter and freezing show a rule some of the leaves only."""
+    """`optax.partition`, `masked`, an NNX filter and freezing pass only some of the leaves to a rule."""
     stack = [3] * scanned
     shapes = {name: [*stack, 24, 4, 6] for name in names[:3]} | {names[3]: [*stack, 4, 6, 24]}
     leaves = {f"layer/attention/{name}/kernel": {"shape": shape} for name, shape in shapes.items()}
@@ -268,13 +268,13 @@ def test_convolutions_of_equinox_and_pytorch_have_their_channels_first(dims):
     assert found["a/weight"] == Dims(axes, -2 - dims)
     assert found["b/weight"] is None
     assert found["a/bias"] is None
-    # PyTorch's, by name: nothing but a dict.
+    # PyTorch's names in a plain dict.
     plain = entries(tree_of({"conv_a/weight": {"shape": [8, 4] + [3] * dims}, "conv_a/bias": {"shape": [8]}}))
     assert plain["conv_a/weight"] == Dims(axes, -2 - dims)
 
 
 class OwnLinear(eqx.nn.Linear):
-    """A layer of a model's own."""
+    """A layer class that a model defines."""
 
 
 def test_layers_of_equinox_tell_fan_in_from_fan_out():
@@ -320,7 +320,7 @@ def test_vectors_of_a_stack_tokens_and_what_has_a_side_of_one_are_no_matrices(pa
      ("pre_logits/kernel", (16, 16), True), ("attention/output/dense/kernel", (16, 16), True)],
 )  # fmt: skip
 def test_tables_and_heads_are_what_they_are_and_not_all_that_is_called_so(path, shape, is_matrix):
-    """A module's name does not take a whole network with it."""
+    """The name of a module does not decide for all leaves of a network."""
     rest = {
         "embedder/token/embedding": {"shape": [99, 16]},
         "embedder/mlp/down/kernel": {"shape": [32, 16]},
@@ -349,7 +349,7 @@ def test_routers_are_matrices_and_one_argument_changes_that():
         "moe/gate/kernel": {"shape": [16, 4]},
         "mlp/gate_proj/kernel": {"shape": [16, 32]},
         "moe/experts/up": {"shape": [4, 16, 32]},
-        # Levanter's Qwen: only the names of axes tell.
+        # Levanter's Qwen: only the axis names tell.
         "mlp/gate/weight": {"shape": [2, 4, 16], "axes": ["layers", "experts", "embed"]},
         "mlp/up/weight": {"shape": [2, 4, 16, 32], "axes": ["layers", "experts", "embed", "mlp"]},
     }
@@ -392,7 +392,7 @@ def test_a_pattern_that_decides_no_leaf_is_warned_of():
 
 
 def test_the_cost_of_the_policy_grows_as_the_leaves_do():
-    """No rule looks at all leaves for each leaf: an update is traced in a moment for a thousand of them."""
+    """No rule visits all leaves for each leaf: tracing an update of a thousand leaves is quick."""
 
     def calls(layers):
         leaves = {}

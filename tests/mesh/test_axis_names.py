@@ -1,4 +1,4 @@
-"""State beside named parameters: what trainers that shard by name find there."""
+"""State beside named parameters, as trainers that shard by name see it."""
 
 import flax.linen as nn
 import jax
@@ -25,7 +25,7 @@ def variable(x, names):
 
 
 def maxtexts(x, names):
-    """A scanned variable as MaxText may leave it: the axis of the scan apart, names under two keys."""
+    """A scanned variable as in MaxText: the axis of the scan is separate, and two keys hold names."""
     if "layers" not in names:
         return variable(x, names)
     box = nnx.Param(x, partition_name="layers", param_scan_axis=1)
@@ -54,7 +54,7 @@ def boxed_params(box):
 
 
 def names_by_field(state):
-    """Shape and names of every box of the state that holds an array, by the end of its path."""
+    """Shape and names of every box with an array in the state, by the end of its path."""
     found = {}
     for path, x in jax.tree_util.tree_leaves_with_path(state, is_leaf=is_box):
         if is_box(x) and jax.tree.leaves(x):
@@ -120,7 +120,7 @@ def test_names_are_told_within_a_mesh_of_another_size_and_under_jit():
 
 @pytest.mark.parametrize("box", BOXES.values(), ids=BOXES)
 def test_no_box_holds_a_hole(box):
-    """Tunix looks for a sharding of whatever is in a box that has names."""
+    """Tunix reads the sharding of the content of every box with names."""
     state = gum().init(boxed_params(box))
     boxes = [x for x in jax.tree.leaves(state, is_leaf=is_box) if is_box(x)]
     assert all(len(jax.tree.leaves(x)) == 1 for x in boxes)
@@ -128,7 +128,7 @@ def test_no_box_holds_a_hole(box):
 
 @pytest.mark.parametrize("box", BOXES.values(), ids=BOXES)
 def test_an_update_whose_state_has_no_box_left(box):
-    """The only named parameter is the embedding, for which SGD keeps nothing."""
+    """The only named parameter is the embedding, for which SGD has no state."""
     tx = go.gum(0.1, rank=2, period=2, full_rank_fraction=0.4, others=optax.sgd(0.1))
     params = {"embedding": box(jnp.ones((4, 6)), ("vocab", "embed")), "kernel": jnp.ones((3, 4, 6))}
     steps, state = tx.update(params, tx.init(params), params)
@@ -209,7 +209,7 @@ def test_a_named_sharding_is_its_spec():
 
 
 def test_more_names_than_one_mesh_has_axes():
-    """JAX counts the devices of a mesh in 32 bits: 40 names of even axes are told in two goes."""
+    """JAX counts the devices of a mesh in 32 bits: 40 named axes of even size need two meshes."""
     params = {str(i): variable(jnp.ones((4, 6)), (f"in{i}", f"out{i}")) for i in range(20)}
     found = names_by_field(go.with_axis_names(optax.trace(0.9)).init(params))
     assert found == {f".trace['{i}']": ((4, 6), (f"in{i}", f"out{i}")) for i in range(20)}
@@ -221,7 +221,7 @@ def test_what_has_no_names_is_left_as_it_is():
     state = tx.init(params)
     assert "out_sharding" not in state.trace["a"].get_metadata()
     assert not is_box(state.trace["b"])
-    # JAX may not type an axis of size one, and there is nothing to shard.
+    # JAX may give an axis of size one no sharding in its type, and such an axis has nothing to shard.
     assert state.trace["c"].get_metadata("out_sharding") == ("x", None)
     plain = {"a": jnp.ones((2, 3))}
     assert jax.tree.structure(tx.init(plain)) == jax.tree.structure(optax.trace(0.9).init(plain))

@@ -1,4 +1,4 @@
-"""Two processes as two hosts of one mesh: the same run as in one process, and a checkpoint for every mesh."""
+"""Two processes as two hosts of one mesh give the run of one process, and a checkpoint for every mesh."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from gum_optax._core.keys import key_data
 
 HERE = Path(__file__).resolve().parent.parent
 
-# Restores the checkpoint of two processes on meshes of one, and compares it with what they gathered.
+# Restores the checkpoint of two processes on meshes of one process, and compares it with their arrays.
 RESTORE = """
 import sys
 import on_eight_devices as run
@@ -49,7 +49,7 @@ print("restored")
 """
 
 
-# `examples/distributed.py` in one process: FSDP, projected if two were, on from their stop, as another run.
+# Runs of `examples/distributed.py` in one process: FSDP, `projected_update`, a resumed run, another run.
 ALONE = """
 import sys
 sys.path.insert(0, "../examples")
@@ -77,7 +77,7 @@ def free_address():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What two processes left, and what each of them printed."""
+    """The files of two processes, and the output of each."""
     folder = tmp_path_factory.mktemp("run")
     address = free_address()
     both = [python("on_two_processes.py", address, str(i), str(folder), devices=4) for i in range(2)]
@@ -91,7 +91,7 @@ def folder(tmp_path_factory):
 def test_two_processes_run_as_one_and_their_checkpoint_fits_every_mesh(folder):
     out, error = python("-c", RESTORE, str(folder), devices=8).communicate(timeout=300)
     assert out.splitlines()[-1:] == ["restored"], error
-    for process in range(2):  # a seed of its own in each is caught and named
+    for process in range(2):  # the error names the seed that differs between the processes
         message = (folder / f"{process}.txt").read_text()
         assert "key" in message
         assert str([key_data(seed).tolist() for seed in range(2)]) in message
@@ -99,7 +99,7 @@ def test_two_processes_run_as_one_and_their_checkpoint_fits_every_mesh(folder):
 
 
 def losses_of(text):
-    """The losses of each run that `distributed.py` printed, by their steps."""
+    """The printed losses of each run of `distributed.py`, by step."""
     runs = []
     for line in text.splitlines():
         if line.startswith("8 devices"):
@@ -116,7 +116,7 @@ def losses_of(text):
     ids=lambda way: way[0],
 )
 def test_a_run_of_two_processes_is_that_of_one_each_way_and_outlives_a_preemption(tmp_path, way):
-    """One of two processes gets SIGTERM: both save, and one process of eight devices goes on."""
+    """One of two processes gets SIGTERM: both save, and one process with eight devices continues."""
     text = tmp_path / "text.txt"
     text.write_text("".join(f"The {i}th sentence is about {i * i}.\n\n" for i in range(2000)))
     common = ["--model", "tiny", "--batch", "16", "--seq", "16", "--steps", "30", "--period", "4"]

@@ -1,4 +1,4 @@
-"""On a mesh of forced host devices: what is exchanged, and that the result is the single device's."""
+"""A mesh of forced host devices exchanges little, and gives the result of a single device."""
 
 import functools
 import importlib.util
@@ -27,7 +27,7 @@ sys.path.insert(0, str(HERE.parent / "benchmarks"))
 
 import cost_model  # noqa: E402
 
-# In a process of its own: the number of host devices is fixed when JAX starts.
+# Runs in a separate process, because the number of host devices is fixed when JAX starts.
 SCRIPT = """
 import json, re
 import jax, jax.numpy as jnp, numpy as np
@@ -66,7 +66,7 @@ def found():
 
 
 def test_sinkgd_exchanges_vectors_only(found):
-    """No collective has more numbers than the matrix has rows or columns, however it is sharded."""
+    """No collective sends more numbers than the matrix has rows or columns, under every sharding."""
     for spec, result in found.items():
         assert result["collectives"], spec
         for kind, size in result["collectives"]:
@@ -79,7 +79,7 @@ def test_sharded_sinkgd_is_sinkgd(found):
         assert result["error"] < 1e-6, spec
 
 
-# Two to a process.
+# Two optimizers per process.
 PAIRS = [[*CORE[i::3]] for i in range(3)]
 REST = [name for name in OPTIMIZERS if name not in CORE]
 PAIRS += [pytest.param(REST[i::4], marks=pytest.mark.long) for i in range(4)]
@@ -101,20 +101,20 @@ def test_on_every_layout_an_optimizer_does_what_it_does_on_one_device(names):
             assert found["stays"], (name, setting)
 
 
-# One for each function of LAPACK; the others take longer.
+# One case for each LAPACK function; the other cases take longer.
 AT_SIZE = ["sumo,", "cosmos,", "galore_muon,", "galore_muon,svd_subspace"]
 MORE_AT_SIZE = [f"{name}," for name in OPTIMIZERS if f"{name}," not in AT_SIZE]
-# `randomized_svd` is SUMO's default: rounding may flip its columns, and only a momentum that rotates follows.
+# Rounding may flip columns of `randomized_svd`, SUMO's default; only a momentum that rotates follows them.
 MORE_AT_SIZE += ["galore_muon,random_subspace", "sumo,svd_subspace", "sumo,track_subspace"]
 BY_CASES = [AT_SIZE, *(pytest.param(MORE_AT_SIZE[i::3], marks=pytest.mark.long) for i in range(3))]
 
 
 @pytest.mark.parametrize("cases", BY_CASES, ids="|".join)
 def test_at_an_ordinary_size_no_device_waits_for_ever_and_all_find_what_one_does(cases):
-    """A stack whose factorizations are worth several threads, sharded on both sides; each step refreshes."""
+    """A stack with factorizations worth several threads, sharded on both sides, refreshes in every step."""
     command = [sys.executable, "on_eight_devices.py", *cases]
     done = subprocess.run(command, cwd=HERE, env=os.environ, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr  # the case that was started last
+    assert done.returncode == 0, done.stderr  # the case that started last
     gaps = json.loads(done.stdout.splitlines()[-1])
     assert list(gaps) == cases
     for case, gap in gaps.items():
@@ -122,13 +122,13 @@ def test_at_an_ordinary_size_no_device_waits_for_ever_and_all_find_what_one_does
 
 
 WITHOUT_LAPACK = ("muon", "swan", "sinkgd", "scion", "trion")
-# The stack of each LAPACK call in a program, as `4x`; nothing where it is one matrix.
+# The stack of each LAPACK call in a program, such as `4x`; empty for a single matrix.
 STACK = re.compile(r"@lapack_(\w+)\(.*: \(tensor<((?:\d+x)*?)\d+x\d+xf32>")
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_cpu_is_never_given_a_stack_to_decompose(name):
-    """It would wait for the parts of it on the threads that should work on them (jaxlib 0.10 and 0.11)."""
+    """A call for a stack would wait for its parts on the threads that compute them (jaxlib 0.10, 0.11)."""
     make, arguments = OPTIMIZERS[name]
     tx = make(1e-2, **arguments)
     params = {"kernel": jax.ShapeDtypeStruct((2, 3, 6, 9), jnp.float32)}
@@ -156,7 +156,7 @@ def mesh():
 
 
 def specs_of(tx, shapes, specs, mesh):
-    """The specs of the state that have names in them, by the last names of their paths."""
+    """The nonempty specs of the state, by the last names of their paths."""
     params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
     shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
     state = go.state_shardings(tx, params, shardings)
@@ -218,7 +218,7 @@ def test_shardings_that_are_none_or_of_several_meshes_are_refused(mesh):
 
 
 def numbers_of(tx, shapes):
-    """Shapes of the projectors of `low_rank`."""
+    """The shapes of the projectors of `low_rank`."""
     params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
     return jax.tree.map(lambda x: x.shape, jax.eval_shape(tx.init, params).projectors)
 
@@ -256,7 +256,7 @@ def test_a_matrix_without_a_sharding_is_named(mesh):
 
 
 def untold(params, entries):
-    return with_shardings.untold_shardings(params, list(entries.values()))
+    return with_shardings.undeclared_shardings(params, list(entries.values()))
 
 
 def test_leaves_whose_auto_shardings_the_optimizer_was_not_told_are_named():
@@ -275,10 +275,10 @@ def test_leaves_whose_auto_shardings_the_optimizer_was_not_told_are_named():
     }
     entries = dict.fromkeys(params, go.LAST_TWO)
     assert untold(params, entries) == ["['both']", "['columns']", "['rows']"]
-    # Told of two, and one of the others is no matrix.
+    # Two leaves have declared shardings, and one of the others is not a matrix.
     told = go.with_shardings({name: x.sharding for name, x in params.items()}, lambda _: go.LAST_TWO)(params)
     assert untold(params, entries | {"both": told["both"], "rows": None}) == ["['columns']"]
-    # The first axis is one of the matrix where dimension numbers say so.
+    # The first axis belongs to the matrix if the dimension numbers say so.
     first = optax.contrib.MuonDimensionNumbers(reduction_axis=(0, 1), output_axis=-1)
     assert untold(params, dict.fromkeys(params, first))[0] == "['batch']"
 
@@ -300,9 +300,9 @@ def test_types_tell_the_shardings_over_explicit_axes_and_shapes_alone_have_none(
 
 
 def benchmark(name, tmp_path, *arguments):
-    """What a benchmark measured, and what it printed."""
+    """The measurements of a benchmark, and its output."""
     command = [sys.executable, f"benchmarks/{name}.py", "--out", str(tmp_path), *arguments]
-    # Two tests may load libtpu at a time, and none of them a device.
+    # Two tests may load libtpu at the same time, because neither uses a device.
     env = os.environ | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     done = subprocess.run(command, cwd=HERE.parent, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -311,7 +311,7 @@ def benchmark(name, tmp_path, *arguments):
 
 
 def exchanges(printed):
-    """How many collectives of an ordinary step send a KiB or more, by optimizer and layout."""
+    """The number of collectives of at least a KiB in an ordinary step, by optimizer and layout."""
     counts = {}
     for line in printed.splitlines():
         if head := re.match(r"cpu (\S+)  (\S+)  ", line):
@@ -323,8 +323,8 @@ def exchanges(printed):
     return counts
 
 
-# MiB of an update and of a refresh, of [8, 1024, 4096] at rank 128 with two slots: nothing of the size of m n
-# but in these. On m the refresh makes a projector of the long side, 16 MiB, on every device.
+# MiB sent by an update and a refresh of [8, 1024, 4096] at rank 128 with two slots. Only these entries have
+# the size of m n. On m, the refresh makes a projector of the long side, 16 MiB, on every device.
 BUDGETS = {"n": (15.5, 10), "m": (22.5, 28), "2-D": (17, 10)}
 
 
@@ -340,10 +340,10 @@ def test_what_gum_sends_on_eight_devices_is_within_its_budget(tmp_path):
     )
     check_budgets(found)
     counts = exchanges(printed)
-    # On n and 2-D a Gram matrix for each of the 8 blocks; beside them those of the slots, and their ways.
+    # On n and 2-D: a Gram matrix for each of the 8 blocks, the slots' Gram matrices, and their transfers.
     assert [counts["gum", layout] for layout in found["gum"]] == [10, 5, 16]
     assert max(counts["sinkgd", layout] for layout in found["gum"]) <= 12
-    # What it takes to bring every matrix to one device and back, 2-D along one mesh axis after the other.
+    # The cost to bring every matrix to one device and back; 2-D along one mesh axis after the other.
     assert [found["muon"][layout][0] for layout in found["gum"]] == [28, 28, 40]
     assert max(update for update, _ in found["galore_muon"].values()) <= 5
     assert "| sinkgd | 0.33 | 1.31 | 0.33 |" in (tmp_path / "collectives.md").read_text()
@@ -356,7 +356,7 @@ def test_what_gum_sends_on_eight_tpus_is_within_its_budget(tmp_path):
 
 
 def test_projecting_before_the_reduce_sends_projections_and_nothing_else(tmp_path):
-    """Of two layers of 32 × 32 and 32 × 64, rank 8: coordinates, a row for the energy, and the loss."""
+    """Two layers of 32 × 32 and 32 × 64 at rank 8 send coordinates, a row for the energy, and the loss."""
     arguments = ["--model", "tiny", "--optimizers", "galore_muon", "--microbatches", "2", "--seq", "8"]
     plain, projected = benchmark("projected", tmp_path, *arguments)[0].values()
     matrices, coordinates = 2 * (4 * 32 * 32 + 3 * 32 * 64), 2 * (8 + 1) * (4 * 32 + 3 * 64)
@@ -365,13 +365,13 @@ def test_projecting_before_the_reduce_sends_projections_and_nothing_else(tmp_pat
     assert plain["accumulated"] == pytest.approx(matrices * mib)
     assert plain["sent"] == pytest.approx(matrices * mib * ring)
     assert projected["accumulated"] == pytest.approx((coordinates + 1) * mib)
-    assert projected["sent"] == pytest.approx(coordinates * mib * ring)  # nobody asks for the loss
-    # A power step: the coordinates, and their products with the gradient, (m + n) r.
+    assert projected["sent"] == pytest.approx(coordinates * mib * ring)  # nothing uses the loss
+    # A power step sends the coordinates and their products with the gradient, (m + n) r.
     power_step = 2 * 8 * (4 * (32 + 32) + 3 * (32 + 64))
     assert projected["refresh"] == pytest.approx(power_step * mib * ring)
 
 
-# One step of `examples/distributed.py`, for a slice that is not there.
+# One step of `examples/distributed.py`, for a slice that is not present.
 SLICE = """
 import sys
 sys.path.insert(0, "../examples")
@@ -395,11 +395,11 @@ def test_the_script_for_a_tpu_slice_compiles_for_one():
     done = subprocess.run([sys.executable, "-c", SLICE], cwd=HERE, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     split, whole = map(int, done.stdout.split())
-    assert split < whole / 2  # tokens, norms and what is too narrow for eight chips stay whole
+    assert split < whole / 2  # tokens, norms and leaves too narrow for eight chips stay whole
 
 
 def test_the_cost_model_sends_what_the_compiled_program_sends():
-    """`docs/results/collectives.json` is of [8, 1024, 4096] on n, with a refresh every `PERIOD` steps."""
+    """`docs/results/collectives.json` is for [8, 1024, 4096] on n, with a refresh every `PERIOD` steps."""
     stored = json.loads((HERE.parent / "docs" / "results" / "collectives.json").read_text())["settings"]
     x = cost_model.Matrices(8, 1024, 4096)
     for platform in ("cpu", "tpu"):

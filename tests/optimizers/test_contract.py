@@ -1,4 +1,4 @@
-"""What a user of optax and Flax expects of every optimizer, whatever its mathematics."""
+"""The expectations of optax and Flax users of every optimizer."""
 
 import functools
 import inspect
@@ -22,7 +22,7 @@ import gum_optax as go
 from helpers import AMPLIFIED, CORE_AND_LONG, OPTIMIZERS, run
 
 STATIC = ("rank", "period", "full_rank_fraction", "rounds", "random_after")
-# What inject_hyperparams may trace, of what each optimizer has.
+# The arguments that inject_hyperparams may trace, for each optimizer.
 NUMBERS = {"momentum": 0.8, "consistent_rms": 0.3, "scale": 0.2, "b1": 0.8, "norm_growth": 1.2}
 NUMBERS |= {"ratio": 0.3, "radius": 40.0, "edge_radius": 2000.0}
 
@@ -40,7 +40,7 @@ def factory(name):
 
 @functools.cache
 def optimizer(name):
-    """One object for all tests, so that jit compiles it once for each structure of arguments."""
+    """One object for all tests, so that jit compiles the update once for each structure of arguments."""
     make, arguments = OPTIMIZERS[name]
     return make(0.1, **arguments)
 
@@ -62,7 +62,7 @@ def expected(name):
 
 
 def tree(seed=0, dtype=jnp.float32):
-    """A stack of blocks wider than the rank, two separate ones of one shape, an embedding, a vector."""
+    """A stack of blocks wider than the rank, two separate blocks of one shape, an embedding, a vector."""
     rng = np.random.default_rng(seed)
 
     def normal(*shape):
@@ -120,7 +120,7 @@ def test_updates_come_back_in_the_dtype_of_the_parameters(tx, params_dtype, grad
     chex.assert_trees_all_equal_shapes_and_dtypes(updates[-1], params)
     exact, _ = run(tx, [jax.tree.map(lambda x: x.astype(jnp.float32), g) for g in gradients], tree())
     for name, step in exact[0].items():
-        # The first step sees the gradient's rounding only; 2^-8 of it, amplified by Newton-Schulz's slope.
+        # The first step differs only by the gradient's rounding of 2^-8 times Newton-Schulz's slope.
         off = optax.tree.sub(optax.tree.cast(updates[0][name], jnp.float32), step)
         assert float(optax.tree.norm(off)) < 0.2 * float(optax.tree.norm(step)), name
     chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(params))
@@ -199,7 +199,7 @@ def test_map_params_reaches_every_leaf_that_mirrors_a_parameter(tx):
 
 
 def test_map_params_gives_what_mirrors_a_parameter_that_parameters_sharding(tx):
-    """And where a leaf has the parameter's shape, that is where it lives; for the others: state_shardings."""
+    """State with the parameter's shape has the parameter's sharding; `state_shardings` has all others."""
     mesh = jax.make_mesh((1, 1), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     everywhere = NamedSharding(mesh, PartitionSpec())
     params = tree()
@@ -217,7 +217,7 @@ def test_map_params_gives_what_mirrors_a_parameter_that_parameters_sharding(tx):
 
     state = tx.init(params)
 
-    def not_of_a_parameter(leaves):  # GUM's draws and slots come as the dicts that they are
+    def not_of_a_parameter(leaves):  # GUM's draws and slots arrive as dicts
         return jax.tree.map(lambda _: everywhere, leaves)
 
     found = optax.tree.map_params(
@@ -246,7 +246,7 @@ def test_inject_hyperparams_traces_all_but_the_arguments_that_decide_shapes(fact
     expected, _ = run(factory(**numbers), GRADIENTS, tree())
     static = [name for name in STATIC if name in factory.keywords]
     injected = optax.inject_hyperparams(factory.func, static_args=static)
-    # A schedule is a function of the count, and a changed number needs no new compilation.
+    # A schedule is a function of the count, and a new number needs no new compilation.
     tx = injected(**numbers | {"learning_rate": lambda count: 0.1 / (count + 1)}, **factory.keywords)
     updates, state = run(tx, GRADIENTS, tree())
     for count, (u, wanted) in enumerate(zip(updates, expected, strict=True)):
@@ -263,7 +263,7 @@ def test_a_schedule_is_a_learning_rate(factory, expected):
 
 
 def routed(tx):
-    """Among other leaves, other rules and other transformations."""
+    """The optimizer works among other leaves, rules and transformations."""
     masked = optax.masked(tx, lambda p: jax.tree.map(lambda _: True, p))
     part = optax.partition({"all": masked}, lambda p: jax.tree.map(lambda _: "all", p))
     return optax.chain(optax.clip_by_global_norm(1e6), part)
@@ -322,7 +322,7 @@ def test_orbax_flax_and_equinox_bring_the_state_back_to_the_bit(tx, tmp_path):
     from_flax = flax.serialization.from_bytes(like, flax.serialization.to_bytes(state))
     eqx.tree_serialise_leaves(tmp_path / "state.eqx", state)
     from_equinox = eqx.tree_deserialise_leaves(tmp_path / "state.eqx", like)
-    expected, _ = trained(tx, state, GRADIENTS[2:])  # mid-period: the third of three steps
+    expected, _ = trained(tx, state, GRADIENTS[2:])  # within a period: the third of three steps
     for restored in (from_orbax, from_flax, from_equinox):
         jax.tree.map(np.testing.assert_array_equal, restored, state)
         u, _ = trained(tx, jax.tree.map(jnp.asarray, restored), GRADIENTS[2:])
@@ -347,7 +347,7 @@ def test_linen_train_state(tx):
 
 
 def test_it_descends(tx):
-    """The sign convention: added, the update goes down."""
+    """The sign convention: adding the update lowers the loss."""
     params = {"kernel": jax.random.normal(jax.random.key(1), (4, 7))}
     updates, _ = run(tx, [params], params)
     assert float(jnp.vdot(updates[0]["kernel"], params["kernel"])) < 0
@@ -404,7 +404,7 @@ def test_lookahead_and_schedule_free_take_gum():
     for g in GRADIENTS[:2]:
         updates, state = jax.jit(tx.update)(g, state, params)
         params = optax.apply_updates(params, updates)
-    # Synchronized after two steps, half the way: by `fast + (slow - fast)`, rounded beside numbers to four.
+    # The second step synchronizes half the way by `fast + (slow - fast)`, which rounds at numbers up to four.
     chex.assert_trees_all_close(params.fast, params.slow, atol=4 * float(jnp.finfo(jnp.float32).eps))
     steps = steps_of("gum")
     half = jax.tree.map(lambda p, a, b: p + (a + b) / 2, tree(), *steps[:2])
@@ -414,7 +414,7 @@ def test_lookahead_and_schedule_free_take_gum():
     params, state = tree(), tx.init(tree())
     updates, state = jax.jit(tx.update)(GRADIENTS[0], state, params)
     first = optax.contrib.schedule_free_eval_params(state, optax.apply_updates(params, updates))
-    # After one step, the average is the first iterate: that of the optimizer itself.
+    # The average after one step is the first iterate of the optimizer itself.
     chex.assert_trees_all_close(first, jax.tree.map(jnp.add, params, steps[0]), atol=AMPLIFIED)
 
 

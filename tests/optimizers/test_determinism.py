@@ -1,4 +1,4 @@
-"""Same key, same bits: from program to program, from process to process, after a resume."""
+"""The same key gives the same bits: in every program, in every process, and after a resume."""
 
 import functools
 import hashlib
@@ -49,7 +49,7 @@ def trajectory(update, state, gradients=GRADIENTS):
 
 
 def integers(state):
-    """Counts, keys and draws: what no rounding can change."""
+    """Counts, keys and draws, which rounding cannot change."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     found = {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
     return {path: x for path, x in found.items() if np.issubdtype(x.dtype, np.integer)}
@@ -62,7 +62,7 @@ def assert_same_bits(a, b):
 
 @pytest.mark.parametrize("name", CORE_AND_LONG)
 def test_op_by_op_the_draws_are_those_of_jit_and_the_rest_is_its_rounding(name):
-    """XLA contracts `a * b + c` into one rounding where it fuses: optax.adamw's moments differ as well."""
+    """Fusion contracts `a * b + c` to one rounding, so programs differ, as do optax.adamw's moments."""
     tx = optimizer(name)
     eager = trajectory(tx.update, tx.init(GRADIENTS[0]), GRADIENTS[: PERIOD + 1])
     compiled = trajectory(jitted(name), jax.jit(tx.init)(GRADIENTS[0]), GRADIENTS[: PERIOD + 1])
@@ -85,13 +85,13 @@ def test_resumed_after_any_step_it_goes_on_to_the_bit(name):
 
 
 def digest(name, key=0):
-    """Of the bits of a run."""
+    """A hash of the bits of a run."""
     last = trajectory(jitted(name, key), optimizer(name, key).init(GRADIENTS[0]))[-1]
     return hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(last))).hexdigest()
 
 
 def test_processes_agree_to_the_bit_whatever_seeds_their_hashes():
-    """A hash of a name, as of a leaf's path, must be the same in every process."""
+    """The hash of a name, such as a leaf's path, must be the same in every process."""
     code = "import test_determinism as t; print(t.digest('gum'), t.digest('gum', 1))"
     here = Path(__file__).resolve().parent
     found = []

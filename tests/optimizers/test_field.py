@@ -16,7 +16,7 @@ from helpers import STEPS, run, sequence, steps_of, trees
 from oracles import galore_steps, oracle, sinkgd_step, sumo_steps, swan_step
 
 RANK, PERIOD = 3, 4
-# A dict of leaves that `hidden_matrices` takes for matrices, and no scale but the optimizer's own.
+# A dict of leaves that `hidden_matrices` reads as matrices, with only the optimizer's own scale.
 PLAIN = {"find_subspace": go.svd_subspace}
 
 
@@ -125,7 +125,7 @@ def test_single_norms_are_the_named_optimizers(rng):
     whitened = step(of(functools.partial(go.whiten, method=go.newton_schulz)))
     muon = step(go.muon(1.0, momentum=0.0))
     np.testing.assert_allclose(whitened / jnp.linalg.norm(whitened), muon / jnp.linalg.norm(muon), atol=1e-6)
-    # The optimizers have the outputs as rows.
+    # The optimizers treat outputs as rows.
     flipped = {name: g.T for name, g in x.items()}
     for make, projections, rounds in (
         (go.swan, (go.standardize_rows, go.whiten), 1),
@@ -142,12 +142,12 @@ def test_single_norms_are_the_named_optimizers(rng):
 def test_normalizers_keep_zero_rows_and_columns_and_are_scale_free_but_for_whitening(rng, method):
     x = rng.normal(size=(5, 7)).astype(np.float32)
     x[1] = 0
-    if method is not go.standardize_rows:  # which subtracts each row's mean from its zeros
+    if method is not go.standardize_rows:  # it subtracts each row's mean from zeros too
         x[:, 2] = 0
     out = np.asarray(method(jnp.asarray(x)))
     assert not out[x == 0].any() or method is go.whiten
     np.testing.assert_allclose(out[1], 0, atol=0 if method is not go.whiten else 1e-6)
-    if method is not go.whiten:  # it keeps the norm of what it is given
+    if method is not go.whiten:  # whitening keeps the norm of its input
         for scale in (1e-30, 1e30):
             np.testing.assert_allclose(method(jnp.float32(scale) * x), out, atol=1e-4)
     np.testing.assert_array_equal(method(jnp.zeros((3, 4))), 0)
@@ -164,7 +164,7 @@ VECTORS = 20 * 4 * (256 + 512)  # bytes: a twelfth of the matrix
 
 @pytest.mark.parametrize("first", [-1, -2])
 def test_sinkhorn_writes_the_matrix_once(first):
-    """Scratch is vectors: the compiled function has no temporary of the matrix's size."""
+    """The scratch is vectors: the compiled function has no temporary of the matrix's size."""
     matrix = jax.ShapeDtypeStruct((256, 512), jnp.float32)
     assert scratch(functools.partial(go.sinkhorn, first=first), matrix) < VECTORS
 
@@ -196,7 +196,7 @@ def test_randomized_svd_captures_what_the_svd_captures_from_a_random_start(rng):
     np.testing.assert_allclose(p.mT @ p, np.eye(8), atol=5e-6)
     other = go.randomized_svd(jax.random.key(2), g, p0)
     assert (p != other).any()
-    # Ordered: the first columns alone are a good subspace of their number.
+    # The columns are ordered: the first columns alone are a good subspace.
     first = go.svd_subspace(jax.random.key(1), g, jnp.zeros((48, 2)))
     assert captured(p[:, :2]) > 0.99 * captured(first)
 
@@ -227,7 +227,7 @@ def test_the_paradigm_takes_any_base(base):
     gradients = [{"w": g} for g in sequence(rng, (6, 4, 7), 5)]
     updates, state = run(go.as_matrices(go.unbiased_low_rank(base(), 2, 2, 0.34)), gradients)
     assert all(np.isfinite(u["w"]).all() and u["w"].any() for u in updates)
-    # Sampled blocks step outside the subspace, the others inside it.
+    # Sampled blocks step outside the subspace, all others inside it.
     p, step = state.projectors["w"], updates[-1]["w"]
     out = np.linalg.norm(step - p @ (p.mT @ step), axis=(1, 2)) / np.linalg.norm(step, axis=(1, 2))
     sampled = np.asarray(state.outside.index["4x7"])

@@ -1,4 +1,4 @@
-"""Any tree, any dimension numbers, any arguments: a clear error or a right step, never a crash or a NaN.
+"""Every tree, dimension number and argument gives a clear error or a right step, never a crash or a NaN.
 
 `pytest -m long -s tests/optimizers/test_fuzz.py` tries many more, and prints how many.
 """
@@ -18,7 +18,7 @@ import gum_optax as go
 
 from helpers import OPTIMIZERS
 
-MOST = 2**14  # numbers of a leaf
+MOST = 2**14  # the number of entries of a leaf
 NAMES = ("kernel", "w", "bias", "scale", "embedding", "query", "out", "lm_head", "w1", "0")
 
 shapes = st.one_of(
@@ -70,7 +70,7 @@ def started(tx, params):
 
 
 def without_a_crash(make):
-    """What `make` makes, or `None` and the message of its error."""
+    """The result of `make()`, or `None` and the message of its error."""
     try:
         return make(), ""
     except (ValueError, TypeError) as error:
@@ -82,12 +82,12 @@ def shapes_of(tree):
 
 
 def tried(case):
-    """Whether the optimizer took the tree; if so its steps were right, and if not its error was clear."""
+    """Whether the optimizer accepts the tree; checks its steps if so, and its error message if not."""
     make, arguments, tree, seed = case
     params = values(tree, seed)
     made, error = without_a_crash(lambda: started(make(0.1, **arguments), params))
     if made is None:
-        # A sentence of ours, which says what is wrong with which leaf.
+        # The message is the library's own: it names the leaf and the problem.
         assert "leaf" in error, error
         return False
     tx, state = made
@@ -101,7 +101,7 @@ def tried(case):
         assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves((steps, new)))
         state = new
     assert int(go.metrics(state)["skipped_steps"]) == 0
-    # What is not a matrix moves under AdamW by the learning rate, and nothing is left where it was.
+    # AdamW moves leaves that are not matrices by the learning rate, and no leaf stays unchanged.
     for g, u in zip(jax.tree.leaves(gradients), jax.tree.leaves(steps), strict=True):
         assert (
             u.size == 0 or min(u.shape, default=1) == 1 or (np.asarray(g) == 0).all() or np.asarray(u).any()
@@ -150,7 +150,7 @@ ARGUMENTS += ("find_subspace", "compensation", "orthogonalizer", "consistent_rms
 @hypothesis.settings(max_examples=300)
 @hypothesis.given(st.dictionaries(st.sampled_from(ARGUMENTS), arguments, max_size=3))
 def test_any_argument_is_taken_or_refused_by_its_name(given):
-    """At construction: nothing wrong survives to a step."""
+    """Construction refuses every wrong argument, before any step."""
     given = {"learning_rate": 0.1} | given
     tx, error = without_a_crash(lambda: go.gum(**given))
     if tx is None:

@@ -1,4 +1,4 @@
-"""What all optimizers share, as a user calls it: routing, AdamW for the rest, decay, skipping, errors."""
+"""What all optimizers share: routing, AdamW for the rest, decay, skipping, errors."""
 
 import functools
 import re
@@ -56,7 +56,7 @@ def test_an_optimizer_is_its_rule_and_its_scale(make, arguments, rule, scale):
     assert_same(run(composed, gradients, PARAMS), expected)
 
 
-# Linear and without state: what the rule is given is seen in the update.
+# The rule is linear and stateless, so the update shows the input of the rule.
 PLAIN = functools.partial(go.matrix_optimizer, optax.identity(), LEARNING_RATE)
 
 

@@ -1,6 +1,6 @@
-"""optax's own suites, which ship in its wheel, over every optimizer of this library, unchanged.
+"""optax's own suites, unchanged from its wheel, over every optimizer of this library.
 
-They use 2 × 2 matrices and vectors: what low rank does, the other tests see. By default only GUM runs;
+They use 2 × 2 matrices and vectors, so other tests cover low rank. By default only GUM runs;
 `pytest -n 2 -m long tests/optimizers/test_optax_suites.py` runs all others.
 """
 
@@ -28,7 +28,7 @@ SUITES = {contrib: "ContribTest", alias: "AliasTest", accumulation: "Accumulatio
 
 # Scion's steps have the size of its balls, up to 3000.
 RATES = {"scion": 1e-4}
-SCION_IS_REAL = "Scion's norm balls are of real numbers, and complex ones are refused"
+SCION_IS_REAL = "Scion's norm balls are for real numbers, so it refuses complex ones"
 
 every_optimizer = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.long] * (name != "gum")) for name in OPTIMIZERS]
@@ -36,7 +36,7 @@ every_optimizer = pytest.mark.parametrize(
 
 
 def factory_of(name):
-    """As the suites call it: by its learning rate, and its rank where there is one."""
+    """The optimizer as the suites call it: a function of the learning rate, and of the rank if it has one."""
     make, arguments = OPTIMIZERS[name]
 
     def plain(learning_rate: optax.ScalarOrSchedule):
@@ -56,7 +56,7 @@ def _known_to_optax(monkeypatch):
 
 
 def run(suite, test, name, **arguments):
-    """One test of a suite as it is written, without what makes one for each of optax's optimizers of it."""
+    """One test function of a suite, without the decorators that parametrize it by optax's optimizers."""
     holder = getattr(suite, SUITES[suite])
     case = inspect.unwrap(getattr(holder, f"{test}0"))
     unwrapped = {"wrapper_name": None, "wrapper_kwargs": None}

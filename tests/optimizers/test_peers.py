@@ -28,7 +28,7 @@ RANK, PERIOD = 3, 4
 
 
 def rule_state(state):
-    """Of the rule under `skip_non_finite`, `partition`, `masked` and the chain."""
+    """The state of the rule under `skip_non_finite`, `partition`, `masked` and the chain."""
     return state.inner.inner_states["matrices"].inner_state[0]
 
 
@@ -73,7 +73,7 @@ def test_a_switched_finder_is_the_first_and_then_the_second():
         seen.append(float(state.projectors[0, 0]))
     assert seen == [1, 1, 1, 2, 2]
 
-    # Switches of switches: what would come too late or too early never does.
+    # Nested switches: a finder whose turn would come too late or too early never runs.
     one, two, three = (constant(float(i)) for i in (1, 2, 3))
     early = go.switch_subspace(2, go.switch_subspace(1, one, two), three)
     late = go.switch_subspace(1, one, go.switch_subspace(2, two, three))
@@ -104,7 +104,7 @@ def test_the_mean_can_only_be_rotated_where_there_is_one():
 
 @pytest.mark.parametrize("growth", [1.01, 1e6], ids=["limited", "free"])
 def test_fira_is_its_algorithm(leaves, growth):
-    # Gradients that grow, so that the limiter acts.
+    # The gradients grow, so that the limiter acts.
     growing = {name: [(1 + t) * g for t, g in enumerate(gs)] for name, gs in leaves.items()}
     steps, _ = steps_of(
         go.fira(1.0, RANK, PERIOD, find_subspace=go.svd_subspace, norm_growth=growth), growing
@@ -135,7 +135,7 @@ def test_frugal_is_its_algorithm(leaves, residual, outside):
     steps, _ = steps_of(tx, leaves)
     for name, gradients in leaves.items():
         expected = np.stack(oracle(functools.partial(frugal_steps, outside=outside), gradients, RANK, PERIOD))
-        # The sign of an entry of rounding size is anybody's: no more than one in a hundred.
+        # The sign of an entry of rounding size is arbitrary: at most one in a hundred.
         close = np.abs(steps[name] - expected) < 1e-3
         assert close.mean() > 0.99
 
@@ -167,7 +167,7 @@ def test_trion_is_its_algorithm(leaves):
         expected = oracle(trion_steps, gradients, RANK, 0.8)
         scale = 0.2 * np.sqrt(max(gradients[0].shape[-2:]))
         np.testing.assert_allclose(np.asarray(steps[name]) / scale, expected, rtol=0, atol=3e-4)
-    # The momentum is all that is kept.
+    # The state is only the momentum.
     kept = jax.tree.leaves(rule_state(states[0]))
     assert sum(x.size for x in kept) == 1 + sum(g[0].size for g in leaves.values())
 
@@ -200,18 +200,18 @@ def test_dion_takes_no_step_where_the_momentum_is_only_rounding(rng, rank_of_gra
 
 @pytest.mark.parametrize("first", [0.0, 1.0], ids=["after_zeros", "after_another"])
 def test_dion_steps_once_in_a_direction_that_the_momentum_had_not(rng, first):
-    """Columns of Q that saw nothing stay random: set to zero they would all turn to the new direction."""
+    """Columns of Q without a direction stay random: from zero they would all turn to the new direction."""
     a, c = np.float32(rng.normal(size=(2, 8, 1)))
     b, d = np.float32(rng.normal(size=(2, 1, 12)))
     values = [spectral(run(go.scale_by_dion(4, key=key), [first * a @ b, c @ d])[0][1]) for key in range(5)]
-    # Columns of Q are unit vectors, not orthogonal ones: of all four in one direction it would be 2.
+    # Columns of Q are unit vectors but not orthogonal: four in one direction would give 2.
     assert 0.9 < np.median(values, axis=0)[0] < 1.5
     assert (np.array(values)[:, 1 + int(first) :] < 1e-3).all()
 
 
 @pytest.mark.parametrize("lost", [0, 1, 2, 40])
 def test_dion_stays_finite_at_full_rank_on_momenta_that_have_not_that_rank(rng, lost):
-    """A kernel behind a layer norm: its gradient has no component along the ones."""
+    """The gradient of a kernel behind a layer norm has no component along the vector of ones."""
     size, seeds = 64, 100
     basis = np.linalg.qr(rng.normal(size=(seeds, size, size)))[0][..., : size - lost]
     g = np.float32(basis @ rng.normal(size=(seeds, size - lost, size)))
@@ -221,7 +221,7 @@ def test_dion_stays_finite_at_full_rank_on_momenta_that_have_not_that_rank(rng, 
 
 
 def test_feedback_keeps_all_of_the_momentum_but_a_share_of_what_it_stepped_in(rng):
-    """M_new = M - (1 - μ) P PᵀM: outside the subspace nothing is lost, inside μ of it stays."""
+    """M_new = M - (1 - μ) P PᵀM: the momentum loses nothing outside the subspace, and keeps μ inside it."""
     g = jnp.float32(rng.normal(size=(6, 9)))
     for rule, momentum in ((go.scale_by_trion(3, 0.7), 0.7), (go.scale_by_dion(3, 0.7), 0.7)):
         (step,), state = run(rule, [g])
@@ -252,7 +252,7 @@ def test_cosmos_takes_a_step_of_its_size_where_squares_are_not_finite(rng, scale
 def test_scion_takes_the_steepest_step_in_the_ball_of_each_kind_of_layer(rng):
     shapes = {"kernel": (6, 9), "bias": (9,), "gain": (), "norm_scale": (3, 9), "pos_embedding": (1, 7, 5)}
     gradients = {name: list(np.float32(rng.normal(size=(4, *shape)))) for name, shape in shapes.items()}
-    # A vocabulary larger than the width, and a head of fewer classes.
+    # The vocabulary is larger than the width, and the head has fewer classes.
     gradients |= {"embedding": sequence(rng, (11, 5), 4), "lm_head": sequence(rng, (5, 11), 4)}
     gradients |= {"classifier": sequence(rng, (9, 4), 4)}
     momentum, radius, edge_radius = 0.7, 2.0, 3.0
@@ -289,7 +289,7 @@ def test_constrained_scion_keeps_weights_in_the_balls(rng):
     for _ in range(30):
         u, state = update(gradients, state, params)
         params = optax.apply_updates(params, u)
-    # Pulled the same way for long, the weights come to the surface and stay there.
+    # A long pull in one direction moves the weights to the surface of the ball, and they stay there.
     np.testing.assert_allclose(spectral(params["kernel"])[0], 2.0 * np.sqrt(7 / 4), rtol=1e-3)
     np.testing.assert_allclose(np.sqrt(np.mean(np.square(params["bias"]))), 2.0, rtol=1e-3)
     np.testing.assert_allclose(np.abs(params["embedding"]).max(), 3.0 / 4, rtol=1e-3)
@@ -309,7 +309,7 @@ def test_scions_mask_sees_the_whole_tree():
 
 
 LMOS = {
-    # Each with its norm and the dual norm, of 5 outputs and 7 inputs.
+    # Each `lmo` with its norm and the dual norm, for 5 outputs and 7 inputs.
     "spectral": (
         functools.partial(go.spectral_lmo, method=go.polar),
         lambda z: np.linalg.norm(z, 2) * np.sqrt(7 / 5),

@@ -1,4 +1,4 @@
-"""Where one optimizer is another: exact, not approximate."""
+"""Cases in which one optimizer equals another exactly, not approximately."""
 
 import inspect
 
@@ -62,7 +62,7 @@ def test_a_shape_with_one_block_is_muon_and_the_others_are_not(gradients):
 
 
 def test_separate_leaves_and_one_stacked_leaf_are_the_same_blocks():
-    """Slots over several leaves (a branch a slot) and over one stack (a gather) agree."""
+    """Slots over several leaves (a branch per slot) and over one stack (a gather) agree."""
     rng = np.random.default_rng(5)
     stacked = sequence(rng, (6, 5, 8), STEPS)
     apart = [{f"{i}": g[i] for i in range(6)} for g in stacked]
@@ -74,7 +74,7 @@ def test_separate_leaves_and_one_stacked_leaf_are_the_same_blocks():
 
 
 def test_without_momentum_weights_change_nothing_under_an_orthogonalizer(gradients):
-    """`NS(c R) = NS(R)`: the 1/q of the paper matters for other inner rules only."""
+    """`NS(c R) = NS(R)`: the 1/q of the paper matters only for other inner rules."""
     same = lambda q: go.Weights(1.0, 0.0, 1.0)  # noqa: E731
     a = go.unbiased_low_rank(muon_rule(), RANK, PERIOD, 0.3, compensation=same)
     b = go.unbiased_low_rank(muon_rule(), RANK, PERIOD, 0.3)
@@ -87,7 +87,7 @@ def test_the_raw_residual_with_an_identity_inside_is_the_gradient(gradients):
 
 
 def test_rotated_linear_momentum_is_the_projection_of_a_momentum_that_lies_in_both_subspaces():
-    """With gradients in one fixed subspace of dimension r, rotating loses nothing: plain momentum."""
+    """If all gradients lie in one subspace of dimension r, rotation loses nothing: this is plain momentum."""
     rng = np.random.default_rng(6)
     basis = np.linalg.qr(rng.normal(size=(6, RANK)))[0]
     sequence_in_subspace = [{"w": np.float32(basis @ rng.normal(size=(RANK, 9)))} for _ in range(STEPS)]
@@ -104,7 +104,7 @@ def test_muon_is_optax_muon():
     gradients = trees({"wide": sequence(rng, (6, 9), 4), "tall": sequence(rng, (9, 6), 4)})
     params = {name: jnp.ones_like(g) for name, g in gradients[0].items()}
     for rms in (0.2, None):
-        # Without Nesterov: optax corrects the bias of its two terms apart, which changes their mix.
+        # Not with Nesterov: optax corrects the bias of its two terms separately, which changes their mix.
         ours = go.muon(0.1, momentum=0.9, consistent_rms=rms, weight_decay=0.01)
         theirs = optax.contrib.muon(0.1, beta=0.9, nesterov=False, consistent_rms=rms, weight_decay=0.01)
         (a, _), (b, _) = run(ours, gradients, params), run(theirs, gradients, params)
@@ -115,7 +115,7 @@ def test_muon_is_optax_muon():
 
 @pytest.mark.parametrize("find", [go.svd_subspace, constant_subspace])
 def test_layers_by_themselves_are_the_layers_of_a_stack(find):
-    """Matrices of one shape share a loop, an orthogonalization and slots, whichever leaf they are in."""
+    """Matrices of one shape in several leaves share a loop, an orthogonalization and slots."""
     stacks = sequence(np.random.default_rng(5), (4, 6, 9), STEPS)
     optimizers = [
         go.galore_muon(0.1, RANK, PERIOD, find_subspace=find),

@@ -1,4 +1,4 @@
-"""Under JAX's strict flags, and of every floating-point type, with 64 bits or without."""
+"""JAX's strict flags and all floating-point types, with and without 64 bits."""
 
 import contextlib
 import functools
@@ -16,7 +16,7 @@ from helpers import AMPLIFIED, CORE_AND_LONG, OPTIMIZERS, run
 
 every_optimizer = pytest.mark.parametrize("name", CORE_AND_LONG)
 
-# All that optax.adamw passes, at once; not jax_numpy_dtype_promotion="strict", which it does not.
+# All flags that optax.adamw passes, at once; it does not pass jax_numpy_dtype_promotion="strict".
 STRICT = {
     "jax_numpy_rank_promotion": "raise",
     "jax_check_tracer_leaks": True,
@@ -43,7 +43,7 @@ def flags(**values):
 
 
 def tree(seed=0, dtype=jnp.float32):
-    """A stack wide enough for the Gram form, single matrices, one that is not projected, and others."""
+    """A stack wide enough for the Gram form, single matrices, an unprojected matrix, and other leaves."""
     rng = np.random.default_rng(seed)
 
     def normal(*shape):
@@ -60,7 +60,7 @@ def optimizer(name):
 
 
 def trained(tx):
-    """Two steps, arguments and results on the device all along."""
+    """Two steps, with arguments and results always on the device."""
     params, gradients = tree(), [tree(1), tree(2)]
     with flags(**STRICT):
         state = jax.jit(tx.init)(params)
@@ -161,7 +161,7 @@ def test_a_state_that_was_cast_is_refused_with_the_way_back(name):
 
 @every_optimizer
 def test_a_state_that_was_cast_to_64_bits_is_refused_or_stays_so(name):
-    """A rule in a subspace measures in float32; the state of the others keeps the types that it came with."""
+    """A rule in a subspace measures in float32; the state of all other leaves keeps its dtypes."""
     tx = optimizer(name)
     with jax.enable_x64(True):
         params = tree(dtype=jnp.float64)

@@ -1,4 +1,4 @@
-"""Every rule against its NumPy oracle over several periods, both orientations, stacked leaves too."""
+"""Every rule against its NumPy oracle over several periods, in both orientations and stacked."""
 
 import chex
 import jax
@@ -55,7 +55,7 @@ def test_rotated_momentum_and_the_raw_residual_are_sumo_with_newton_schulz(leave
 )
 @pytest.mark.parametrize("linear", [False, True], ids=["newton_schulz", "momentum_only"])
 def test_both_branches_of_gum_follow_the_paper(leaves, compensation, weights, linear):
-    """With a linear inner rule too: an orthogonalizer would hide the weights, being scale invariant."""
+    """The inner rule is also linear: an orthogonalizer is scale invariant and would hide the weights."""
     inner = optax.trace(BETA) if linear else muon_rule(BETA)
     rule = go.unbiased_low_rank(
         inner, RANK, PERIOD, 0.4, find_subspace=go.svd_subspace, compensation=compensation, key=3
@@ -69,7 +69,7 @@ def test_both_branches_of_gum_follow_the_paper(leaves, compensation, weights, li
         u, state = update(g, state)
         updates.append(u)
         sampled.append({name: np.asarray(index) for name, index in state.outside.index.items()})
-    # Groups by shape, in the order of the leaves: 6x9 holds "stack" (3), "tall" (1), "wide" (1).
+    # Groups are by shape, in the order of the leaves: 6x9 holds "stack" (3), "tall" (1), "wide" (1).
     blocks = {
         "stack": ("6x9", 0, 3),
         "tall": ("6x9", 3, 1),

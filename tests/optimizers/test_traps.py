@@ -1,4 +1,4 @@
-"""What goes wrong in a plain implementation: rounding as a step, poisoned state, full-size buffers."""
+"""Faults of a plain implementation: rounding as a step, poisoned state, full-size buffers."""
 
 import functools
 import re
@@ -19,7 +19,7 @@ every_optimizer = pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
 
 @pytest.mark.parametrize("finder", [go.svd_subspace, go.subspace_iteration])
 def test_a_sampled_block_of_a_rank_deficient_gradient_does_not_move(rng, finder):
-    """The residual is rounding; orthogonalized it would be a random step of spectral norm 1.13."""
+    """The residual is rounding; orthogonalization would make it a random step of spectral norm 1.13."""
     gradients = [np.float32(rng.normal(size=(6, 8, 2)) @ rng.normal(size=(6, 2, 12))) for _ in range(6)]
     rule = go.unbiased_low_rank(muon_rule(), 3, 1, 0.34, find_subspace=finder)
     state = jax.jit(rule.init)(gradients[0])
@@ -45,11 +45,11 @@ def test_zero_gradients_give_zero_steps(make):
 @every_optimizer
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_gradient_that_is_not_finite_is_skipped_as_if_it_had_not_come(make, bad):
-    """All leaves at once here: the state after it is that before it, clocks included."""
+    """All leaves skip at once here: the state stays unchanged, clocks included."""
     rng = np.random.default_rng(0)
     good = [{"w": g, "b": g[0, 0]} for g in sequence(rng, (5, 4, 7), 7)]
     poisoned = list(good)
-    for place in (0, 4, 7):  # first step, within a period, at a refresh
+    for place in (0, 4, 7):  # the first step, a step within a period, a refresh
         spoilt = {name: g.copy() for name, g in good[min(place, 6)].items()}
         for leaf in spoilt.values():
             leaf.flat[1] = bad
@@ -85,7 +85,7 @@ def test_a_schedule_waits_for_a_skipped_step_and_one_of_inject_hyperparams_does_
 @every_optimizer
 @pytest.mark.parametrize(("bad", "good"), ["ab", "ba"])
 def test_a_leaf_whose_gradient_is_not_finite_does_not_step_and_the_other_does(make, bad, good):
-    """The other matrix steps as if nothing had happened; the leaf's own state is as it was, to the bit."""
+    """The other matrix steps as usual; the leaf's own state stays unchanged, bit for bit."""
     rng = np.random.default_rng(0)
     gradients = [{"a": a, "b": b} for a, b in zip(*(sequence(rng, (2, 4, 7), 2) for _ in "ab"), strict=True)]
     tx = make()
@@ -100,7 +100,7 @@ def test_a_leaf_whose_gradient_is_not_finite_does_not_step_and_the_other_does(ma
     found = zip(jax.tree_util.tree_leaves_with_path(after.inner), jax.tree.leaves(before.inner), strict=True)
     for (path, x), y in found:
         assert np.isfinite(x).all(), path
-        if x.ndim == 0 or f"'{bad}'" in jax.tree_util.keystr(path):  # counts are those of whole steps
+        if x.ndim == 0 or f"'{bad}'" in jax.tree_util.keystr(path):  # counts count whole steps
             np.testing.assert_array_equal(x, y, err_msg=str(path))
 
 
@@ -127,7 +127,7 @@ def test_a_complex_gradient_is_skipped_for_either_part(bad):
     assert int(go.metrics(state)["skipped_steps"]) == 1
 
 
-# Not those with Adam, which has an ε, nor SUMO, whose raw residual has the size of the gradient.
+# Without Adam's rules, which have an ε, and SUMO, whose raw residual has the size of the gradient.
 SCALE_FREE = ["muon", "galore_muon", "gum", "swan", "sinkgd", "trion", "dion", "scion"]
 
 
@@ -146,7 +146,7 @@ def test_steps_do_not_depend_on_the_scale_of_the_gradient(name, scale):
 @every_optimizer
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_no_finite_gradient_stops_an_optimizer_for_good(make, scale):
-    """A square that overflowed would leave a second moment infinite, and every later step zero."""
+    """An overflowing square would make a second moment infinite, and every later step zero."""
     gradients = [{"w": g} for g in sequence(np.random.default_rng(0), (5, 4, 7), 3)]
     gradients[0] = {"w": np.float32(scale) * gradients[0]["w"]}
     updates, state = run(make(), gradients)
@@ -173,7 +173,7 @@ def hard_gradients():
 def test_ill_conditioned_and_deficient_gradients_give_finite_steps_and_orthonormal_subspaces(name):
     updates, state = run(EVERY[name](), hard_gradients() * 2)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((updates, state)))
-    # A sampled block of GUM's has nothing outside its subspace, and standardized a constant is zero.
+    # A sampled block of GUM has no residual here, and a standardized constant is zero.
     if name not in ("gum", "swan"):
         assert all(u["w"].any(axis=(1, 2)).all() for u in updates)
     assert orthonormality_gap(state) < 1e-5
@@ -220,7 +220,7 @@ def test_state_is_r_m_plus_n_and_the_slots_share_of_mn_a_block(blocks, fraction,
     formula = blocks * (r * (m + n) + q * m * n)
     counts = (state.count, state.refreshes, state.period, state.key, state.captured)
     small = numbers((counts, state.outside.index))
-    assert numbers(state) - small == formula + (0 if slots else 1)  # `slots` is the scalar 0 without slots
+    assert numbers(state) - small == formula + (0 if slots else 1)  # without slots, `slots` is the scalar 0
     assert small == 4 + 2 + (slots or 1)
 
 
@@ -247,7 +247,7 @@ def test_gradients_and_updates_are_never_concatenated():
 
 
 def test_a_stack_of_layers_is_updated_without_a_copy_of_all_of_it_but_the_step():
-    """Beside its step, one stacked leaf costs its coordinates and slots, not its size again."""
+    """One stacked leaf costs its step, its coordinates and its slots, not its size again."""
     blocks, m, n = 16, 64, 128
     params = {"kernel": jnp.zeros((blocks, m, n))}
     tx = go.gum(0.1, rank=4, full_rank_fraction=1 / 16)
@@ -259,5 +259,5 @@ def test_a_stack_of_layers_is_updated_without_a_copy_of_all_of_it_but_the_step()
 
     compiled = jax.jit(step, donate_argnums=(1, 2)).lower(params, state, params).compile()
     whole, coordinates, slots = 4 * blocks * m * n, 4 * blocks * 4 * n, 4 * m * n
-    # The step, as the result of a product, stands alone on CPU; the rest is of the size of the state.
+    # On a CPU the step has its own buffer, as the result of a product; the rest has the size of the state.
     assert compiled.memory_analysis().temp_size_in_bytes < whole + 4 * (coordinates + slots)

@@ -1,4 +1,4 @@
-"""A state is itself in whatever container a trainer or a checkpoint gives it back."""
+"""A state stays the same state in every container from a trainer or a checkpoint."""
 
 import functools
 import re
@@ -25,7 +25,7 @@ TX = optax.chain(optax.clip(10.0), gum())
 
 @functools.cache
 def trained():
-    """Within a period, so that every count, draw and momentum is other than at the start."""
+    """A state within a period, so that every count, draw and momentum differs from the start."""
     noise = jax.random.normal(jax.random.key(1), (5, 4, 6))
     return jax.jit(TX.update)(PARAMS | {"stack": noise}, TX.init(PARAMS), PARAMS)[1]
 
@@ -42,7 +42,7 @@ def optimizer():
 
 
 def by_orbax(tree, path):
-    """Saved, and restored without a target."""
+    """Save the state, and restore it without a target."""
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path / "state", tree)
         checkpointer.wait_until_finished()
@@ -50,7 +50,7 @@ def by_orbax(tree, path):
 
 
 def shapes_in_orbax(tree, path):
-    """What Orbax says of a checkpoint without reading it."""
+    """Orbax's metadata of a checkpoint, without its arrays."""
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path / "state", tree)
         checkpointer.wait_until_finished()
@@ -58,14 +58,14 @@ def shapes_in_orbax(tree, path):
 
 
 def positions(tree):
-    """Lists in place of NamedTuples and tuples."""
+    """Convert NamedTuples and tuples to lists."""
     if isinstance(tree, tuple):
         return list(map(positions, tree))
     return {key: positions(x) for key, x in tree.items()} if isinstance(tree, dict) else tree
 
 
 def numbered(tree):
-    """Dicts of "0", "1", ... in place of tuples and NamedTuples."""
+    """Convert tuples and NamedTuples to dicts of "0", "1", ..."""
     if isinstance(tree, tuple):
         return {str(i): numbered(x) for i, x in enumerate(tree)}
     return {str(key): numbered(x) for key, x in tree.items()} if isinstance(tree, dict) else tree
@@ -89,7 +89,7 @@ PLAIN = {
     ),
     "nested_train_state": lambda state, path: {"run": {"state": train_state(state), "seed": 3}},
 }
-# Fields without names: only with a transformation is it known what they are.
+# These fields have no names: only a transformation identifies them.
 NAMELESS = {
     "lists": lambda state, path: positions(state),
     "numbered": lambda state, path: numbered(state),
@@ -116,7 +116,7 @@ def assert_equal(a, b):
 
 
 def assert_known(tx, other, state, params):
-    """It is checked, and a difference found, and it comes back as it was, in the midst of a period."""
+    """`check_state` finds a difference in it, and `convert_state` returns it unchanged within a period."""
     go.check_state(tx, state, params)
     with pytest.raises(ValueError, match=r"\(another rank\)"):
         go.check_state(other, state, params)
@@ -135,7 +135,7 @@ def test_a_state_is_checked_and_converted_in_every_container(container, tmp_path
 @pytest.mark.parametrize("container", PLAIN.values(), ids=PLAIN)
 def test_metrics_are_the_same_from_every_container(container, tmp_path):
     wanted = go.metrics(trained())
-    assert len(wanted) == 7  # two of them the blocks in slots
+    assert len(wanted) == 7  # two of them are the blocks in slots
     assert_equal(go.metrics(container(trained(), tmp_path)), wanted)
 
 
@@ -198,7 +198,7 @@ def test_another_period_is_found_in_every_container(tmp_path):
 
 
 def test_a_state_in_dicts_is_converted_to_other_arguments():
-    """As the state itself would be: cut, filled up, and without what starts anew."""
+    """`convert_state` cuts, pads and restarts the arrays as for the state itself."""
     state = TX.init(PARAMS)
     for other in (OTHER, optax.chain(optax.clip(10.0), gum(rank=4, full_rank_fraction=0.7))):
         wanted = go.convert_state(other, state, PARAMS)

@@ -1,4 +1,4 @@
-"""A user can see what becomes of each leaf, and what should be looked at."""
+"""A user can see how the optimizer treats each leaf, and what deserves attention."""
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +75,7 @@ def test_it_sees_through_the_wrappers_of_optax(wrap):
 
 
 def test_it_says_when_nothing_is_projected():
-    """Such as adapters whose rank is below the optimizer's: GUM is then plain Muon."""
+    """An example is adapters of a rank below the optimizer's, for which GUM is plain Muon."""
     params = {f"q_{i}": {"kernel_lora_a": shape(16, 2), "kernel_lora_b": shape(2, 16)} for i in range(2)}
     description = go.describe(go.gum(1e-3, rank=4), params)
     assert "nothing is projected at rank 4" in description.notes[0]
@@ -87,7 +87,7 @@ def test_it_says_which_matrices_run_at_full_rank_and_why():
     params = model() | {"small": {"kernel": shape(3, 40)}}
     notes = go.describe(go.gum(1e-3, rank=4), params).notes
     assert any(note.startswith("small/kernel") and "at most the rank 4" in note for note in notes)
-    assert any(note.startswith("odd/kernel") and "no other block of its shape" in note for note in notes)
+    assert any(note.startswith("odd/kernel") and "no other block has its shape" in note for note in notes)
 
 
 def test_it_shows_both_readings_of_an_ambiguous_leaf():

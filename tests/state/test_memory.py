@@ -1,4 +1,4 @@
-"""What the memory report says is what is allocated."""
+"""The memory report equals the allocated memory."""
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ def test_each_leaf_has_its_own_state_by_optax_names_and_slots_are_nobodys():
     kernel = found["layers/1/kernel"]
     assert kernel.shape == (4, 7)
     assert kernel.state == {"projectors": 4 * 4 * 2, "trace": 4 * 2 * 7}
-    # AdamW of the others is float32 whatever the model is.
+    # The auxiliary AdamW is float32 for every dtype of the model.
     assert found["layers/1/bias"] == go.LeafMemory(
         "layers/1/bias", (7,), 2 * 7, 2 * 7, {"mu": 4 * 7, "nu": 4 * 7}
     )
@@ -64,7 +64,7 @@ def test_the_temporaries_are_those_of_the_compiled_step():
     sgd, muon = (go.memory_report(tx, shapes, compiled=True) for tx in (optax.sgd(0.1), go.muon(0.1)))
     assert sgd.temporaries is not None
     assert muon.temporaries is not None
-    assert sgd.temporaries < 64 * 96 * 4 <= muon.temporaries  # Newton-Schulz holds a matrix at least
+    assert sgd.temporaries < 64 * 96 * 4 <= muon.temporaries  # Newton-Schulz holds at least one matrix
     assert muon.total == muon.parameters + muon.gradients + sum(muon.state.values()) + muon.temporaries
     assert go.memory_report(go.muon(0.1), shapes).temporaries is None
 
@@ -97,7 +97,7 @@ def test_gradients_that_are_kept_leave_the_step_no_room():
 
 
 def test_what_is_donated_costs_no_temporaries():
-    """Moments have the parameters' shape: in another order, JAX would give one the other's room and copy."""
+    """Moments have the parameters' shape: in another order, JAX would swap their buffers and copy."""
     shapes = {"w": jax.ShapeDtypeStruct((64, 96), jnp.float32)}
     assert go.memory_report(optax.adamw(0.1), shapes, compiled=True).temporaries < 64 * 96
 

@@ -1,4 +1,4 @@
-"""What the state says of itself."""
+"""Metrics of a state."""
 
 import jax
 import jax.numpy as jnp

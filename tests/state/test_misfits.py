@@ -1,4 +1,4 @@
-"""A state, gradients or parameters that do not go together: named at `update`, at no cost where they do."""
+"""`update` names mismatched state, gradients and parameters, without cost if they match."""
 
 import functools
 import re
@@ -53,7 +53,7 @@ def test_the_state_of_every_other_optimizer_is_refused(name):
 
 
 def test_what_is_alike_are_the_states_of_one_kind():
-    """Nothing in a state tells them apart: Adam in a subspace, and rules without a state."""
+    """These optimizers have equal states: Adam in a subspace, and stateless rules."""
     kinds = {}
     for name in OPTIMIZERS:
         kinds.setdefault(str(structure(name)), []).append(name)
@@ -105,7 +105,7 @@ def test_gradients_of_another_structure_are_named(name):
 
 def test_a_state_in_dicts_names_convert_state():
     held = flax.serialization.to_state_dict(initial("gum"))
-    with pytest.raises(ValueError, match=r"got a dict; where that holds its arrays.*convert_state"):
+    with pytest.raises(ValueError, match=r"got a dict; if that holds its arrays.*convert_state"):
         updated(optimizer("gum"), PARAMS, held)
     back = go.convert_state(optimizer("gum"), held, PARAMS)
     assert updated(optimizer("gum"), PARAMS, back)

@@ -1,4 +1,4 @@
-"""A state from a checkpoint of other arguments: named, or converted at the beginning of a period."""
+"""A state with other arguments: `check_state` names them, `convert_state` converts it before a period."""
 
 import functools
 import re
@@ -70,7 +70,7 @@ def test_a_state_of_other_parameters_or_dtypes_is_named():
 
 
 def test_a_converted_state_goes_on_as_what_it_was():
-    """The same arguments: to the bit. Before the first step: a state's own beginning."""
+    """Equal arguments give equal bits. Before the first step, the result is a state of the new optimizer."""
     data = gradients(6)
     _, state = run(gum(), data[:3], PARAMS)
     same = go.convert_state(gum(), state, PARAMS)
@@ -82,7 +82,7 @@ def test_a_converted_state_goes_on_as_what_it_was():
 
 @pytest.mark.parametrize("rank", [1, 4])
 def test_momentum_goes_along_when_the_rank_of_galore_muon_changes(rank):
-    """What the old momentum was in the whole space, it is in the new subspace, up to the cut columns."""
+    """The lifted momentum stays unchanged, up to the cut columns."""
     make = functools.partial(go.galore_muon, 0.1, period=3, find_subspace=go.random_subspace)
     _, state = run(make(rank=2), gradients(3), PARAMS)
     new = go.convert_state(make(rank=rank), state, PARAMS)
@@ -98,7 +98,7 @@ def test_momentum_goes_along_when_the_rank_of_galore_muon_changes(rank):
 
 
 def test_gum_goes_on_with_another_rank_period_and_fraction_as_if_it_had_begun_there():
-    """Its momenta restart with a period, so that only subspace, counts and key come along."""
+    """GUM's momenta restart with a period, so the conversion keeps only subspace, counts and key."""
     data = gradients(8)
     other = gum(rank=4, period=2, full_rank_fraction=0.7)
     _, state = run(gum(), data[:6], PARAMS)  # a multiple of both periods
@@ -113,7 +113,7 @@ def test_gum_goes_on_with_another_rank_period_and_fraction_as_if_it_had_begun_th
 
 def test_within_a_period_and_for_another_model_a_conversion_is_refused():
     _, state = run(gum(), gradients(4), PARAMS)
-    with pytest.raises(ValueError, match="1 of 3 steps of this one are taken: take 2 more"):
+    with pytest.raises(ValueError, match="1 of 3 steps of this period are taken: take 2 more"):
         go.convert_state(gum(rank=3), state, PARAMS)
     _, state = run(gum(), gradients(3), PARAMS)
     other = PARAMS | {"stack": jnp.ones((5, 6, 10))}

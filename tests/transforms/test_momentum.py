@@ -10,7 +10,7 @@ import pytest
 import gum_optax as go
 from gum_optax._core.acceptance import Acceptance
 from gum_optax._core.context import MatrixContext
-from gum_optax._transforms.momentum import adam, average, heavy_ball, round_stochastically
+from gum_optax._transforms.momentum import adam, ema, round_stochastically, trace
 
 from helpers import run, sequence
 
@@ -35,9 +35,9 @@ def test_what_is_not_finite_stays_so():
 
 
 def test_a_rounded_momentum_does_not_stall_where_the_nearest_would():
-    """`m ← 0.999 m + 0.002` from 1 goes to 2; rounded to the nearest, 1.001 is 1 again."""
+    """`m ← 0.999 m + 0.002` goes from 1 to 2, but rounding to nearest takes 1.001 back to 1."""
     g, steps = jnp.full((64, 64), 0.002), 1000
-    rule = heavy_ball(0.999, dtype=jnp.bfloat16)
+    rule = trace(0.999, dtype=jnp.bfloat16)
     start = rule.init(g)._replace(trace=jnp.ones_like(g, jnp.bfloat16))
 
     def step(state, _):
@@ -67,9 +67,9 @@ def test_momentum_and_slots_are_bfloat16_and_close_to_the_float32_ones(make):
     assert pairs
     for m, low in pairs:
         assert low.dtype == jnp.bfloat16
-        # One rounding is at most 2⁻⁷ of an entry; a few of them are left in the average.
+        # One rounding is at most 2⁻⁷ of an entry, and the average holds a few of them.
         assert np.linalg.norm(m - low.astype(jnp.float32)) < 2**-6 * np.linalg.norm(m)
-    # The first step is made before anything is rounded.
+    # The first step comes before any rounding.
     np.testing.assert_allclose(exact[0]["0"], rounded[0]["0"], atol=1e-5)
 
 
@@ -86,7 +86,7 @@ def test_half_the_momentum():
     )
     momentum = 4 * (4 * 8 * 96 + 64 * 96)  # four of r × n and one slot, in float32
     saved = wide.total - narrow.total
-    assert momentum / 2 - 64 <= saved <= momentum / 2  # but for the counters that rounding needs
+    assert momentum / 2 - 64 <= saved <= momentum / 2  # except the counters for rounding
 
 
 def test_other_dtypes_are_refused():
@@ -98,9 +98,9 @@ def test_other_dtypes_are_refused():
     ("ours", "plain"),
     [
         (adam(0.8, 0.99, 1e-6), optax.scale_by_adam(0.8, 0.99, 1e-6)),
-        (average(0.8), optax.ema(0.8, debias=False, accumulator_dtype=jnp.float32)),
+        (ema(0.8), optax.ema(0.8, debias=False, accumulator_dtype=jnp.float32)),
     ],
-    ids=["adam", "average"],
+    ids=["adam", "ema"],
 )
 def test_a_rule_that_may_reject_is_optax_own_and_a_rejected_step_leaves_its_moments(ours, plain):
     gradients = [{"w": g, "v": g[0]} for g in sequence(np.random.default_rng(0), (3, 5), 6)]

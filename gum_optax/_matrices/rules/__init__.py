@@ -1,1 +1,1 @@
-"""The rules of the policy: what is known of the leaves of a model."""
+"""The rules of the policy, which read the leaves of a model."""

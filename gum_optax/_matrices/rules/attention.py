@@ -1,12 +1,12 @@
-"""Kernels of attention with heads on an axis of their own, told from stacks of plain matrices.
+"""Distinguishes attention kernels with a separate axis for heads from stacks of plain matrices.
 
     queries, keys, values   (embed, heads, head_dim)        the matrix (embed, heads · head_dim)
     the output              (heads, head_dim, embed)        the matrix (heads · head_dim, embed)
 
-A stack `(layers, fan_in, fan_out)` has as many axes. What tells them apart is, in this order: the bias of the
+A stack `(layers, fan_in, fan_out)` has the same number of axes. The rules use, in this order: the bias of the
 same module, which has the axes of the output; the other side of the attention, which agrees on heads,
-head_dim and embed; a common first axis of all kernels nearby, which is a stack's; and for want of these the
-name and the sizes.
+head_dim and embed; a common first axis of all kernels nearby, which is the axis of a stack; and last the name
+and the sizes.
 """
 
 import re
@@ -17,8 +17,8 @@ from optax.contrib import MuonDimensionNumbers
 from .leaves import Leaf, Model, Reading, Shape, matrix, words
 from .lora import is_factor
 
-# The `Einsum` of Gemma and of Tunix's models tells its axes by name: (heads, embed, head_dim), also in a
-# stack of queries, keys and values, and (heads, head_dim, embed).
+# The name of an `Einsum` in Gemma and in Tunix's models tells its axes: (heads, embed, head_dim), also in a
+# stack of queries, keys and values, or (heads, head_dim, embed).
 _GEMMA_INPUTS = frozenset({"q_einsum", "k_einsum", "v_einsum", "kv_einsum", "qkv_einsum"})
 _GEMMA_INPUT = MuonDimensionNumbers(reduction_axis=-2, output_axis=(-3, -1))
 _GEMMA_OUTPUT = "attn_vec_einsum"
@@ -30,7 +30,7 @@ _ATTENTION = frozenset({"attention", "attn", "mha", "mla", "attend", "crossatten
 
 
 def _kernel_name(leaf: Leaf) -> str:
-    """The name that says what a kernel is for: its module's, where its own is `kernel` or the like."""
+    """The name that tells a kernel's role: that of its module if its own is generic, such as `kernel`."""
     generic = leaf.name.lower() in ("kernel", "w", "weight", "weights", "base_kernel")
     return (leaf.path[-2] if generic and len(leaf.path) > 1 else leaf.name).lower()
 
@@ -45,12 +45,12 @@ def _is_output_by_name(leaf: Leaf) -> bool:
 
 
 def in_attention(leaf: Leaf) -> bool:
-    """Whether its path speaks of attention."""
+    """Whether the path of a leaf mentions attention."""
     return any(not _ATTENTION.isdisjoint(words(name)) for name in leaf.path) or _is_input_by_name(leaf)
 
 
 def einsums(leaf: Leaf, model: Model) -> Reading | None:
-    """Gemma's, by name."""
+    """Reads Gemma's kernels by name."""
     del model
     name = _kernel_name(leaf)
     if len(leaf.block) < 3 or name not in (*_GEMMA_INPUTS, _GEMMA_OUTPUT):
@@ -65,9 +65,7 @@ def _last(leaf: Leaf, count: int) -> Shape:
 
 
 def _is_pair(kernel: Leaf, output: Leaf) -> bool:
-    """Whether two kernels agree on heads, head_dim and embed: `(e, h, d)` or `(e, h, p·d)`, and `(h, d,
-    e)`.
-    """
+    """Whether kernels `(e, h, d)` or `(e, h, p·d)` and `(h, d, e)` agree on heads, head_dim and embed."""
     into, out = _last(kernel, 3), _last(output, 3)
     if not into or not out or kernel.block[:-3] != output.block[:-3]:
         return False
@@ -76,7 +74,7 @@ def _is_pair(kernel: Leaf, output: Leaf) -> bool:
 
 
 def _is_fused_pair(kernel: Leaf, output: Leaf) -> bool:
-    """The same of `(e, 3, h, d)`, queries, keys and values in one kernel."""
+    """`_is_pair` for a kernel `(e, 3, h, d)` with queries, keys and values."""
     into, out = _last(kernel, 4), _last(output, 3)
     if not into or not out or kernel.block[:-4] != output.block[:-3]:
         return False
@@ -84,7 +82,7 @@ def _is_fused_pair(kernel: Leaf, output: Leaf) -> bool:
 
 
 def _inputs_of(leaf: Leaf, count: int, reason: str) -> Reading:
-    """The last `count` axes but the first of them are fan-out."""
+    """Of the last `count` axes, the first is fan-in and all others are fan-out."""
     free = leaf.free[-count:]
     return matrix(leaf, free[:1], free[1:], reason)
 
@@ -100,16 +98,16 @@ def _last_two(leaf: Leaf, reason: str) -> Reading:
 
 
 def beside_its_bias(leaf: Leaf, model: Model) -> Reading | None:
-    """A bias has the axes of the stack and those of the output: what it lacks is the fan-in."""
+    """A bias has the axes of the stack and of the output; the axes that it lacks are the fan-in."""
     bias = model.sibling(leaf, "bias") or (model.sibling(leaf, "b") if leaf.name == "w" else None)
     if bias is None or len(leaf.block) < 3:
         return None
-    kernel, told = leaf.block, bias.block
-    missing = len(kernel) - len(told)
-    ways = [s for s in range(len(told)) if (*kernel[:s], *kernel[s + missing :]) == told]
-    if missing < 1 or len(ways) != 1:
+    kernel, kept = leaf.block, bias.block
+    missing = len(kernel) - len(kept)
+    fits = [s for s in range(len(kept)) if (*kernel[:s], *kernel[s + missing :]) == kept]
+    if missing < 1 or len(fits) != 1:
         return None
-    stack, free = ways[0], leaf.free
+    stack, free = fits[0], leaf.free
     reduction, output = free[stack : stack + missing], free[stack + missing :]
     if missing > 1 and kernel[stack + missing - 1] == 1:
         return Reading(None, "depthwise convolution", "one input channel a group")
@@ -117,15 +115,15 @@ def beside_its_bias(leaf: Leaf, model: Model) -> Reading | None:
 
 
 def beside_its_other_side(leaf: Leaf, model: Model) -> Reading | None:
-    """By the leaves around it: the other side of an attention, or a stack that all have in common."""
+    """Reads a leaf by its neighbours: the other side of an attention, or a stack that all kernels share."""
     if len(leaf.block) < 3:
         return None
     for around in model.around(leaf):
         others = [x for x in around if len(x.block) >= 3 and x is not leaf]
         kernels = [x for x in others if not is_factor(x)]
-        found = _paired(leaf, kernels) or _by_heads(leaf, kernels) or _in_a_stack(leaf, kernels)
-        if found is not None:
-            return found
+        reading = _paired(leaf, kernels) or _by_heads(leaf, kernels) or _in_a_stack(leaf, kernels)
+        if reading is not None:
+            return reading
     return None
 
 
@@ -144,7 +142,7 @@ def _paired(leaf: Leaf, kernels: Sequence[Leaf]) -> Reading | None:
     split = _output_of(leaf, "attention pair") if is_output else _inputs_of(leaf, 3, "attention pair")
     if not _share_an_axis(leaf, kernels):
         return split
-    # As many layers as the model is wide: sizes cannot tell.
+    # The sizes do not decide: the model has as many layers as it is wide.
     plain = _last_two(leaf, "a stack of matrices")
     named = _is_input_by_name(leaf) or _is_output_by_name(leaf)
     chosen, other = (split, plain) if named and in_attention(leaf) else (plain, split)
@@ -152,12 +150,12 @@ def _paired(leaf: Leaf, kernels: Sequence[Leaf]) -> Reading | None:
 
 
 def _share_an_axis(leaf: Leaf, kernels: Sequence[Leaf]) -> bool:
-    """Whether all kernels nearby have the first axis in common, as layers of a stack do."""
+    """Whether all kernels nearby share the size of the first axis, as layers of a stack do."""
     return bool(kernels) and all(x.block[-3] == leaf.block[-3] for x in kernels)
 
 
 def _by_heads(leaf: Leaf, kernels: Sequence[Leaf]) -> Reading | None:
-    """Latent attention: sides have widths of their own, and only heads in common."""
+    """Reads latent attention, whose kernels have different widths and share only the number of heads."""
     if not in_attention(leaf) or _share_an_axis(leaf, kernels):
         return None
     _, middle, _ = leaf.block[-3:]
@@ -171,7 +169,7 @@ def _by_heads(leaf: Leaf, kernels: Sequence[Leaf]) -> Reading | None:
 
 
 def _in_a_stack(leaf: Leaf, kernels: Sequence[Leaf]) -> Reading | None:
-    """Queries, keys and values share their first axis as well, which is longer than there are heads."""
+    """Reads a stack by its shared first axis, unless the axis may be that of queries, keys and values."""
     is_shared = _share_an_axis(leaf, [x for x in kernels if len(x.block) == len(leaf.block)])
     if not is_shared or (in_attention(leaf) and _may_be_input(leaf)):
         return None
@@ -179,19 +177,22 @@ def _in_a_stack(leaf: Leaf, kernels: Sequence[Leaf]) -> Reading | None:
 
 
 def _may_be_input(leaf: Leaf) -> bool:
-    """A model is wider than it has heads and than one is; a stack is less deep than its matrices are wide."""
+    """Whether the first axis may be the model's width, which exceeds the number and the size of heads.
+
+    A stack is less deep than its matrices are wide.
+    """
     first, middle, last = leaf.block[-3:]
     return first > middle and first >= last
 
 
 def _may_be_output(leaf: Leaf) -> bool:
-    """Heads together are about as wide as the model, and one by itself is at most half as wide."""
+    """Whether sizes fit an output: all heads are about as wide as the model, one head is at most half."""
     first, middle, last = leaf.block[-3:]
     return 2 * middle <= last <= 4 * first * middle
 
 
 def by_name_and_size(leaf: Leaf, model: Model) -> Reading | None:
-    """A kernel of attention by its name or its module's, and by sizes that would be odd for a stack."""
+    """Reads a kernel by its own or its module's name, and by sizes that would be odd for a stack."""
     del model
     if len(leaf.block) < 3 or not in_attention(leaf):
         return None

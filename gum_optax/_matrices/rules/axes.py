@@ -1,8 +1,8 @@
-"""What names of axes say. They beat shapes and paths: they are the model's own word for each axis."""
+"""Reads axis names. They have priority over shapes and paths: they are the model's own names for its axes."""
 
 from .leaves import Leaf, Model, Reading, matrix, words
 
-# Words that name an axis of layers, experts or groups, in MaxText, Levanter, Haliax and Flax's examples.
+# Words for an axis of layers, experts or groups in MaxText, Levanter, Haliax and Flax's examples.
 _EXPERTS = frozenset({"expert", "experts", "exp"})
 _STACK = frozenset(
     {"layer", "layers", "block", "blocks", "stage", "stages", "repeat", "repeats", "stack", "scan", "depth"}
@@ -10,7 +10,8 @@ _STACK = frozenset(
     | _EXPERTS
 )
 _HEADS = frozenset({"head", "heads"})
-# MaxText calls the size of a head `kv`, and queries, keys and values together `qkv`; Penzai, `projection`.
+# MaxText calls the size of a head `kv`, and the axis of queries, keys and values `qkv`; Penzai has
+# `projection`.
 _OF_HEADS = frozenset({"kv", "qkv", "projection"})
 _VOCABULARY = frozenset({"vocab", "vocabulary"})
 
@@ -28,20 +29,20 @@ def _counts_experts(name: str | None) -> bool:
 
 
 def has_experts_as_features(leaf: Leaf) -> bool:
-    """Whether one side of its matrix is the experts, as of a router's."""
+    """Whether one side of the leaf's matrix is the experts, as in a router."""
     return bool(leaf.axes) and any(_counts_experts(leaf.axes[axis]) for axis in leaf.free)
 
 
 def stack_by_names(axes: tuple[str | None, ...]) -> tuple[int, ...]:
-    """The axes that count layers or experts, as they are named; of a router's, experts are the output."""
-    found = [i for i, name in enumerate(axes) if _is_stack(name)]
-    if len(axes) - len(found) == 1:
-        found = [i for i in found if not _counts_experts(axes[i])]
-    return tuple(found)
+    """The axes whose names tell that they count layers or experts; in a router, experts are the output."""
+    stack = [i for i, name in enumerate(axes) if _is_stack(name)]
+    if len(axes) - len(stack) == 1:
+        stack = [i for i in stack if not _counts_experts(axes[i])]
+    return tuple(stack)
 
 
 def vocabulary_or_norm(leaf: Leaf, model: Model) -> Reading | None:
-    """A table or a head has an axis of the vocabulary; a norm has its own word in MaxText."""
+    """A table or a head has an axis for the vocabulary; a norm has an axis name of its own in MaxText."""
     del model
     named = {word for name in leaf.axes if name is not None for word in words(name)}
     if not _VOCABULARY.isdisjoint(named):
@@ -53,10 +54,10 @@ def vocabulary_or_norm(leaf: Leaf, model: Model) -> Reading | None:
 
 
 def by_axis_names(leaf: Leaf, model: Model) -> Reading | None:
-    """Heads and the size of a head are one side, whatever stands beside them is the other."""
+    """Heads and the size of a head are one side; the remaining axes are the other side."""
     del model
     if not any(_is_stack(name) or _is_heads(name) for name in leaf.axes):
-        return None  # names of mesh axes, or of features only
+        return None  # the names are only of mesh axes or features
     free = leaf.free
     if len(free) == 2:
         return matrix(leaf, free[:1], free[1:], "axis names")

@@ -1,4 +1,4 @@
-"""Convolutions: all of a window, over all input channels, is the fan-in of an output channel.
+"""Convolutions: the fan-in of an output channel is the whole window times all input channels.
 
 Flax, Haiku          (*window, in, out)      the matrix (window · in, out)
 Equinox, PyTorch     (out, in, *window)      the matrix (out, in · window)
@@ -6,9 +6,9 @@ Equinox, PyTorch     (out, in, *window)      the matrix (out, in · window)
 
 from .leaves import Leaf, Model, Reading, matrix, words
 
-_LARGEST_WINDOW = 32  # patches of vision transformers; longer ones are features
+_LARGEST_WINDOW = 32  # the largest patches of vision transformers; longer axes are features
 _CONVOLUTION = frozenset({"conv", "convs", "convolution", "stem", "downsample", "upsample", "patchify"})
-# Kernels of three axes and more that are not.
+# Kernels with three or more axes and such names are no convolutions.
 _STACKS = frozenset({"expert", "experts", "moe", "layers", "blocks"})
 
 
@@ -18,7 +18,7 @@ def _is_by_name(leaf: Leaf) -> bool:
 
 
 def convolutions(leaf: Leaf, model: Model) -> Reading | None:
-    """By name; the window stands where the small axes are."""
+    """Reads a convolution by name; the small axes are the window."""
     del model
     window = len(leaf.block) - 2
     if not 1 <= window <= 3 or not _is_by_name(leaf):
@@ -26,13 +26,13 @@ def convolutions(leaf: Leaf, model: Model) -> Reading | None:
     is_front, is_back = (max(sizes) <= _LARGEST_WINDOW for sizes in (leaf.block[:window], leaf.block[2:]))
     if not is_front and not is_back:
         return None
-    # Where both ends are small, the name tells: PyTorch's kernels are `weight`.
+    # If both ends are small, the name decides: PyTorch's kernels are called `weight`.
     out_first = is_back and (not is_front or leaf.name == "weight")
     return _read(leaf, "a convolution by name", out_first=out_first)
 
 
 def square_windows(leaf: Leaf, model: Model) -> Reading | None:
-    """By a square window of two axes or three, where no name speaks of a stack."""
+    """Reads a convolution by a square window of two or three axes, if no name mentions a stack."""
     del model
     window = len(leaf.block) - 2
     if not 2 <= window <= 3 or any(not _STACKS.isdisjoint(words(name)) for name in leaf.path):

@@ -1,4 +1,4 @@
-"""Leaves that are no matrices, by what they are called and by what they are."""
+"""Leaves that are not matrices, by their names and shapes."""
 
 import re
 from collections.abc import Sequence
@@ -7,9 +7,9 @@ from .attention import in_attention
 from .leaves import Leaf, Model, Path, Reading, words
 from .lora import is_factor
 
-# Names of projections, whatever they project.
+# Names of projections of any input.
 _PROJECTIONS = frozenset({"proj", "projection"})
-# Leaves with one number a feature, head or layer, and Mamba's and RWKV's tables of rates.
+# Leaves with one number per feature, head or layer, and the rate tables of Mamba and RWKV.
 _VECTORS = frozenset(
     {
         "b",
@@ -29,47 +29,47 @@ _VECTORS = frozenset(
 _VECTOR_WORDS = frozenset({"bias", "biases", "scale", "scales", "sinks", "beta", "gamma"})
 _GATES = frozenset({"up", "down", "proj"})
 _NORM_WORDS = frozenset({"ln", "norm", "norms", "rmsnorm", "layernorm"})
-# What is learned for a place or a role in the sequence, and not for an input.
+# Words for rows that belong to a position or a role in the sequence, and not to an input.
 _TOKEN_WORDS = frozenset(
     {"token", "tokens", "latent", "latents", "register", "registers", "probe", "pos", "position", "positions"}
     | {"posemb", "prompt", "prompts"}
 )
 _MIXTURES = frozenset({"moe", "expert", "experts", "sparse", "mixture", "routed"})
-# Words that name a layer between tokens and features; "embed" and what begins with "emb" do so as well.
+# Words for a layer between tokens and features, beside "embed" and words that begin with "emb".
 _TABLES = frozenset({"wte", "wpe"})
 _POSITIONS = frozenset({"pos", "position", "positions", "positional", "wpe", "type", "segment", "relative"})
 _HEADS = frozenset({"cls", "logits", "classifier", "readout", "lmhead", "predictions"})
-# A network called a head: its last layer has one of these names.
+# The last layer of a network that is called a head has one of these names.
 _LAST = frozenset({"out", "output", "final", "decoder", "predictor", "last"})
-# `q_head`, `multi_head`: heads of attention.
+# In `q_head` and `multi_head`, "head" means a head of attention.
 _NO_HEADS = frozenset({"q", "k", "v", "multi", "attention", "attn", "num", "per"})
 KERNELS = frozenset({"kernel", "weight", "w", "embedding", "weights", "embeddings"})
 
 
 def is_norm(leaf: Leaf) -> bool:
-    """Whether it is a norm's, by its own name or its module's; a gated norm holds matrices besides."""
+    """Whether a leaf belongs to a norm, by its own or its module's name; a gated norm also has matrices."""
     near = leaf.path[-1:] if not _GATES.isdisjoint(words(leaf.name)) else leaf.path[-2:]
     named = (word for name in near for word in words(name))
     return any(word.endswith("norm") or word in _NORM_WORDS for word in named)
 
 
 def is_vector(leaf: Leaf) -> bool:
-    """Whether its name is that of a leaf with one axis: a norm's scale, a bias, the `D` of a state space."""
+    """Whether a leaf has a vector's name: the scale of a norm, a bias, the `D` of a state space model."""
     if is_factor(leaf):
-        return False  # whose `b` is no bias
+        return False  # the `b` of LoRA is not a bias
     own = leaf.name.lower()
     is_by_name = own in _VECTORS or leaf.name == "D" or not _VECTOR_WORDS.isdisjoint(words(own))
     return is_by_name or is_norm(leaf)
 
 
 def vectors(leaf: Leaf, model: Model) -> Reading | None:
-    """Norms, biases, sinks, rates: updated number by number, in stacks as well."""
+    """Norms, biases, sinks and rates are updated elementwise, also in stacks."""
     del model
     return Reading(None, "vector", "a norm, bias or scale by name") if is_vector(leaf) else None
 
 
 def tokens(leaf: Leaf, model: Model) -> Reading | None:
-    """Positions, register and class tokens, latents: rows that no input chooses."""
+    """Positions, register tokens, class tokens and latents are rows that no input selects."""
     del model
     own = words(leaf.name)
     if _TOKEN_WORDS.isdisjoint(own) or leaf.name.lower() in KERNELS:
@@ -79,7 +79,7 @@ def tokens(leaf: Leaf, model: Model) -> Reading | None:
 
 
 def is_router(leaf: Leaf) -> bool:
-    """Whether it chooses the experts: `router`, or the `gate` of a mixture."""
+    """Whether a leaf selects experts: it is called `router`, or it is the `gate` of a mixture."""
     named = {word for name in leaf.path for word in words(name)}
     own = {word for name in leaf.path[-2:] for word in words(name)}
     is_gate = any(name.lower() in ("gate", "gating") for name in leaf.path[-2:])
@@ -87,7 +87,7 @@ def is_router(leaf: Leaf) -> bool:
 
 
 def of_a_stack(leaf: Leaf, model: Model) -> Reading | None:
-    """A leaf whose blocks have one axis or none: a vector a layer."""
+    """A leaf whose blocks have at most one axis holds a vector per layer."""
     del model
     return Reading(None, "vector", "a vector in each layer") if len(leaf.free) < 2 else None
 
@@ -99,10 +99,10 @@ def _is_embedding(name: str) -> bool:
 
 
 def _is_head(name: str) -> bool:
-    """`lm_head`, `ClassificationHead_0`, `logitdense`, not `MultiHeadAttention`."""
+    """Whether a name means a head: `lm_head` or `ClassificationHead_0`, but not `MultiHeadAttention`."""
     own = words(name)
     if "pre" in own or "router" in own:
-        return False  # the layer before the head, and a head of another kind
+        return False  # the layer before the head, or another kind of head
     if own[-1:] == ("head",):
         return _NO_HEADS.isdisjoint(own)
     return not _HEADS.isdisjoint(own) or any("logit" in word for word in own)
@@ -114,9 +114,9 @@ def _kernels(model: Model, module: Path) -> list[Leaf]:
 
 
 def tables(leaf: Leaf, model: Model) -> Reading | None:
-    """Embeddings: the leaf, the module that holds it, or a module around with no other kernel in it.
+    """Embeddings: the leaf, its module, or an outer module with no other kernel has an embedding's name.
 
-    A network that is called `embedder` has embeddings under their own name, and matrices besides.
+    In a network called `embedder`, embeddings have their own names, and other kernels are matrices.
     """
     near = any(map(_is_embedding, leaf.path[-2:]))
     is_alone = any(
@@ -129,7 +129,7 @@ def tables(leaf: Leaf, model: Model) -> Reading | None:
 
 
 def heads(leaf: Leaf, model: Model) -> Reading | None:
-    """Output layers: the leaf, the module that holds it, or the last layer of a module with such a name."""
+    """Output layers: the leaf or its module is named a head, or the leaf is the last layer of a head."""
     by_name = Reading(None, "head", "a head by name")
     if any(map(_is_head, leaf.path[-2:])) or leaf.path[:1] in (("output",), ("unembed",)):
         return by_name
@@ -140,7 +140,7 @@ def heads(leaf: Leaf, model: Model) -> Reading | None:
 
 
 def _is_last(leaf: Leaf, kernels: Sequence[Leaf]) -> bool:
-    """Whether it is the output layer of a network, told from numbers and names."""
+    """Whether a leaf is the output layer of a network, by numbers and names."""
     if len(kernels) == 1:
         return True
     if not _LAST.isdisjoint(words(leaf.path[-2])) and not in_attention(leaf):
@@ -154,15 +154,15 @@ def _stem(leaf: Leaf) -> str:
 
 
 def _number(leaf: Leaf) -> int:
-    found = re.search(r"\d+$", leaf.path[-2])
-    return int(found.group()) if found else -1
+    digits = re.search(r"\d+$", leaf.path[-2])
+    return int(digits.group()) if digits else -1
 
 
 def sized_as_the_vocabulary(leaf: Leaf, model: Model) -> Reading | None:
-    """The one matrix beside an embedding, outside of the layers, that has its shape, one way or the other."""
-    found = model.once(_twins)
-    is_one = len(found) == 1 and found[0].path == leaf.path
-    return Reading(None, "head", "a side as long as the vocabulary") if is_one else None
+    """The head is the only matrix outside of the layers with the shape of an embedding or its transpose."""
+    twins = model.once(_twins)
+    is_only = len(twins) == 1 and twins[0].path == leaf.path
+    return Reading(None, "head", "a side as long as the vocabulary") if is_only else None
 
 
 def _twins(model: Model) -> list[Leaf]:
@@ -181,7 +181,7 @@ def _twins(model: Model) -> list[Leaf]:
 
 
 def last_of_a_compact_model(leaf: Leaf, model: Model) -> Reading | None:
-    """The last `Dense_n` at the root of a Linen model written with `@nn.compact`."""
+    """The head is the last `Dense_n` at the root of a Linen model with `@nn.compact`."""
     root = leaf.path[:-2]
     if len(leaf.path) < 2 or root not in ((), ("params",)) or _stem(leaf) != "Dense" or leaf.name != "kernel":
         return None
@@ -194,6 +194,6 @@ def last_of_a_compact_model(leaf: Leaf, model: Model) -> Reading | None:
     if len(dense) + len(others) < 2 or any(_is_head(name) for x in others for name in x.path[-2:]):
         return None
     if len(dense) == 1 and any(leaf.shape[-1] in x.shape for x in others):
-        return None  # it may as well be the first layer
+        return None  # it may also be the first layer
     is_last = _number(leaf) == max(map(_number, dense))
     return Reading(None, "head", "the last Dense of a compact model") if is_last else None

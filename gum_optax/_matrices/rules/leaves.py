@@ -1,4 +1,4 @@
-"""A model's leaves, with what their library says of them, and the readings that come of it."""
+"""A model's leaves with the metadata of their library, and the readings that the rules return."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ _WORD = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+")
 
 @functools.lru_cache(maxsize=4096)
 def words(name: str) -> tuple[str, ...]:
-    """`MultiHeadAttention_0` is multi, head, attention."""
+    """The words of a name: `MultiHeadAttention_0` has multi, head and attention."""
     return tuple(word.lower() for word in _WORD.findall(name))
 
 
@@ -29,19 +29,20 @@ def words(name: str) -> tuple[str, ...]:
 class Leaf:
     """An array of a model.
 
-    Haiku writes `mlp/~/linear_0` and Penzai `block_0.attention` in one key: `path` has each name by itself.
+    Haiku writes `mlp/~/linear_0`, and Penzai `block_0.attention`, as one key; `path` has the names
+    separately.
     """
 
-    index: int  # among the leaves of the tree
+    index: int  # position among the leaves of the tree
     path: Path
     shape: Shape
-    axes: tuple[str | None, ...] = ()  # names of axes, where the library has some
-    module: Any = None  # the module of Equinox or Haliax that holds the leaf
-    stack: tuple[int, ...] = ()  # axes that count layers or experts, as far as they are known
+    axes: tuple[str | None, ...] = ()  # axis names, if the library has them
+    module: Any = None  # the Equinox or Haliax module that holds the leaf
+    stack: tuple[int, ...] = ()  # axes that count layers or experts, as far as known
 
     @property
     def name(self) -> str:
-        """The leaf's own."""
+        """The last name of the path."""
         return self.path[-1] if self.path else ""
 
     @property
@@ -56,20 +57,20 @@ class Leaf:
 
 
 class Reading(NamedTuple):
-    """What a leaf is taken for."""
+    """The interpretation of a leaf."""
 
-    entry: Any  # `Entry`: its fan-in and fan-out; None: it is not a matrix
+    entry: Any  # an `Entry` with fan-in and fan-out; None: the leaf is not a matrix
     kind: str  # "matrix", "embedding", "head", "vector", ...
     reason: str
-    doubt: str = ""  # another reading that is as plausible
+    doubt: str = ""  # another, equally plausible reading
 
 
-# One rule of the policy: what it takes a leaf for, or None where it has no say.
+# A rule of the policy returns its reading of a leaf, or None if it does not apply.
 Rule = Callable[[Leaf, "Model"], Reading | None]
 
 
 class Model:
-    """All leaves of a tree, to look beside and around each."""
+    """All leaves of a tree, so that rules can look at the neighbours of a leaf."""
 
     def __init__(self, leaves: Sequence[Leaf]):
         self.leaves = tuple(leaves)
@@ -80,32 +81,32 @@ class Model:
                 self._inside.setdefault(leaf.path[:depth], []).append(leaf)
 
     def once(self, f: Callable[["Model"], Any]) -> Any:
-        """`f` of the model, which many leaves ask for."""
+        """`f(model)`, computed once for all leaves."""
         if f not in self._known:
             self._known[f] = f(self)
         return self._known[f]
 
     def inside(self, module: Path) -> list[Leaf]:
-        """The leaves of a module, deep ones too."""
+        """The leaves of a module at any depth."""
         return self._inside.get(module, [])
 
     def modules(self) -> Iterator[Path]:
-        """The paths of all modules, outer ones first."""
+        """The paths of all modules, outer modules first."""
         return iter(sorted(self._inside, key=len))
 
     def around(self, leaf: Leaf, levels: int = 3) -> Iterator[list[Leaf]]:
-        """The leaves of the module that holds a leaf, of the one around that, and so on."""
+        """The leaves of the module that holds a leaf, then those of the next outer module, and so on."""
         for depth in range(len(leaf.path) - 1, max(len(leaf.path) - 1 - levels, -1), -1):
             yield self.inside(leaf.path[:depth])
 
     def sibling(self, leaf: Leaf, name: str) -> Leaf | None:
-        """The leaf of that name in the same module."""
+        """The leaf with the given name in the same module."""
         path = (*leaf.path[:-1], name)
         return next((x for x in self.inside(path) if x.path == path), None)
 
 
 def numbers(leaf: Leaf, reduction: Sequence[int], output: Sequence[int]) -> MuonDimensionNumbers:
-    """Dimension numbers from axes, counted from the end: a stack in front changes nothing."""
+    """Dimension numbers with axes counted from the end, so that a stack in front does not change them."""
 
     def from_end(axes):
         counted = tuple(axis - len(leaf.shape) for axis in axes)
@@ -115,41 +116,41 @@ def numbers(leaf: Leaf, reduction: Sequence[int], output: Sequence[int]) -> Muon
 
 
 def matrix(leaf: Leaf, reduction: Sequence[int], output: Sequence[int], reason: str) -> Reading:
-    """A matrix from the axes of its fan-in to those of its fan-out."""
+    """The reading of a matrix with the given axes for fan-in and fan-out."""
     return Reading(numbers(leaf, reduction, output), "matrix", reason)
 
 
 def _path(path: Any) -> Path:
-    found = (part for name in names_of(path) for part in re.split(r"[/.]", name))
-    return tuple(part for part in found if part not in ("", "~"))
+    parts = (part for name in names_of(path) for part in re.split(r"[/.]", name))
+    return tuple(part for part in parts if part not in ("", "~"))
 
 
 def _is_module(x: Any) -> bool:
-    """A layer of Equinox or Haliax, or of a class derived from one; they are nodes of a tree."""
-    kinds = type(x).__mro__
-    return any(kind.__module__.startswith(("equinox.nn", "haliax.nn")) for kind in kinds) and not is_box(x)
+    """Whether `x` is a layer of Equinox or Haliax, or of a derived class; layers are nodes of a tree."""
+    classes = type(x).__mro__
+    return any(c.__module__.startswith(("equinox.nn", "haliax.nn")) for c in classes) and not is_box(x)
 
 
 def _modules(tree: Any) -> dict[Path, Any]:
-    """Every layer by its path."""
-    found = {}
+    """All layers by their paths."""
+    layers = {}
 
     def look(path, node):
         for inner, x in jax.tree_util.tree_leaves_with_path(
             node, is_leaf=lambda y: y is not node and _is_module(y)
         ):
             if _is_module(x):
-                found[_path((*path, *inner))] = x
+                layers[_path((*path, *inner))] = x
                 look((*path, *inner), x)
 
     if _is_module(tree):
-        found[()] = tree
+        layers[()] = tree
     look((), tree)
-    return found
+    return layers
 
 
 def leaves_of(params: Any) -> list[Leaf]:
-    """One `Leaf` for each leaf of the tree, in its order."""
+    """One `Leaf` for each leaf of the tree, in the order of the tree."""
     modules, leaves = _modules(params), []
     for path, x in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box):
         content, axes = unbox(x)

@@ -1,4 +1,4 @@
-"""Layers of Equinox and Haliax, whose kind tells the axes of their weights."""
+"""Layers of Equinox and Haliax: the class of a layer tells the axes of its weights."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -6,19 +6,19 @@ from typing import Any
 from .leaves import Leaf, Model, Reading, matrix
 
 
-def _kind(module: Any) -> type:
-    """The library's class, of which a model's own may be derived."""
-    return next(k for k in type(module).__mro__ if k.__module__.startswith(("equinox.nn", "haliax.nn")))
+def _library_class(module: Any) -> type:
+    """The class of the library; the class of a model's layer may derive from it."""
+    return next(c for c in type(module).__mro__ if c.__module__.startswith(("equinox.nn", "haliax.nn")))
 
 
 def layers(leaf: Leaf, model: Model) -> Reading | None:
-    """By the layer that holds the leaf."""
+    """Reads a leaf by the layer that holds it."""
     del model
     module = leaf.module
     if module is None or len(leaf.shape) < 2:
         return None
-    kind = _kind(module)
-    library, name = kind.__module__.split(".")[0], kind.__name__
+    library_class = _library_class(module)
+    library, name = library_class.__module__.split(".")[0], library_class.__name__
     why = f"{library.capitalize()}'s {name}"
     if name == "Embedding":
         return Reading(None, "embedding", why)
@@ -32,13 +32,13 @@ def layers(leaf: Leaf, model: Model) -> Reading | None:
 
 
 def _names(axes: Any) -> tuple[str, ...]:
-    """Of a Haliax axis, of several, or of a mapping from names to sizes."""
+    """The names of a Haliax axis, of several axes, or of a mapping from names to sizes."""
     several = axes if isinstance(axes, Iterable) and not isinstance(axes, str) else (axes,)
     return tuple(axis if isinstance(axis, str) else axis.name for axis in several)
 
 
 def _haliax(leaf: Leaf, module: Any, why: str) -> Reading | None:
-    """From `In`, with the window of a convolution, to `Out`; all other axes are stacks."""
+    """Fan-in is `In` and the window of a convolution, fan-out is `Out`; all other axes are stacks."""
     window = _names(getattr(module, "Spatial", ()))
     fans = ((*_names(module.In), *window), _names(module.Out))
     inputs, outputs = ([leaf.axes.index(name) for name in names if name in leaf.axes] for names in fans)
@@ -50,7 +50,7 @@ def _haliax(leaf: Leaf, module: Any, why: str) -> Reading | None:
 
 
 def _equinox(leaf: Leaf, module: Any, why: str) -> Reading | None:
-    """`(out, in)` and `(out, in / groups, *window)`; in a stack of layers, after the layers."""
+    """The last axes are `(out, in)` or `(out, in / groups, *window)`; axes before them are a stack."""
     window = getattr(module, "num_spatial_dims", 0)
     axes = range(len(leaf.shape) - 2 - window, len(leaf.shape))
     if axes[0] < 0:

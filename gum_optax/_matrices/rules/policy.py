@@ -1,4 +1,4 @@
-"""The policy: which leaf of a model is which matrix, as a list of rules. The first that has a say decides."""
+"""The policy: a list of rules decides which leaf is which matrix, and the first rule that applies wins."""
 
 import math
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from .stacks import with_stacks
 
 
 def _nothing(leaf: Leaf, model: Model) -> Reading | None:
-    """Numbers and vectors."""
+    """Scalars, vectors and empty leaves are not matrices."""
     del model
     if len(leaf.shape) < 2 or 0 in leaf.shape:
         return Reading(None, "vector", "fewer than two axes" if 0 not in leaf.shape else "empty")
@@ -61,19 +61,19 @@ RULES: Sequence[Rule] = (
 
 
 def readings(params: Any) -> list[Reading]:
-    """What each leaf of a tree is taken for, in the order of its leaves."""
+    """The reading of each leaf of a tree, in the order of the leaves."""
     return read(Model(leaves_of(params)))
 
 
 def read(model: Model) -> list[Reading]:
-    """The same of a model's leaves."""
+    """The reading of each leaf of a model."""
     model = with_stacks(model)
-    found = (next(filter(None, (rule(leaf, model) for rule in RULES))) for leaf in model.leaves)
-    return alike([_with_two_sides(*pair) for pair in zip(model.leaves, found, strict=True)], model)
+    first = (next(filter(None, (rule(leaf, model) for rule in RULES))) for leaf in model.leaves)
+    return alike([_with_two_sides(*pair) for pair in zip(model.leaves, first, strict=True)], model)
 
 
 def _with_two_sides(leaf: Leaf, reading: Reading) -> Reading:
-    """A block with a side of 1 is a vector, whatever the axes are called."""
+    """Read a block with a side of 1 as a vector, whatever its axes are called, and mark routers."""
     if reading.entry is None:
         return reading
     for axes in (reading.entry.reduction_axis, reading.entry.output_axis):
