@@ -50,8 +50,8 @@ def per_matrix(
         count = jnp.asarray(optax.safe_increment(count))
 
         def update_leaf(*arrays_and_gradient):
-            # The gradient is last, because `map_sequentially` delays the last operand. Every rule first adds the
-            # gradient to its momentum, and that sum absorbs the delay.
+            # The gradient is last, because `map_sequentially` delays the last operand. Every rule first adds
+            # the gradient to its momentum, and that sum absorbs the delay.
             is_accepted, *old, g = arrays_and_gradient
             step, *new = update(count, g.astype(jnp.float32), *old)
             return step, new if accept is None else accept.keep_leaf_if_rejected(is_accepted, new, old)
