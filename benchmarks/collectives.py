@@ -100,8 +100,8 @@ def _loop(line: str, computations: dict[str, list[str]], times: int) -> tuple[st
         # A TPU's program lacks the trip count. It is the bound of the counter, the only constant of the
         # condition.
         bounds = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(computations[condition[1]]))
-        assert len(bounds) == 1, (line, bounds)
-        return body[1], times * int(bounds[0])
+        # A loop without a bound is that of the power steps, one at every refresh but the first.
+        return body[1], times * int(bounds[0]) if bounds else times
     return body[1], times * int(written[1])
 
 

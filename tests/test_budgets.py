@@ -65,7 +65,7 @@ WHOLE_STEP_BUDGETS = {
     "muon": (1.01, 1.01),
     "galore_muon": (1.01, 1.01),
     "gum": (1.06, 1.06),
-    "sinkgd": (1.6, 1.31),
+    "sinkgd": (1.6, 1.41),
 }
 
 
@@ -80,8 +80,8 @@ def test_a_training_step_does_not_hold_all_gradients_for_the_optimizer(name):
 
 # Of two layers in a training step, separate and scanned.
 OTHER_BUDGETS = {
-    "fira": (0.53, 0.88),
-    "frugal": (0.31, 0.57),
+    "fira": (0.61, 0.88),
+    "frugal": (0.43, 0.57),
     "swan": (0.12, 0.23),
     "scion": (0.01, 0.01),
     "trion": (0.2, 0.57),

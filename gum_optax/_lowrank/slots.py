@@ -141,7 +141,9 @@ class Slots(NamedTuple):
         @jax.jit  # traced once for all leaves of a shape
         def overwritten(operands, values, slots):
             whole = make(*operands)
-            return whole, scatter_blocks(whole, values, slots)
+            step = scatter_blocks(whole, values, slots)
+            # The step overwrites a stack, which is then not in memory beside the step.
+            return whole if len(slots) == 1 else step, step
 
         def pair(leaf_index, *operands):
             """What `make` makes, for which the next leaf waits, and the leaf."""
