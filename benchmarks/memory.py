@@ -112,11 +112,12 @@ def whole_step(tx: Any, width: int, layers: int, tokens: int = 64, device: Any =
 
 def measure_whole_steps(platform: str, names: list[str], data: dict[str, Any]) -> None:
     """Add the whole steps of each optimizer to what was measured before."""
+    device = device_of(platform)
     for width, layers in WHOLE_STEPS:
         setting = f"{platform} {width} × {layers}"
         data["versions"]["whole step, " + setting] = versions(*PACKAGES.get(platform, []))
         for name in names:
-            share = whole_step(optimizers(width // 8)[name](), width, layers, device=device_of(platform))
+            share = whole_step(optimizers(width // 8)[name](), width, layers, device=device)
             data["whole_steps"].setdefault(name, {})[setting] = round(share, 4)
             print(f"whole step, {setting}  {name}  {share:.3f}", flush=True)
 
@@ -165,6 +166,7 @@ def main(argv: list[str] | None = None) -> None:
 def measure_updates(options: Any, makers: dict[str, Any], names: list[str], data: dict[str, Any]) -> None:
     """Add the updates of each optimizer to what was measured before."""
     width, ff, _ = SIZES[options.width]
+    device = device_of(options.platform)
     for kind in options.kinds.split(","):
         scanned = kind == "scanned"
         kept = ", gradients kept" * options.keep_gradients
@@ -176,7 +178,7 @@ def measure_updates(options: Any, makers: dict[str, Any], names: list[str], data
             share = measure(
                 makers[name](),
                 layers(width, ff, options.layers, scanned=scanned),
-                device_of(options.platform),
+                device,
                 keep_gradients=options.keep_gradients,
             )
             data["temporaries"].setdefault(name, {})[setting] = round(share, 4)

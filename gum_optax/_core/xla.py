@@ -8,10 +8,8 @@ whole training step), with the optimizers of `benchmarks/memory.py`.
 |---|---|---|---|
 | `map_sequentially`, by `depend_on` | temporaries of `muon` over the gradients | 0.00 | 0.57 |
 | | temporaries of a training step of `muon` over AdamW's | 1.00 | 2.04 |
-| `depend_on` in the refresh | temporaries of `sumo` over the gradients, stacked leaves | 0.23 | 0.30 |
 | `in_one`, by `always` | temporaries of a training step of `sinkgd` over AdamW's | 1.59 | 2.18 |
-| `rolled_but_on_tpu`, `same_shape_groups` | s to compile `galore_muon`: loop of the refresh | 5.9 | 30.7 |
-| | s to compile `gum`, a third of the blocks sampled: the loop over slots | 11.8 | 15.3 |
+| `rolled_but_on_tpu` | s to compile `gum`, a third of the blocks sampled: the loop over slots | 11.8 | 15.3 |
 | `map_batched`, `same_shape_groups` | s to compile `galore_muon` | 5.9 | 8.9 |
 | `opaque_constants`, by `unstacked` | s to compile `galore_muon` | 5.9 | 10.3 |
 

@@ -33,6 +33,11 @@ def frobenius(x: Float[Array, "*b m n"]) -> Float[Array, "*b 1 1"]:
     return norm(x, (-2, -1))
 
 
+def to_norm_one(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
+    """`x` times the reciprocal of `|x|_F`; zero for zero, and where the norm is subnormal."""
+    return x * safe_reciprocal(frobenius(x))
+
+
 def is_finite(*arrays: Any) -> Bool[Array, ""]:
     """Whether all numbers are finite."""
 

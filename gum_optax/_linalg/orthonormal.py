@@ -26,7 +26,7 @@ _SHIFT = 1e-6
 _CLEAN_PASSES = 2
 # How much of the previous subspace a power step keeps. Directions that G lacks (rank-deficient, zero) come
 # only from there. The floor bounds the condition of `Y = G GᵀP + δ P` by 1e5, because `PᵀY ≥ δ I`.
-FLOOR = 1e-5
+_FLOOR = 1e-5
 
 _DEFECT_OF_A_START = 0.1
 # The rounding of two float32 products, in units of float32's eps (measured: 1.3): see `outside`.
@@ -65,9 +65,7 @@ def outside(
     return jnp.where(frobenius(g) > rounding * whole, g, 0)
 
 
-def orthonormalize(
-    y: Float[Array, "*b m r"], shifted_passes: int = 1, clean_passes: int = _CLEAN_PASSES
-) -> Float[Array, "*b m r"]:
+def orthonormalize(y: Float[Array, "*b m r"], shifted_passes: int = 1) -> Float[Array, "*b m r"]:
     """The `Q` of `Y = Q R`, `R` with positive diagonal, by shifted Cholesky-QR.
 
         Y ← Y L⁻ᵀ,   L Lᵀ = YᵀY (+ shift)
@@ -85,12 +83,12 @@ def orthonormalize(
         return exact_matmul(y, inverse_factor(gram).mT), None
 
     # Use a loop: every leaf has one, and XLA would compile every unrolled pass of each.
-    shifts = jnp.asarray([_SHIFT] * shifted_passes + [0.0] * clean_passes, y.dtype)
+    shifts = jnp.asarray([_SHIFT] * shifted_passes + [0.0] * _CLEAN_PASSES, y.dtype)
     return jax.lax.scan(one_pass, y, shifts)[0]
 
 
 def regularized(
-    y: Float[Array, "*b m r"], p: Float[Array, "*b m r"], floor: float = FLOOR
+    y: Float[Array, "*b m r"], p: Float[Array, "*b m r"], floor: float = _FLOOR
 ) -> Float[Array, "*b m r"]:
     """`Y + δ P`, which has full rank even where `Y` has not, as `orthonormalize` needs; `|Y|` is about 1."""
     return y + floor * p

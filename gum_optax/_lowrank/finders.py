@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._core.measurements import MeanOf
 from .._core.xla import one_by_one_on_cpu
-from .._linalg.numerics import exact_matmul, frobenius, safe_reciprocal
+from .._linalg.numerics import exact_matmul, safe_reciprocal, to_norm_one
 from .._linalg.orthonormal import (
     orthonormal_or,
     orthonormalize,
@@ -139,10 +139,6 @@ def _power_step(mean_of: MeanOf, p: Any) -> Any:
     return jax.tree.map(jnp.multiply, y, by)
 
 
-def _to_norm_one(x: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:
-    return x * safe_reciprocal(frobenius(x))
-
-
 def _from_sketch(mean_of: MeanOf, keys: Any, p: Any, iterations: int = 1) -> Any:
     """`sketched_subspace` of all leaves, which share their means."""
 
@@ -153,7 +149,7 @@ def _from_sketch(mean_of: MeanOf, keys: Any, p: Any, iterations: int = 1) -> Any
         return g @ jnp.broadcast_to(s, (*g.shape[:-2], *s.shape))
 
     def start(p, y):
-        return orthonormal_or(orthonormalize(regularized(_to_norm_one(y), p, _FLOOR_OF_A_SKETCH)), p)
+        return orthonormal_or(orthonormalize(regularized(to_norm_one(y), p, _FLOOR_OF_A_SKETCH)), p)
 
     y = mean_of(lambda g: jax.tree.map(sketch, keys, p, g))
     return power_steps(mean_of, keys, jax.tree.map(start, p, y), iterations)
@@ -217,7 +213,7 @@ def randomized_svd(
     columns = min(m, r + oversampling)
     q = orthonormalize(jax.random.normal(key, (*previous.shape[:-1], columns), jnp.float32))
     q = subspace_iteration(key, gradient, q, power_iterations)
-    b = _to_norm_one(project(q, gradient))
+    b = to_norm_one(project(q, gradient))
     v = one_by_one_on_cpu(lambda a: jnp.linalg.eigh(a)[1], exact_matmul(b, b.mT))  # ascending
     return exact_matmul(q, v[..., ::-1][..., :r])
 

@@ -61,6 +61,14 @@ def _projection(g: Array, stored: Array, p: Array, rotation: Array) -> Projectio
     return Projection(p, rotation, r, Energy(scale, _squares(r, scale), _squares(stored, scale)))
 
 
+def _unless_rejected(
+    accepted: Sequence[Bool[Array, ""]], found: Sequence[Found], projectors: Sequence[Array]
+) -> list[Found]:
+    """What was found for each leaf; a leaf that rejects the step keeps its projector."""
+    rows = zip(accepted, found, unchanged(projectors), strict=True)
+    return [jax.tree.map(functools.partial(jnp.where, yes), new, old) for yes, new, old in rows]
+
+
 class DenseGradient(NamedTuple):
     """The gradients of the projected leaves, as arrays."""
 
@@ -79,13 +87,11 @@ class DenseGradient(NamedTuple):
         """The projection of each leaf, on a new projector at a refresh."""
         rows = list(zip(self.stored, self.views, projectors, strict=True))
         projections = refreshed(find, is_refresh, count, keys, rows, _projection)
-        # A leaf that rejects the step keeps its projector; nothing reads the rest of its projection.
+        # Nothing reads the rest of a rejected leaf's projection.
+        found = _unless_rejected(accepted, [(x.projector, x.rotation) for x in projections], projectors)
         return [
-            new._replace(
-                projector=jnp.where(yes, new.projector, p),
-                rotation=jnp.where(yes, new.rotation, unchanged([p])[0][1]),
-            )
-            for new, yes, p in zip(projections, accepted, projectors, strict=True)
+            x._replace(projector=p, rotation=rotation)
+            for x, (p, rotation) in zip(projections, found, strict=True)
         ]
 
     def gather(
@@ -142,8 +148,7 @@ class ProjectedGradient(NamedTuple):
         # `once` runs in the first trace, where nobody knows yet whether the gradient is finite. The second
         # trace knows, and chooses here.
         found = self.measurements.once(self.leaf_indices, make)
-        pairs = zip(is_refresh, found, unchanged(projectors), strict=True)
-        return [jax.tree.map(functools.partial(jnp.where, yes), new, old) for yes, new, old in pairs]
+        return _unless_rejected(is_refresh, found, projectors)
 
     def coordinates(self, projectors: Sequence[Array]) -> list[Array]:
         """`PᵀG` of each leaf."""

@@ -58,26 +58,21 @@ def refreshed(
     # Jitted, so that leaves with the same views are traced once.
     reader_of = functools.cache(lambda views: jax.jit(functools.partial(_read_group, forms, then, views)))
 
-    def in_groups(size_of, wrap):
+    def in_groups(size_of):
         results: dict[int, Any] = {}
         for group in groups:
             for leaf_indices in _cut(group, size_of(len(group))):
                 read_them = reader_of(tuple(rows[i][1] for i in leaf_indices))
                 leaves = [(rows[i][0], rows[i][2]) for i in leaf_indices]
-                of_them = wrap(read_them, is_refresh, phase, some(keys, leaf_indices), leaves)
+                chosen = some(keys, leaf_indices)
+                of_them = in_one(read_them, count >= 0, is_refresh, phase, chosen, leaves)
                 results |= dict(zip(leaf_indices, of_them, strict=True))
         return [results[i] for i in range(len(rows))]
 
-    def as_one(read_them, *operands):
-        return in_one(read_them, count >= 0, *operands)
-
-    def plainly(read_them, *operands):
-        return read_them(*operands)
-
     return jax.lax.platform_dependent(
-        cpu=lambda: in_groups(lambda size: max(size // _LOOPS, 1), as_one),
-        tpu=lambda: in_groups(lambda size: 1, plainly),
-        default=lambda: in_groups(lambda size: size, plainly),
+        cpu=lambda: in_groups(lambda size: max(size // _LOOPS, 1)),
+        tpu=lambda: in_groups(lambda size: 1),
+        default=lambda: in_groups(lambda size: size),
     )
 
 
