@@ -15,6 +15,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # Put this flag first: the last flag wins.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
 
+# Threads for XLA: a collective in a conditional may run beside another one, each holds a thread of each
+# device until all devices have come, and XLA has only as many threads as devices.
+os.environ.setdefault("NPROC", "32")
+
 import jax
 import jax.numpy as jnp
 import numpy as np

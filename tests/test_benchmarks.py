@@ -177,8 +177,8 @@ def test_the_guard_is_timed_beside_the_rule_alone(tmp_path, monkeypatch):
     (rows,) = settings_of(tmp_path / "guard.json").values()
     assert len(rows) == 6
     assert all(row["step"] > 0 for row in rows.values())
-    for rule in few:  # the state is computed in place: no second copy
-        alone, built_in = (rows[f"{rule}, {how}"]["temporaries"] for how in ("alone", "skip_non_finite"))
-        assert built_in < 1.03 * alone
-        assert rows[f"{rule}, optax.apply_if_finite"]["temporaries"] > 1.3 * alone
+    for rule in few:  # the state is computed in place: no second copy, which is what optax's guard adds
+        alone, built_in, optax_guard = (rows[f"{rule}, {how}"]["temporaries"] for how in guard.GUARDS)
+        assert optax_guard > 1.3 * alone
+        assert built_in - alone < 0.1 * (optax_guard - alone)
     assert (tmp_path / "guard.md").read_text().count("skip_non_finite") == 2

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from .._core.xla import map_sequentially
+
 # The largest input of a rule with second moments. Sums of larger squares could overflow float32, and an
 # infinite second moment stays infinite.
 LARGEST = 1e15
@@ -52,9 +54,10 @@ def is_finite(*arrays: Any) -> Bool[Array, ""]:
 
     if len(arrays) == 1:
         return jnp.isfinite(zero(*arrays))
+    # One array after the other: of a wide one, a CPU writes the zeros to memory before it sums them.
     # Use a dot product: XLA would fuse an elementwise chain into every consumer of `finite` and recompute it
     # there.
-    sums = jnp.stack([zero(x) for x in arrays] or [0.0])
+    sums = jnp.stack(jax.tree.leaves(map_sequentially(zero, list(arrays))) or [0.0])
     return jnp.isfinite(jnp.dot(sums, sums))
 
 

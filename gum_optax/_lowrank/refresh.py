@@ -70,7 +70,7 @@ def refreshed(
         return [results[i] for i in range(len(rows))]
 
     return jax.lax.platform_dependent(
-        cpu=lambda: in_groups(lambda size: max(size // _LOOPS, 1)),
+        cpu=lambda: in_groups(lambda size: size // _LOOPS if size > 2 * _LOOPS else 1),
         tpu=lambda: in_groups(lambda size: 1),
         default=lambda: in_groups(lambda size: size),
     )

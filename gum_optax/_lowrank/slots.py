@@ -35,8 +35,9 @@ from .._core.xla import map_sequentially, opaque_constants, rolled_but_on_tpu
 from .._mesh.explicit import zeros
 from .blocks import Member, read
 
-# The sampled blocks of each group, by its name, counted over its leaves: {group: (slots,)}.
-Index = dict[str, Int[Array, "slots"]]
+# The sampled blocks of each group, by its name, counted over its leaves: {group: (slots,)}. No shape has a
+# name in these annotations, because a name stands for one size, and groups differ.
+Index = dict[str, Int[Array, "_"]]
 
 
 class Group(NamedTuple):
@@ -100,7 +101,7 @@ class Slots(NamedTuple):
             for name, group in self.groups.items()
         }
 
-    def zeros(self, tree: optax.Params) -> dict[str, Float[Array, "slots m n"]]:
+    def zeros(self, tree: optax.Params) -> dict[str, Float[Array, "_ _ _"]]:
         """Empty slots, sharded as the blocks of the first leaf of their group are."""
         leaves = jax.tree.leaves(tree)
         return {
@@ -110,7 +111,7 @@ class Slots(NamedTuple):
 
     def gather(
         self, index: Index, gradient: Any, projectors: Any, input_of: Callable[[Group], Callable[..., Array]]
-    ) -> dict[str, Float[Array, "slots m n"]]:
+    ) -> dict[str, Float[Array, "_ _ _"]]:
         """The slots' inputs: of each sampled block, a function of the gradient and the projector.
 
         Args:
@@ -199,12 +200,14 @@ def gather_early(
     # prevents that.
     one_more = int(group.slots == 1)
     held = jnp.zeros((group.slots * rows + one_more, columns), jnp.float32)
-    for member in reversed(range(len(first))):  # the backward pass begins with the last layers
-        leaf, view = first[member]
-        at = slots[member].astype(jnp.uint32) * rows  # anywhere for -1
+    numbers = opaque_constants(range(len(first)), slots[0])
+    # The backward pass begins with the last layers.
+    for (leaf, view), number in reversed(list(zip(first, numbers, strict=True))):
+        slot = jax.lax.dynamic_index_in_dim(slots, number, keepdims=False)
+        at = slot.astype(jnp.uint32) * rows  # anywhere for -1
         before = jax.lax.dynamic_slice_in_dim(held, at, rows)
         block = view.of(leaf).reshape(group.shape).astype(jnp.float32)
-        now = jnp.where(slots[member] < 0, before, block)
+        now = jnp.where(slot < 0, before, block)
         held = jax.lax.dynamic_update_slice_in_dim(held, now, at, 0)
     others = [member[1:] for member in members]
 
