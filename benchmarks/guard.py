@@ -26,7 +26,7 @@ GUARDS = {
 
 def rules(rank: int) -> dict[str, optax.GradientTransformation]:
     """Rules over matrices, whose steps point up the gradient."""
-    muon = go.scale_by_muon(together=True)
+    muon = go.scale_by_muon(batched=True)
     return {
         "muon": muon,
         "galore_muon": go.low_rank(muon, rank, speed.PERIOD),

@@ -37,7 +37,7 @@ CORE = ("muon", "galore_muon", "gum", "sumo", "sinkgd", "dion")
 CORE_AND_LONG = [pytest.param(name, marks=[pytest.mark.long] * (name not in CORE)) for name in OPTIMIZERS]
 
 # For tests of temporaries that expect results one after the other.
-in_turn = pytest.mark.skipif(
+sequential_steps = pytest.mark.skipif(
     jax.__version_info__ < (0, 10),
     reason="the XLA of jax 0.9 holds the steps of all leaves: muon has 1.0 of the gradients",
 )

@@ -18,7 +18,7 @@ import pytest
 
 import gum_optax as go
 
-from helpers import AMPLIFIED, in_turn, muon_rule, run, sequence
+from helpers import AMPLIFIED, muon_rule, run, sequence, sequential_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -47,7 +47,7 @@ if jax.__version_info__ >= (0, 11):  # whose compiler has another order
     BUDGETS |= {("galore_muon", False): (0.13, 0.26), ("sumo", True): (0.25, 0.37)}
 
 
-@in_turn
+@sequential_steps
 @pytest.mark.parametrize("keep_gradients", [False, True], ids=["in training", "gradients kept"])
 @pytest.mark.parametrize(
     ("name", "scanned"), BUDGETS, ids=lambda x: {True: "scanned", False: "separate"}.get(x, x)
@@ -69,7 +69,7 @@ WHOLE_STEP_BUDGETS = {
 }
 
 
-@in_turn
+@sequential_steps
 @pytest.mark.parametrize("name", WHOLE_STEP_BUDGETS)
 def test_a_training_step_does_not_hold_all_gradients_for_the_optimizer(name):
     sizes = ((512, 8), (256, 12))
@@ -92,7 +92,7 @@ if jax.__version_info__ >= (0, 11):
     OTHER_BUDGETS |= {"frugal": (0.4, 0.66)}
 
 
-@in_turn
+@sequential_steps
 @pytest.mark.parametrize("name", OTHER_BUDGETS)
 def test_temporaries_of_the_other_optimizers(name):
     """A leaf at a time. With all leaves at once twelve scanned layers took 1.1 (scion) to 2.6 (trion)."""
@@ -101,7 +101,7 @@ def test_temporaries_of_the_other_optimizers(name):
     assert np.all(np.array(shares) <= OTHER_BUDGETS[name]), shares
 
 
-@in_turn
+@sequential_steps
 @pytest.mark.parametrize("keep_gradients", [False, True], ids=["in training", "gradients kept"])
 def test_no_moments_of_embeddings_are_copied(keep_gradients):
     """With `optax.scale_by_adam`, which knows of no guard, 1.0 and 1.5 of the gradients."""

@@ -1,6 +1,7 @@
 """A renamed public name keeps working for one version, with a warning that gives the new name."""
 
 import chex
+import jax
 import jax.numpy as jnp
 import optax
 import pytest
@@ -30,6 +31,17 @@ def test_no_alias_is_untested():
 def test_a_name_that_never_was_is_an_attribute_error():
     with pytest.raises(AttributeError, match=r"module 'gum_optax' has no attribute 'adam_rule'"):
         go.adam_rule  # noqa: B018
+
+
+def test_together_is_the_old_name_of_batched():
+    with pytest.warns(DeprecationWarning, match="orthogonalize's argument together is now batched"):
+        old = go.orthogonalize(together=True)
+    params = {"a": jnp.ones((4, 6)), "b": jnp.ones((4, 6))}
+    programs = [
+        jax.jit(tx.update).lower(params, tx.init(params)).as_text()
+        for tx in (old, go.orthogonalize(batched=True), go.orthogonalize())
+    ]
+    assert programs[0] == programs[1] != programs[2]
 
 
 def test_the_old_name_of_an_argument_is_the_new_one_and_says_so():

@@ -1,6 +1,7 @@
 """Clear errors for bad arguments: the name, the value, and what to write instead."""
 
 import numbers
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -149,3 +150,12 @@ def check_matrix_leaf(path: Any, leaf: Any) -> None:
             f"leaf {where} has dtype {dtype}; matrices must be real floating point."
             " Cast it, or give it None as its dimension numbers so that `others` updates it."
         )
+
+
+def renamed_argument(function: str, old: str, given: Any, new: str, value: Any) -> Any:
+    """The value of the argument `new` of a public function, which may have been given by its `old` name."""
+    if given is None:
+        return value
+    message = f"{function}'s argument {old} is now {new}; the old name goes with the next version."
+    warnings.warn(message, DeprecationWarning, stacklevel=3)
+    return given

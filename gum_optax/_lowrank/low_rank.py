@@ -1,7 +1,6 @@
 """A rule run on the coordinates of the gradient in a slowly changing subspace."""
 
 import functools
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from .._core.acceptance import Acceptance
-from .._core.checks import check_function, check_integer, check_matrix_leaf, check_rule
+from .._core.checks import check_function, check_integer, check_matrix_leaf, check_rule, renamed_argument
 from .._core.context import NO_CONTEXT, MatrixContext
 from .._core.keys import check_key, key_data, stream, streams
 from .._core.measurements import Measurements
@@ -39,9 +38,6 @@ class LowRankState(NamedTuple):
     low: Any  # state of `inner` over (*, r, n) leaves
     full: Any  # state of `inner` over the unprojected leaves (*, m, n)
     outside: Any  # state of the lift: of `residual`, if it is a rule; GUM's slots
-
-
-_CARRY = "low_rank's argument carry is now on_refresh; the old name goes with the next version."
 
 
 def low_rank(
@@ -91,9 +87,7 @@ def low_rank(
     rank = check_integer("rank", rank, at_least=1)
     period = check_integer("period", period, at_least=1)
     check_function("find_subspace", find_subspace, "gum_optax.svd_subspace")
-    if carry is not None:
-        warnings.warn(_CARRY, DeprecationWarning, stacklevel=2)
-        on_refresh = carry
+    on_refresh = renamed_argument("low_rank", "carry", carry, "on_refresh", on_refresh)
     check_function("on_refresh", on_refresh, "gum_optax.keep")
     check_key(key)
     subspace = Subspace(rank, period, find_subspace, on_refresh, key)

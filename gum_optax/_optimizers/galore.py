@@ -58,7 +58,7 @@ def galore_muon(
       Zhao et al., GaLore, arXiv 2403.03507, Algorithm 2; Pan et al., arXiv 2510.17802, section 3.
     """
     rule = low_rank(
-        scale_by_muon(momentum, orthogonalizer, momentum_dtype=momentum_dtype, together=True),
+        scale_by_muon(momentum, orthogonalizer, momentum_dtype=momentum_dtype, batched=True),
         rank,
         period,
         find_subspace=track_subspace if find_subspace is None else find_subspace,

@@ -63,7 +63,7 @@ def gum(
       Pan et al., Unbiased Gradient Low-Rank Projection, arXiv 2510.17802, Algorithm 2.
     """
     rule = unbiased_low_rank(
-        scale_by_muon(momentum, orthogonalizer, momentum_dtype=momentum_dtype, together=True),
+        scale_by_muon(momentum, orthogonalizer, momentum_dtype=momentum_dtype, batched=True),
         rank,
         period,
         full_rank_fraction,

@@ -3,7 +3,7 @@
 import jax
 import optax
 
-from .._core.checks import check_function
+from .._core.checks import check_function, renamed_argument
 from .._core.context import NO_CONTEXT, MatrixContext
 from .._core.xla import map_batched, map_sequentially
 from .._linalg.newton_schulz import Orthogonalizer, newton_schulz
@@ -12,7 +12,7 @@ from .._mesh.distribute import distribute
 
 
 def orthogonalize(
-    method: Orthogonalizer = newton_schulz, *, together: bool = False
+    method: Orthogonalizer = newton_schulz, *, batched: bool = False, together: bool | None = None
 ) -> optax.GradientTransformation:
     """Replace each matrix by its polar factor: `step = method(g)`.
 
@@ -21,9 +21,10 @@ def orthogonalize(
     Args:
       method: `newton_schulz` (with its coefficients bound by `functools.partial`) or `polar`; any
         function from `(*, m, n)` to `(*, m, n)`.
-      together: whether single matrices of one shape go through `method` as one stack. XLA then compiles
+      batched: whether single matrices of one shape go through `method` as one stack. XLA then compiles
         `method` once for all of them and holds all of them in memory: this is for small leaves, such as
         coordinates in a subspace.
+      together: the old name of `batched`, deprecated.
 
     Returns:
       A stateless `optax.GradientTransformation` over trees of `(*, m, n)` leaves.
@@ -32,7 +33,8 @@ def orthogonalize(
       TypeError: `method` is not a function.
     """
     check_function("method", method, "gum_optax.newton_schulz")
-    map_leaves = map_batched if together else map_sequentially
+    batched = renamed_argument("orthogonalize", "together", together, "batched", batched)
+    map_leaves = map_batched if batched else map_sequentially
     jitted = jax.jit(method)  # all leaves of one shape share one trace
 
     def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):

@@ -16,7 +16,7 @@ def scale_by_muon(
     *,
     nesterov: bool = False,
     momentum_dtype: Any = None,
-    together: bool = False,
+    batched: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Muon's rule: orthogonalize the momentum.
 
@@ -28,7 +28,7 @@ def scale_by_muon(
         `(*, m, n) -> (*, m, n)`.
       nesterov: whether to look ahead, as Jordan's code does.
       momentum_dtype: the dtype of the stored `R`: float32 (the default) or bfloat16 with stochastic rounding.
-      together: as in `orthogonalize`.
+      batched: as in `orthogonalize`.
 
     Returns:
       A transformation over trees of `(*, m, n)` leaves. State: one momentum of each leaf's size.
@@ -41,4 +41,4 @@ def scale_by_muon(
     """
     method = fastest_newton_schulz if orthogonalizer is None else orthogonalizer
     check_function("orthogonalizer", method, "gum_optax.polar")
-    return optax.chain(trace(momentum, nesterov, momentum_dtype), orthogonalize(method, together=together))
+    return optax.chain(trace(momentum, nesterov, momentum_dtype), orthogonalize(method, batched=batched))

@@ -9,7 +9,7 @@ from flax import nnx
 import gum_optax as go
 from gum_optax import report
 
-from helpers import OPTIMIZERS, in_turn
+from helpers import OPTIMIZERS, sequential_steps
 
 
 def params():
@@ -86,7 +86,7 @@ def test_the_temporaries_are_those_of_a_step_that_computes_its_gradients():
     assert found.temporaries == pytest.approx(whole.temp_size_in_bytes - found.gradients, rel=0.02)
 
 
-@in_turn
+@sequential_steps
 def test_gradients_that_are_kept_leave_the_step_no_room():
     shapes = {name: jax.ShapeDtypeStruct((8, 64, 96), jnp.float32) for name in "ab"}
     within, kept = (
