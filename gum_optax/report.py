@@ -5,6 +5,8 @@ python -m gum_optax.report --model qwen-2.5-7b --budget 40 --leaves
 """
 
 import argparse
+import bisect
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -86,12 +88,21 @@ def largest_rank(
 ) -> int | None:
     """The largest multiple of 64 below the width with which model and state fit `budget` bytes, or `None`.
 
-    The search is linear, because memory is not monotonic in the rank: a matrix whose side the rank reaches is
-    no longer projected and needs less again.
+    Memory grows with the rank until the rank reaches the side of a matrix, which is then no longer projected
+    and needs less again. So the search bisects between one side and the next, from the largest down.
     """
-    width = max(min(x.shape[-2:]) for x in jax.tree.leaves(params["layers"]) if x.ndim > 2)
-    ranks = range(RANK_STEP * ((width - 1) // RANK_STEP), 0, -RANK_STEP)
-    return next((rank for rank in ranks if memory_report(make(rank), params).total <= budget), None)
+
+    def is_too_much(rank: int) -> bool:
+        return memory_report(make(rank), params).total > budget
+
+    sides = {min(x.shape[-2:]) for x in jax.tree.leaves(params["layers"]) if x.ndim > 2}
+    edges = [RANK_STEP * -(-side // RANK_STEP) for side in sorted({RANK_STEP, *sides}, reverse=True)]
+    for above, lowest in itertools.pairwise(edges):
+        ranks = range(lowest, above, RANK_STEP)
+        fitting = bisect.bisect_left(ranks, True, key=is_too_much)
+        if fitting:
+            return ranks[fitting - 1]
+    return None
 
 
 def _row(name: str, report: MemoryReport) -> str:

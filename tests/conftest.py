@@ -7,11 +7,12 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Threads of LAPACK spin for a while after each call, on cores that XLA needs.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# Emit kernels without MLIR, where jaxlib knows the flag: this halves the compile time.
+# Emit kernels without MLIR, where jaxlib knows the flag: this halves the compile time. One LLVM module
+# is enough, because each worker has one core.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    + " --xla_cpu_use_fusion_emitters=false"
+    + " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     * importlib.metadata.version("jaxlib").startswith(("0.9.", "0.10.")),
 )
 

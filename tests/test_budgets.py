@@ -47,11 +47,22 @@ if jax.__version_info__ >= (0, 11):  # whose compiler has another order
     BUDGETS |= {("galore_muon", False): (0.13, 0.26), ("sumo", True): (0.25, 0.37)}
 
 
+# Separate layers take long to compile: with gradients kept, and of SUMO, they are `long`.
+TEMPORARIES = [
+    pytest.param(
+        name,
+        scanned,
+        kept,
+        id=f"{name}-{'scanned' if scanned else 'separate'}-{'gradients kept' if kept else 'in training'}",
+        marks=[pytest.mark.long] * (not scanned and (kept or name == "sumo")),
+    )
+    for name, scanned in BUDGETS
+    for kept in (False, True)
+]
+
+
 @sequential_steps
-@pytest.mark.parametrize("keep_gradients", [False, True], ids=["in training", "gradients kept"])
-@pytest.mark.parametrize(
-    ("name", "scanned"), BUDGETS, ids=lambda x: {True: "scanned", False: "separate"}.get(x, x)
-)
+@pytest.mark.parametrize(("name", "scanned", "keep_gradients"), TEMPORARIES)
 def test_temporaries_on_a_cpu(name, scanned, keep_gradients):
     shapes = memory.layers(WIDTH, FF, 12, scanned=scanned)
     tx = memory.optimizers(RANK)[name]()

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .._core.checks import check_function, check_integer
-from .._core.xla import always, in_one
+from .._core.xla import in_one
 from .newton_schulz import Orthogonalizer, newton_schulz
 from .numerics import frobenius, norm, safe_reciprocal
 from .polar import polar
@@ -59,7 +59,7 @@ def sinkhorn(x: Float[Array, "*b m n"], rounds: int = 5, first: int = -1) -> Flo
 
     # A stack holds the gradients of all layers in any case; `in_one` is for single matrices.
     is_stack = math.prod(x.shape[:-2]) > 1
-    row, column = scales(g) if is_stack else in_one(scales, always(g), g)
+    row, column = scales(g) if is_stack else in_one(scales, g)
     return (g * row * column).astype(x.dtype)
 
 

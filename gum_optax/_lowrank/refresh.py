@@ -65,7 +65,7 @@ def refreshed(
                 read_them = reader_of(tuple(rows[i][1] for i in leaf_indices))
                 leaves = [(rows[i][0], rows[i][2]) for i in leaf_indices]
                 chosen = some(keys, leaf_indices)
-                of_them = in_one(read_them, count >= 0, is_refresh, phase, chosen, leaves)
+                of_them = in_one(read_them, is_refresh, phase, chosen, leaves)
                 results |= dict(zip(leaf_indices, of_them, strict=True))
         return [results[i] for i in range(len(rows))]
 

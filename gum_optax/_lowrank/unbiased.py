@@ -159,7 +159,7 @@ def _lift_with_slots(
     def update(step: LowRankStep, state, *, context: MatrixContext, **extra_args):
         if not slots.groups:
             return slots.scatter({}, {}, lift, step.projectors, step.steps), state
-        index = in_one(slots.draw, step.count >= 0, step.key, step.count)
+        index = in_one(slots.draw, step.key, step.count)
         input_of = _input_of(compensation, step.updates)
         inputs = slots.gather(index, step.gradient, step.projectors, input_of)
         empty = slots.zeros(step.updates)

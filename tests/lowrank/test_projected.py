@@ -105,7 +105,14 @@ def gap(a, b):
     return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(x - y).max()), a, b)), default=0)
 
 
-@pytest.mark.parametrize(("name", "microbatches"), [("gum", 1), *((name, 3) for name in MAKERS)])
+OF_THE_MEAN = [("gum", 1), *((name, 3) for name in MAKERS)]
+RARELY = [("gum", 1), ("golore", 3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "microbatches"),
+    [pytest.param(*case, marks=[pytest.mark.long] * (case in RARELY)) for case in OF_THE_MEAN],
+)
 def test_it_is_the_update_of_the_mean_gradient(name, microbatches):
     data = [batches(step, microbatches) for step in range(STEPS)]
     (expected, state), losses = run(plain_update, MAKERS[name](), data)

@@ -72,7 +72,7 @@ def test_finders_take_any_stack_of_any_shape(m, n, batch, data):
     rank = data.draw(st.integers(1, m - 1))
     g = jnp.float32(np.random.default_rng(0).normal(size=(*batch, m, n)))
     for finder in FINDERS.values():
-        p = finder(KEY, g, start(m, rank, *batch))
+        p = jax.jit(finder)(KEY, g, start(m, rank, *batch))
         assert p.shape == (*batch, m, rank)
         assert defect(p) < ORTHONORMAL
 

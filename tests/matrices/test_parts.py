@@ -10,7 +10,7 @@ from optax.contrib import MuonDimensionNumbers as Dims
 
 import gum_optax as go
 
-from helpers import AMPLIFIED, OPTIMIZERS
+from helpers import AMPLIFIED, CORE_AND_LONG, OPTIMIZERS
 
 STEPS = 4
 GROUPED = go.Parts((8, 4, 4))
@@ -35,7 +35,7 @@ def steps_of(tx, gradients):
     return found, state
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", CORE_AND_LONG)
 def test_an_optimizer_of_parts_is_that_of_separate_kernels(name, rng):
     make, arguments = OPTIMIZERS[name]
     gradients = [layers(rng) for _ in range(STEPS)]
@@ -95,7 +95,9 @@ def test_a_part_is_scaled_by_its_own_shape(rng):
         np.testing.assert_allclose(np.sqrt(np.mean(part**2)), 0.2 * largest**0.5 * rms, rtol=1e-3)
 
 
-@pytest.mark.parametrize("rank", [2, 4], ids=["all parts projected", "queries only"])
+@pytest.mark.parametrize(
+    "rank", [pytest.param(2, marks=pytest.mark.long), 4], ids=["all parts projected", "queries only"]
+)
 def test_projected_update_projects_parts(rank, rng):
     """Rank 4 does not project keys and values, so they need their whole gradient."""
     params = layers(rng) | {"out": np.float32(rng.normal(size=(16, 1)))}

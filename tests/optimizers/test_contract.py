@@ -62,14 +62,14 @@ def expected(name):
 
 
 def tree(seed=0, dtype=jnp.float32):
-    """A stack of blocks wider than the rank, two separate blocks of one shape, an embedding, a vector."""
+    """A stack of blocks wider than the rank, a separate block, an embedding, a vector."""
     rng = np.random.default_rng(seed)
 
     def normal(*shape):
         return jnp.asarray(rng.normal(size=shape), dtype)
 
-    layers = {"0": {"kernel": normal(4, 7)}, "1": {"kernel": normal(7, 4)}}
-    return {"stack": normal(5, 4, 6), "layers": layers, "embedding": normal(8, 4), "bias": normal(4)}
+    layer = {"kernel": normal(7, 4)}
+    return {"stack": normal(5, 4, 6), "layer": layer, "embedding": normal(8, 4), "bias": normal(4)}
 
 
 GRADIENTS = [tree(seed) for seed in range(1, 6)]
@@ -203,7 +203,7 @@ def test_map_params_gives_what_mirrors_a_parameter_that_parameters_sharding(tx):
     mesh = jax.make_mesh((1, 1), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     everywhere = NamedSharding(mesh, PartitionSpec())
     params = tree()
-    specs = {"stack": (None, "x", "y"), "layers": {"0": {"kernel": ("x",)}, "1": {"kernel": ("y",)}}}
+    specs = {"stack": (None, "x", "y"), "layer": {"kernel": ("y",)}}
     specs |= {"embedding": ("x", "y"), "bias": ("y",)}
     where = jax.tree.map(lambda _, spec: NamedSharding(mesh, PartitionSpec(*spec)), params, specs)
 
@@ -419,7 +419,7 @@ def test_lookahead_and_schedule_free_take_gum():
 
 
 def test_a_checkpointed_model_gives_the_same_steps():
-    tx, params = optimizer("gum"), {"kernel": GRADIENTS[0]["layers"]["0"]["kernel"]}
+    tx, params = optimizer("gum"), {"kernel": GRADIENTS[0]["layer"]["kernel"]}
 
     def loss(params):
         return jnp.sum(jnp.tanh(params["kernel"] @ params["kernel"].T) ** 2)

@@ -60,7 +60,9 @@ def assert_same_bits(a, b):
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
-@pytest.mark.parametrize("name", CORE_AND_LONG)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (name != "gum")) for name in OPTIMIZERS]
+)
 def test_op_by_op_the_draws_are_those_of_jit_and_the_rest_is_its_rounding(name):
     """Fusion contracts `a * b + c` to one rounding, so programs differ, as do optax.adamw's moments."""
     tx = optimizer(name)

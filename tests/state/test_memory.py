@@ -145,6 +145,21 @@ def test_the_largest_rank_fits_and_the_next_does_not():
     assert report.largest_rank(tree, 1, lambda rank: go.galore_muon(1.0, rank)) is None
 
 
+def test_the_largest_rank_is_that_of_a_linear_search():
+    stacks = (40, 192, 192), (2, 448, 448)
+    tree = {"layers": [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in stacks]}
+
+    def needed(rank):
+        return go.memory_report(go.galore_muon(1.0, rank), tree).total
+
+    ranks = range(64, 448, 64)
+    totals = {rank: needed(rank) for rank in ranks}
+    assert sorted(totals.values()) != [*totals.values()]  # at rank 192 one stack is no longer projected
+    for budget in totals.values():
+        expected = max(rank for rank in ranks if totals[rank] <= budget)
+        assert report.largest_rank(tree, budget, lambda rank: go.galore_muon(1.0, rank)) == expected
+
+
 def test_the_program_prints_a_table_for_a_model(capsys):
     report.main(["--model", "llama-3-8b", "--rank", "128", "--budget", "42"])
     lines = capsys.readouterr().out.splitlines()
