@@ -37,7 +37,7 @@ def few(monkeypatch):
     monkeypatch.setattr(accelerator, "OPTIMIZERS", some)
     monkeypatch.setattr(accelerator, "PEERS", (speed.PEER,))
     monkeypatch.setattr(accelerator, "OURS", ("gum",))
-    monkeypatch.setattr(accelerator, "TRAINED", ("adamw", "gum"))
+    monkeypatch.setattr(accelerator, "TRAINED", ("gum",))
     monkeypatch.setattr(accelerator, "STEPPED", ("optax.sgd", "gum"))
     monkeypatch.setattr(scaling, "NAMES", ("gum",))
     kept = ("svd_subspace", "sketched_subspace, 1 step")
@@ -53,7 +53,7 @@ def test_the_accelerator_script_checks_measures_and_trains(tmp_path, monkeypatch
     accelerator.main(["--small", "--text", str(text), "--out", str(tmp_path)])
     found = settings_of(tmp_path / "accelerator.json")
     trained, check, lean, fast, finders, steps, swept = found.values()
-    assert list(trained) == ["adamw", "gum"]
+    assert list(trained) == ["gum"]
     assert all(np.isfinite(row["val_loss"]) for row in trained.values())
     assert list(check) == ["adamw", "gum"]
     assert all(row["agrees"] for row in check.values())
