@@ -108,9 +108,9 @@ def _only(names: list[str]) -> str:
 
 
 def compiled(tx: Any, shapes: Any, device: Any) -> Any:
-    """Update and apply, with gradients, state and parameters donated."""
+    """Update and apply, with parameters, state and gradients donated."""
 
-    def step(gradients: Any, state: Any, params: Any) -> Any:
+    def step(params: Any, state: Any, gradients: Any) -> Any:
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
@@ -125,11 +125,11 @@ def measure(name: str, chip: str, width: str, kind: str) -> dict[str, float]:
     """One row of the table."""
     size, ff, rank = memory.SIZES[width]
     shapes = memory.layers(size, ff, 12, scanned=kind == "scanned")
+    tx, device = memory.optimizers(rank)[name](), device_of(chip)
     start = time.perf_counter()
-    program = compiled(memory.optimizers(rank)[name](), shapes, device_of(chip))
+    program = compiled(tx, shapes, device)
     seconds = time.perf_counter() - start
-    gradients = sum(4 * x.size for x in jax.tree.leaves(shapes))
-    temporaries = program.memory_analysis().temp_size_in_bytes / gradients
+    temporaries = memory.measure(tx, shapes, device)
     row = {"temporaries": round(temporaries, 4), "seconds": round(seconds, 1)}
     return row | launches(program.as_text())._asdict()
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._core.checks import check_integer
+from .._core.xla import map_in_place, repeat
 from .numerics import exact_matmul, to_unit_norm
 
 Coefficients = Sequence[tuple[float, float, float]]
@@ -60,8 +61,8 @@ POLAR_EXPRESS: Coefficients = (
 def _as_wide(f: Orthogonalizer, x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
     """Apply `f` to wide matrices, so that `X Xᵀ` is the smaller Gram matrix. Keeps the dtype of `x`.
 
-    Large matrices go through `f` one by one, so that the buffers of `f` have the size of one matrix. Small
-    matrices go through `f` as one stack, which is faster.
+    Large matrices go through `f` a few at a time (see `map_in_place`), so that the buffers of `f` have the
+    size of a few matrices. Small matrices go through `f` as one stack, which is faster.
     """
     tall = x.shape[-2] > x.shape[-1]
     wide = x.mT if tall else x
@@ -69,22 +70,8 @@ def _as_wide(f: Orthogonalizer, x: Float[Array, "*b m n"]) -> Float[Array, "*b m
     if m * n < _LARGE or math.prod(blocks) == 1:
         result = f(wide).astype(x.dtype)
     else:
-        result = _one_by_one(f, wide.reshape(-1, m, n)).reshape(wide.shape)
+        result = map_in_place(f, wide.reshape(-1, m, n)).reshape(wide.shape)
     return result.mT if tall else result
-
-
-def _one_by_one(f: Orthogonalizer, stack: Float[Array, "k m n"]) -> Float[Array, "k m n"]:
-    """`jax.lax.map(f, stack)`, but each result overwrites its matrix.
-
-    `jax.lax.map` allocates a second array for its results. Measured, temporaries over gradients, `muon` on
-    stacked layers: 0.00 instead of 0.45 on a TPU, 0.45 instead of 1.23 on a CPU whose gradients are kept.
-    """
-
-    def step(i, stack):
-        x = jax.lax.dynamic_index_in_dim(stack, i, keepdims=False)
-        return jax.lax.dynamic_update_index_in_dim(stack, f(x).astype(stack.dtype), i, axis=0)
-
-    return jax.lax.fori_loop(0, len(stack), step, stack)
 
 
 def newton_schulz(
@@ -115,11 +102,10 @@ def newton_schulz(
     def step(x, abc):
         a, b, c = abc
         gram = x @ x.mT
-        return a * x + (b * gram + c * (gram @ gram)) @ x, None
+        return a * x + (b * gram + c * (gram @ gram)) @ x
 
-    # Use a loop: all steps then share the buffers of one step.
     def iterated(x):
-        return jax.lax.scan(step, to_unit_norm(x).astype(dtype), table)[0]
+        return repeat(step, to_unit_norm(x).astype(dtype), table)
 
     return _as_wide(iterated, x)
 

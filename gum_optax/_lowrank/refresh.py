@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from .._core.keys import some, typed
 from .._core.measurements import MeanOf
-from .._core.xla import in_one, same_shape_groups, unstacked
+from .._core.xla import cut, in_one, same_shape_groups, unstacked
 from .._linalg.numerics import exact_matmul
 from .._matrices.view import View, plain_view
 from .blocks import Member, read
@@ -61,7 +61,7 @@ def refreshed(
     def in_groups(size_of):
         results: dict[int, Any] = {}
         for group in groups:
-            for leaf_indices in _cut(group, size_of(len(group))):
+            for leaf_indices in cut(group, size_of(len(group))):
                 read_them = reader_of(tuple(rows[i][1] for i in leaf_indices))
                 leaves = [(rows[i][0], rows[i][2]) for i in leaf_indices]
                 chosen = some(keys, leaf_indices)
@@ -69,16 +69,31 @@ def refreshed(
                 results |= dict(zip(leaf_indices, of_them, strict=True))
         return [results[i] for i in range(len(rows))]
 
+    def in_one_conditional():
+        """A GPU may wait for the host at each conditional."""
+
+        def refreshing(phase, keys, leaves):
+            found: dict[int, Found] = {}
+            for group in groups:
+                views = [rows[i][1] for i in group]
+                refresh = _sequentially if len(group) > 1 else _alone
+                of_group = refresh(forms, views, phase, some(keys, group), [leaves[i] for i in group])
+                found |= dict(zip(group, of_group, strict=True))
+            return [found[i] for i in range(len(rows))]
+
+        def staying(phase, keys, leaves):
+            del phase, keys
+            return unchanged([p for _, p in leaves])
+
+        leaves = [(g, p) for g, _, p in rows]
+        found = jax.lax.cond(is_refresh, refreshing, staying, phase, keys, leaves)
+        return [then(view.of(g), g, *pair) for (g, view, _), pair in zip(rows, found, strict=True)]
+
     return jax.lax.platform_dependent(
         cpu=lambda: in_groups(lambda size: size // _LOOPS if size > 2 * _LOOPS else 1),
         tpu=lambda: in_groups(lambda size: 1),
-        default=lambda: in_groups(lambda size: size),
+        default=in_one_conditional,
     )
-
-
-def _cut(leaf_indices: Sequence[int], size: int) -> list[Sequence[int]]:
-    """The indices in pieces of `size` or fewer."""
-    return [leaf_indices[start : start + size] for start in range(0, len(leaf_indices), size)]
 
 
 def _read_group(

@@ -176,7 +176,7 @@ def gather_blocks(
 
     @jax.jit  # traced once for all slots
     def one(i):
-        leaf = jnp.searchsorted(starts, i, side="right") - 1
+        leaf = jnp.searchsorted(starts, i, side="right", method="compare_all") - 1
         return f(*read(members, leaf, i - starts[leaf]))
 
     def unrolled(index):
@@ -245,7 +245,7 @@ def scatter_blocks(
         return jnp.where(slots[0] < 0, leaf, held)
     if len(values) > _FEW:
         return _sequentially(leaf, values, slots)
-    return rolled_but_on_tpu(_sequentially, _by_choice, leaf, values, slots)
+    return jax.lax.platform_dependent(leaf, values, slots, cpu=_sequentially, default=_by_choice)
 
 
 def _by_choice(leaf: Array, values: Array, slots: Array) -> Array:

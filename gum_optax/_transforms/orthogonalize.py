@@ -5,7 +5,7 @@ import optax
 
 from .._core.checks import check_function, renamed_argument
 from .._core.context import NO_CONTEXT, MatrixContext
-from .._core.xla import map_batched, map_sequentially
+from .._core.xla import map_batched, map_matrices, map_sequentially
 from .._linalg.newton_schulz import Orthogonalizer, newton_schulz
 from .._matrices.view import views_beside
 from .._mesh.distribute import distribute
@@ -34,7 +34,7 @@ def orthogonalize(
     """
     check_function("method", method, "gum_optax.newton_schulz")
     batched = renamed_argument("orthogonalize", "together", together, "batched", batched)
-    map_leaves = map_batched if batched else map_sequentially
+    map_leaves = map_batched if batched else map_matrices
     jitted = jax.jit(method)  # all leaves of one shape share one trace
 
     def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
