@@ -4,6 +4,7 @@ nox -s oldest            the oldest jax, optax and flax that pyproject.toml allo
 nox -s newest            the newest that pip finds, on newer Pythons
 nox -s long              the tests that the README's command leaves out
 nox -s tpu               what a TPU's compiler makes of it; needs no TPU
+nox -s gpu               what a GPU's compiler makes of it; needs no GPU
 nox -s trainers          runs in Tunix, Kauldron, MaxText and Levanter
 """
 
@@ -45,6 +46,14 @@ def tpu(session: nox.Session) -> None:
     session.install("-e", ".[test]", "libtpu==0.0.42")
     session.env["TPU_SKIP_MDS_QUERY"] = "1"  # there is no TPU to ask
     session.run("python", "-m", "pytest", "-k", "tpu", *session.posargs)
+
+
+@nox.session(python="3.11")
+def gpu(session: nox.Session) -> None:
+    """The tests that compile for a GPU ahead of time, with jax's wheels alone and no CUDA toolkit."""
+    session.install("-e", ".[test]", "jax==0.10.2", "jaxlib==0.10.2")
+    session.install("--no-deps", "jax-cuda12-pjrt==0.10.2", "jax-cuda12-plugin==0.10.2")
+    session.run("python", "-m", "pytest", "-k", "gpu", *session.posargs)
 
 
 # Each with what it was tested with; they do not share an environment.

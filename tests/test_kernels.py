@@ -1,0 +1,99 @@
+"""Kernels, conditionals and temporaries of programs compiled for a GPU, without a GPU."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import kernels  # noqa: E402
+
+PROGRAM = """HloModule step, is_scheduled=true
+
+%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %p = (s32[], f32[4]{0}) parameter(0)
+  %x = f32[4]{0} get-tuple-element(%p), index=1
+  %next = f32[4]{0} fusion(%x), kind=kLoop, calls=%fused
+  ROOT %t = (s32[], f32[4]{0}) tuple(%i, %next)
+}
+
+%costly (q: f32[4]) -> f32[4] {
+  %a = f32[4]{0} copy(%q)
+  %b = f32[4]{0} copy(%a)
+  ROOT %c = f32[4]{0} custom-call(%b), custom_call_target="cusolver"
+}
+
+%cheap (q: f32[4]) -> f32[4] {
+  %q = f32[4]{0} parameter(0)
+  ROOT %d = f32[4]{0} copy(%q)
+}
+
+ENTRY %main (g: f32[4], refresh: pred[]) -> (f32[4], f32[4]) {
+  %g = f32[4]{0} parameter(0)
+  %start = (s32[], f32[4]{0}) tuple(%zero, %g)
+  %five = (s32[], f32[4]{0}) while(%start), condition=%cond, body=%body, KNOWN
+  %some = (s32[], f32[4]{0}) while(%five), condition=%cond, body=%body
+  %chosen = f32[4]{0} conditional(%refresh, %g, %g), true_computation=%costly, false_computation=%cheap
+  %first = (f32[4]{0}, /*index=1*/f32[4]{0}) fusion(%chosen, %g), kind=kInput, calls=%fused.1
+  ROOT %out = (f32[4]{0}, f32[4]{0}) tuple(%first, %chosen)
+}
+""".replace("KNOWN", 'backend_config={"known_trip_count":{"n":"5"}}')
+
+
+def test_launches_are_counted_through_loops_and_the_cheapest_branch():
+    # Five turns, one turn of a loop of unknown length, the cheap branch, a fusion.
+    assert kernels.launches(PROGRAM) == (5 + 1 + 1 + 1, 1, 1)
+
+
+# Temporaries over the gradients, and kernels of an ordinary step; of no more than one conditional and no loop
+# of unknown length, unless a third number says how many conditionals.
+BUDGETS = {
+    "scanned": {
+        "gum": (0.48, 480),
+        "galore_muon": (0.13, 276),
+        "muon": (0.23, 500),
+    },
+    "separate": {
+        "gum": (0.44, 1720, 8),
+        "galore_muon": (0.15, 1480),
+        "muon": (0.01, 1240),
+    },
+}
+INSTALL = "needs XLA's CUDA plugin: nox -s gpu, or pip install --no-deps jax-cuda12-pjrt jax-cuda12-plugin"
+
+
+needs_plugin = pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason=INSTALL)
+
+
+@needs_plugin
+def test_the_lines_of_the_page_compile_for_a_gpu():
+    (lines,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "gpu.md").read_text(), re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-c", lines], cwd=ROOT / "benchmarks", env=os.environ, capture_output=True, text=True
+    )
+    assert "temporaries" in done.stdout, done.stderr
+
+
+@needs_plugin
+@pytest.mark.parametrize("kind", BUDGETS)
+def test_an_ordinary_step_on_a_gpu(kind, tmp_path):
+    """In a process of its own: a plugin of CUDA changes which devices JAX looks for."""
+    budgets = BUDGETS[kind]
+    command = [sys.executable, "benchmarks/kernels.py", "--kinds", kind, "--out", str(tmp_path)]
+    env = os.environ | {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "XLA_FLAGS": ""}
+    subprocess.run([*command, "--optimizers", ",".join(budgets)], cwd=ROOT, env=env, check=True)
+    (found,) = json.loads((tmp_path / "kernels.json").read_text()).values()
+    assert found["rows"].keys() == budgets.keys()
+    for name, (temporaries, launched, *conditionals) in budgets.items():
+        row = found["rows"][name]
+        assert row["temporaries"] <= temporaries, (name, row)
+        assert row["kernels"] <= launched, (name, row)
+        assert row["conditionals"] <= (conditionals or [1])[0], (name, row)
+        assert row["loops"] == 0, (name, row)
