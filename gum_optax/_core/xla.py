@@ -37,12 +37,12 @@ def _zero(x: Array) -> Array:
 
 @jax.jit  # traced once for all leaves of a shape
 def depend_on(x: Array, result: Array) -> Array:
-    """`x`, which a CPU or a GPU computes only after `result`."""
+    """`x`, which a CPU computes only after `result`."""
 
     def waiting(x, result):
         return x + _zero(result).astype(x.dtype)
 
-    return jax.lax.platform_dependent(x, result, tpu=lambda x, _: x, default=waiting)
+    return jax.lax.platform_dependent(x, result, cpu=waiting, default=lambda x, _: x)
 
 
 def in_one(f: Callable[..., Any], *operands: Any) -> Any:

@@ -245,7 +245,7 @@ def scatter_blocks(
         return jnp.where(slots[0] < 0, leaf, held)
     if len(values) > _FEW:
         return _sequentially(leaf, values, slots)
-    return jax.lax.platform_dependent(leaf, values, slots, cpu=_sequentially, default=_by_choice)
+    return rolled_but_on_tpu(_sequentially, _by_choice, leaf, values, slots)
 
 
 def _by_choice(leaf: Array, values: Array, slots: Array) -> Array:
