@@ -57,7 +57,7 @@ def is_finite(*arrays: Any) -> Bool[Array, ""]:
     # One array after the other: of a wide one, a CPU writes the zeros to memory before it sums them.
     # Use a dot product: XLA would fuse an elementwise chain into every consumer of `finite` and recompute it
     # there.
-    sums = jnp.stack(jax.tree.leaves(map_sequentially(zero, list(arrays))) or [0.0])
+    sums = jnp.stack(map_sequentially(zero, [jnp.asarray(x) for x in arrays]) or [0.0])
     return jnp.isfinite(jnp.dot(sums, sums))
 
 

@@ -3,6 +3,7 @@
 import functools
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -261,3 +262,13 @@ def test_a_stack_of_layers_is_updated_without_a_copy_of_all_of_it_but_the_step()
     whole, coordinates, slots = 4 * blocks * m * n, 4 * blocks * 4 * n, 4 * m * n
     # On a CPU the step has its own buffer, as the result of a product; the rest has the size of the state.
     assert compiled.memory_analysis().temp_size_in_bytes < whole + 4 * (coordinates + slots)
+
+
+def test_the_guard_takes_what_optax_takes_for_numbers():
+    params = {"a": 1.0, "b": np.float32(2), "c": jnp.zeros(0)}
+    tx = go.skip_non_finite(optax.sgd(0.5))
+    steps, state = tx.update(params, tx.init(params))
+    chex.assert_trees_all_equal(steps, jax.tree.map(lambda x: jnp.asarray(-0.5 * x, jnp.float32), params))
+    steps, state = tx.update(params | {"a": np.inf}, state)
+    assert int(state.skipped) == 1
+    assert not any(x.any() for x in jax.tree.leaves(steps))
