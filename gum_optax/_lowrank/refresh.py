@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from .._core.keys import some, typed
 from .._core.measurements import MeanOf
-from .._core.xla import cut, in_one, same_shape_groups, unstacked
+from .._core.xla import in_one, same_shape_groups, unstacked
 from .._linalg.numerics import exact_matmul
 from .._matrices.view import View, plain_view
 from .blocks import Member, read
@@ -43,7 +43,8 @@ def refreshed(
     of them; a stack has a branch of its own. On a CPU a loop reads only a few leaves, and one conditional
     holds the loop and everything that `then` makes of their gradients: these are freed soon after the
     backward pass has made them. On a TPU a loop reads one leaf, because XLA would move the conversion of all
-    leaves to bfloat16 out of the loop.
+    leaves to bfloat16 out of the loop. On a GPU one conditional holds all refreshes, because each conditional
+    may wait for the host.
 
     Args:
       find: the finder, or several that follow each other.
@@ -56,12 +57,14 @@ def refreshed(
     forms, phase = finders_of(find, count)
     groups = same_shape_groups([p for *_, p in rows], [(p.shape, view.shape[-1]) for _, view, p in rows])
     # Jitted, so that leaves with the same views are traced once.
-    reader_of = functools.cache(lambda views: jax.jit(functools.partial(_read_group, forms, then, views)))
+    reader_of = functools.cache(
+        lambda views: jax.jit(functools.partial(_read, forms, then, views, [range(len(views))]))
+    )
 
     def in_groups(size_of):
         results: dict[int, Any] = {}
         for group in groups:
-            for leaf_indices in cut(group, size_of(len(group))):
+            for leaf_indices in _cut(group, size_of(len(group))):
                 read_them = reader_of(tuple(rows[i][1] for i in leaf_indices))
                 leaves = [(rows[i][0], rows[i][2]) for i in leaf_indices]
                 chosen = some(keys, leaf_indices)
@@ -69,47 +72,42 @@ def refreshed(
                 results |= dict(zip(leaf_indices, of_them, strict=True))
         return [results[i] for i in range(len(rows))]
 
-    def in_one_conditional():
-        """A GPU may wait for the host at each conditional."""
-
-        def refreshing(phase, keys, leaves):
-            found: dict[int, Found] = {}
-            for group in groups:
-                views = [rows[i][1] for i in group]
-                refresh = _sequentially if len(group) > 1 else _alone
-                of_group = refresh(forms, views, phase, some(keys, group), [leaves[i] for i in group])
-                found |= dict(zip(group, of_group, strict=True))
-            return [found[i] for i in range(len(rows))]
-
-        def staying(phase, keys, leaves):
-            del phase, keys
-            return unchanged([p for _, p in leaves])
-
+    def all_groups():
         leaves = [(g, p) for g, _, p in rows]
-        found = jax.lax.cond(is_refresh, refreshing, staying, phase, keys, leaves)
-        return [then(view.of(g), g, *pair) for (g, view, _), pair in zip(rows, found, strict=True)]
+        return _read(forms, then, [view for _, view, _ in rows], groups, is_refresh, phase, keys, leaves)
 
     return jax.lax.platform_dependent(
         cpu=lambda: in_groups(lambda size: size // _LOOPS if size > 2 * _LOOPS else 1),
         tpu=lambda: in_groups(lambda size: 1),
-        default=in_one_conditional,
+        default=all_groups,
     )
 
 
-def _read_group(
+def _cut(leaf_indices: Sequence[int], size: int) -> list[Sequence[int]]:
+    """The indices in pieces of `size` or fewer."""
+    return [leaf_indices[start : start + size] for start in range(0, len(leaf_indices), size)]
+
+
+def _read(
     forms: Sequence[LinearForm],
     then: Callable[..., Any],
     views: Sequence[View],
+    groups: Sequence[Sequence[int]],
     is_refresh: Bool[Array, ""],
     phase: Int[Array, ""],
     keys: Key[Array, "leaves"],
     leaves: Sequence[tuple[Array, Array]],
 ) -> list[Any]:
-    """The results of `then` for some leaves of one shape."""
+    """The results of `then` for some leaves, in one conditional; each group is the indices of one shape."""
 
     def refreshing(phase, keys, leaves):
-        refresh = _sequentially if len(leaves) > 1 else _alone
-        return refresh(forms, views, phase, keys, leaves)
+        found: dict[int, Found] = {}
+        for group in groups:
+            refresh = _sequentially if len(group) > 1 else _alone
+            own_keys = keys if len(groups) == 1 else some(keys, group)
+            of_group = refresh(forms, [views[i] for i in group], phase, own_keys, [leaves[i] for i in group])
+            found |= dict(zip(group, of_group, strict=True))
+        return [found[i] for i in range(len(leaves))]
 
     def staying(phase, keys, leaves):
         del phase, keys
