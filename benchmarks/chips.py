@@ -9,6 +9,7 @@ Both need `jax_platforms="cpu"`, and the GPU `JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1`
 
 from typing import Any
 
+import jax
 from jax.experimental import topologies
 
 # NVIDIA's data sheets and the tuning guides for compute capability 9.0 and 8.9. What both chips share: 1024
@@ -56,6 +57,14 @@ def device_of(chip: str) -> Any:
     return topologies.get_topology_desc(
         chip, platform="cuda", topology="1x1x1", target_config=target
     ).devices[0]
+
+
+def on_chip(shapes: Any, device: Any) -> Any:
+    """The shapes as arguments on a device that `device_of` has given."""
+    if device is True:
+        return shapes
+    place = jax.sharding.SingleDeviceSharding(device)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
 
 
 def _target_config(chip: str) -> str:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
+import hlo
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
@@ -76,38 +77,24 @@ def _wire(kind: str, size: int, group: int) -> float:
     }[kind]
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of each computation, and the name of the entry computation."""
-    found: dict[str, list[str]] = {}
-    name = entry = ""
-    for line in text.splitlines():
-        if head := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
-            name = head[2]
-            entry = name if head[1] else entry
-            found[name] = []
-        elif name:
-            found[name].append(line)
-    return found, entry
-
-
 def _loop(line: str, computations: dict[str, list[str]], times: int) -> tuple[str, int]:
     """The body of a loop, and how often it runs in all."""
     body, condition = (re.search(rf"{part}=%?([\w.\-]+)", line) for part in ("body", "condition"))
     assert body, line
     assert condition, line
-    written = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-    if written is None:
+    turns = hlo.turns(line)
+    if turns is None:
         # A TPU's program lacks the trip count. It is the bound of the counter, the only constant of the
         # condition.
         bounds = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(computations[condition[1]]))
         # A loop without a bound is that of the power steps, one at every refresh but the first.
         return body[1], times * int(bounds[0]) if bounds else times
-    return body[1], times * int(written[1])
+    return body[1], times * turns
 
 
 def collectives(text: str, devices: int = 8) -> list[Collective]:
     """All collectives of a compiled program."""
-    computations, entry = _computations(text)
+    computations, entry = hlo.computations(text)
 
     def within(name: str, times: int, refresh: bool) -> list[Collective]:
         found = []

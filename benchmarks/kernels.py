@@ -11,18 +11,18 @@ The layers, the donation and the settings are those of `memory.py`. The script m
 """
 
 import argparse
-import json
 import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import hlo
 import jax
 import memory
 import optax
-from chips import CHIPS, PACKAGES, device_of
-from results import RESULTS, versions
+from chips import CHIPS, PACKAGES, device_of, on_chip
+from results import RESULTS, Results
 
 # What launches nothing: names of buffers and of parts of them, and what an earlier instruction has started.
 _FREE = {
@@ -32,8 +32,6 @@ _FREE = {
 }  # fmt: skip
 _CALLED = re.compile(r"(?:calls|to_apply|body)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+)")
-_TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-
 
 NAMES = (
     "gum", "galore_muon", "sumo", "muon", "swan", "sinkgd", "optax.contrib.muon", "optax.adamw",
@@ -51,24 +49,17 @@ class Launches(NamedTuple):
         return Launches(*(a + times * b for a, b in zip(self, other, strict=True)))
 
 
-def launches(hlo: str) -> Launches:
+def launches(text: str) -> Launches:
     """Count what the entry computation of an optimized HLO module launches."""
-    computations: dict[str, list[str]] = {}
-    entry = name = ""
-    for line in hlo.splitlines():
-        if line.endswith("{") and (header := re.match(r"(ENTRY )?%?([\w.\-]+) ", line)):
-            name = header[2]
-            computations[name] = []
-            entry = name if header[1] else entry
-        elif " = " in line and name:
-            computations[name].append(line.strip())
+    computations, entry = hlo.computations(text)
     counts: dict[str, Launches] = {}
 
     def of(computation: str) -> Launches:
         if computation not in counts:
             counts[computation] = Launches()
             for line in computations[computation]:
-                counts[computation] = counts[computation].plus(_of_instruction(line, of))
+                if " = " in line:
+                    counts[computation] = counts[computation].plus(_of_instruction(line, of))
         return counts[computation]
 
     return of(entry)
@@ -79,9 +70,9 @@ def _of_instruction(line: str, of: Callable[[str], Launches]) -> Launches:
     if opcode in _FREE:
         return Launches()
     if opcode == "while":
-        turns = _TURNS.search(line)
+        turns = hlo.turns(line)
         body = of(_only(_CALLED.findall(line)))
-        return Launches().plus(body, int(turns[1])) if turns else body.plus(Launches(loops=1))
+        return body.plus(Launches(loops=1)) if turns is None else Launches().plus(body, turns)
     if opcode == "conditional":
         found = _BRANCHES.findall(line)
         branches = [name.strip().lstrip("%") for names, one in found for name in (names or one).split(",")]
@@ -115,10 +106,7 @@ def compiled(tx: Any, shapes: Any, device: Any) -> Any:
         return optax.apply_updates(params, updates), state
 
     arguments = shapes, jax.eval_shape(tx.init, shapes), shapes
-    if device is not True:
-        place = jax.sharding.SingleDeviceSharding(device)
-        arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments)
-    return jax.jit(step, donate_argnums=(0, 1, 2)).lower(*arguments).compile()
+    return jax.jit(step, donate_argnums=(0, 1, 2)).lower(*on_chip(arguments, device)).compile()
 
 
 def measure(name: str, chip: str, width: str, kind: str) -> dict[str, float]:
@@ -134,21 +122,13 @@ def measure(name: str, chip: str, width: str, kind: str) -> dict[str, float]:
     return row | launches(program.as_text())._asdict()
 
 
-def table(settings: dict[str, Any]) -> str:
-    """A table for each setting."""
-    lines = []
-    for setting, found in settings.items():
-        lines += [
-            f"{setting}:",
-            "",
-            "| optimizer | temporaries | kernels | conditionals | loops |",
-            "|---" * 5 + "|",
-        ]
-        for name, row in found["rows"].items():
-            cells = f"{row['temporaries']:.2f} | {row['kernels']} | {row['conditionals']} | {row['loops']}"
-            lines.append(f"| `{name}` | {cells} |")
-        lines.append("")
-    return "\n".join(lines)
+def table(rows: dict[str, Any]) -> list[str]:
+    """One row for each optimizer."""
+    lines = ["| optimizer | temporaries | kernels | conditionals | loops |", "|---" * 5 + "|"]
+    for name, row in rows.items():
+        cells = f"{row['temporaries']:.2f} | {row['kernels']} | {row['conditionals']} | {row['loops']}"
+        lines.append(f"| `{name}` | {cells} |")
+    return lines
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -160,18 +140,14 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--out", type=Path, default=RESULTS)
     options = p.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")  # the programs are only compiled
-    path = options.out / "kernels.json"
-    data = json.loads(path.read_text()) if path.exists() else {}
+    results = Results(options.out / "kernels.json", table)
     for kind in options.kinds.split(","):
         setting = f"{options.chip} {options.width} × 12 {kind}"
-        found = data.setdefault(setting, {"rows": {}})
-        found["versions"] = versions(*PACKAGES.get(options.chip, []))
+        rows = results.rows(setting)
         for name in options.optimizers.split(",") if options.optimizers else NAMES:
-            found["rows"][name] = measure(name, options.chip, options.width, kind)
-            print(setting, name, found["rows"][name], flush=True)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=1) + "\n")
-    (options.out / "kernels.md").write_text(table(data))
+            rows[name] = measure(name, options.chip, options.width, kind)
+            print(setting, name, rows[name], flush=True)
+            results.add(setting, rows, *PACKAGES.get(options.chip, []))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from chips import CHIPS, PACKAGES, device_of
+from chips import CHIPS, PACKAGES, device_of, on_chip
 from results import RESULTS, versions
 
 import gum_optax as go
@@ -102,10 +102,8 @@ def whole_step(tx: Any, width: int, layers: int, tokens: int = 64, device: Any =
     params = {f"layer_{i:02d}": one for i in range(layers)}
     batch = jax.ShapeDtypeStruct((tokens, width), jnp.float32)
     arguments = params, jax.eval_shape(tx.init, params), batch
-    if device is not True:
-        place = jax.sharding.SingleDeviceSharding(device)
-        arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments)
-    analysis = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile().memory_analysis()
+    program = jax.jit(step, donate_argnums=(0, 1)).lower(*on_chip(arguments, device)).compile()
+    analysis = program.memory_analysis()
     assert analysis is not None
     return analysis.temp_size_in_bytes / (4 * layers * width**2)
 

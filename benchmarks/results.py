@@ -26,10 +26,14 @@ class Results:
         self.path, self.table = path, table
         self.data: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"settings": {}}
 
-    def add(self, setting: str, rows: Any) -> None:
-        """Store the rows of a setting, with the versions and the machine."""
+    def rows(self, setting: str) -> dict[str, Any]:
+        """The rows measured before."""
+        return dict(self.data["settings"].get(setting, {"rows": {}})["rows"])
+
+    def add(self, setting: str, rows: Any, *packages: str) -> None:
+        """Store the rows of a setting, with the versions, of more packages too, and the machine."""
         machine = f"{jax.devices()[0].device_kind}, {len(os.sched_getaffinity(0))} cores"
-        self.data["settings"][setting] = {"rows": rows, "versions": versions(), "machine": machine}
+        self.data["settings"][setting] = {"rows": rows, "versions": versions(*packages), "machine": machine}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(self.data, indent=1) + "\n")
         self.path.with_suffix(".md").write_text(self.text())

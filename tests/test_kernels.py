@@ -52,6 +52,16 @@ def test_launches_are_counted_through_loops_and_the_cheapest_branch():
     assert kernels.launches(PROGRAM) == (5 + 1 + 1 + 1, 1, 1)
 
 
+def test_the_script_adds_to_what_was_measured_and_writes_the_table(tmp_path):
+    common = ["--chip", "cpu", "--kinds", "scanned", "--out", str(tmp_path), "--optimizers"]
+    for name in ("optax.adamw", "sinkgd"):
+        kernels.main([*common, name])
+    (found,) = json.loads((tmp_path / "kernels.json").read_text())["settings"].values()
+    assert list(found["rows"]) == ["optax.adamw", "sinkgd"]
+    assert 0 < found["rows"]["optax.adamw"]["kernels"] < found["rows"]["sinkgd"]["kernels"]
+    assert (tmp_path / "kernels.md").read_text().count("| `sinkgd` |") == 1
+
+
 # Temporaries over the gradients, and kernels of an ordinary step; of no more than one conditional and no loop
 # of unknown length, unless a third number says how many conditionals.
 BUDGETS = {
@@ -81,7 +91,7 @@ def test_an_ordinary_step_on_a_gpu(kind, tmp_path):
     command = [sys.executable, "benchmarks/kernels.py", "--kinds", kind, "--out", str(tmp_path)]
     env = os.environ | {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "XLA_FLAGS": ""}
     subprocess.run([*command, "--optimizers", ",".join(budgets)], cwd=ROOT, env=env, check=True)
-    (found,) = json.loads((tmp_path / "kernels.json").read_text()).values()
+    (found,) = json.loads((tmp_path / "kernels.json").read_text())["settings"].values()
     assert found["rows"].keys() == budgets.keys()
     for name, (temporaries, launched, *conditionals) in budgets.items():
         row = found["rows"][name]
