@@ -6,8 +6,9 @@
 
 The script has seven parts, and `--parts` selects some of them:
 
-- `memory`: the compiled update's temporaries, and the allocator's peak where the device records one, each in
-  a process of its own;
+- `memory`: the compiled update's temporaries; the peak that the compiled program predicts beside the
+  allocator's, where the device records one, each in a process of its own; the kernels that the program
+  launches, as `kernels.py` counts them;
 - `pretrain`: `examples/pretrain.py` with AdamW, Muon, GaLore-Muon and GUM, for one number of tokens;
 - `check`: every optimizer's steps against its steps on the CPU, both in full float32;
 - `speed`: the update beside optax's;
@@ -29,6 +30,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import kernels
 import memory
 import numpy as np
 import optax
@@ -136,8 +138,11 @@ def check(steps: int = 5) -> dict[str, dict[str, Any]]:
     return found
 
 
-def allocator_peak(name: str, shape: Shape) -> int | None:
-    """The most bytes that the allocator held in one update and apply, the first of this process."""
+def peak(name: str, shape: Shape) -> dict[str, int | None]:
+    """The most bytes in one update and apply, the first of this process: as compiled, and of the allocator.
+
+    Also the kernels of an ordinary step, as compiled.
+    """
     tx, gradients = shape.optimizers[name](), shape.gradients
     params = jax.tree.map(jnp.zeros_like, gradients)
     state = jax.jit(tx.init)(params)
@@ -146,13 +151,23 @@ def allocator_peak(name: str, shape: Shape) -> int | None:
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
-    jax.block_until_ready(jax.jit(step, donate_argnums=(0, 1))(params, state, gradients))
+    program = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, gradients).compile()
+    sizes = program.memory_analysis()
+    assert sizes is not None
+    held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    jax.block_until_ready(program(params, state, gradients))
     found = jax.devices()[0].memory_stats()
-    return None if found is None else found["peak_bytes_in_use"]
+    return {
+        "predicted peak": held + sizes.temp_size_in_bytes,
+        "peak": None if found is None else found["peak_bytes_in_use"],
+        "kernels": None
+        if jax.default_backend() == "tpu"
+        else kernels.launches(program.as_text() or "").kernels,
+    }
 
 
-def allocator_peaks(shape: Shape) -> dict[str, int | str | None]:
-    """The peak of every optimizer, each in a process of its own. Too little memory is an outcome too."""
+def peaks(shape: Shape) -> dict[str, dict[str, Any]]:
+    """The peaks of every optimizer, each in a process of its own. Too little memory is an outcome too."""
     found = {}
     for name in shape.optimizers:
         command = [sys.executable, __file__, "--peak", json.dumps([name, *shape])]
@@ -160,21 +175,24 @@ def allocator_peaks(shape: Shape) -> dict[str, int | str | None]:
         if child.returncode == 0:
             found[name] = json.loads(child.stdout.splitlines()[-1])
         else:
-            found[name] = "failed: " + (child.stderr.splitlines() or ["said nothing"])[-1][:80]
-        print(f"  {name}: peak {found[name]}", flush=True)
+            said = "failed: " + (child.stderr.splitlines() or ["said nothing"])[-1][:80]
+            found[name] = {"predicted peak": None, "peak": said, "kernels": None}
+        print(f"  {name}: {found[name]}", flush=True)
     return found
 
 
-def lean(shape: Shape, peaks: dict[str, int | str | None]) -> dict[str, dict[str, Any]]:
-    """State, temporaries and the allocator's peak, in GiB."""
+def lean(shape: Shape, peaks: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """State, temporaries and peaks, in GiB, and kernels."""
     shapes = memory.layers(shape.width, shape.ff, shape.layers, scanned=shape.scanned)
     found = {}
     for name, make in shape.optimizers.items():
         report = go.memory_report(make(), shapes, compiled=True)
         assert report.temporaries is not None
         state = sum(report.state.values())
-        sizes = {"state": state, "temporaries": report.temporaries, "peak": peaks[name]}
+        sizes = {"state": state, "temporaries": report.temporaries, **peaks[name]}
+        launched = sizes.pop("kernels")
         found[name] = {k: x / 2**30 if isinstance(x, int) else x for k, x in sizes.items()}
+        found[name]["kernels"] = launched
         print(f"  {name}: {found[name]}", flush=True)
     return found
 
@@ -242,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
     options = p.parse_args(argv)
     if options.peak:
         name, *shape = json.loads(options.peak)
-        print(json.dumps(allocator_peak(name, Shape(*shape))))
+        print(json.dumps(peak(name, Shape(*shape))))
         return
     plan, parts = SMALL if options.small else FULL, options.parts.split(",")
     if not set(parts) <= set(PARTS):
@@ -250,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     # Child processes that need the device run first: this process then takes a TPU, or most of a GPU's
     # memory, for good.
-    peaks = {name: allocator_peaks(shape) for name, shape in plan.shapes.items() if "memory" in parts}
+    measured = {name: peaks(shape) for name, shape in plan.shapes.items() if "memory" in parts}
     trained = pretrain(plan.pretrain, options.text, options.out) if "pretrain" in parts else None
     device = jax.devices()[0].device_kind
     results = Results(options.out / "accelerator.json", table)
@@ -260,7 +278,7 @@ def main(argv: list[str] | None = None) -> None:
         results.add(f"{device}, against the CPU", check())
     for name, shape in plan.shapes.items():
         if "memory" in parts:
-            results.add(f"{device}, {name}, GiB", lean(shape, peaks[name]))
+            results.add(f"{device}, {name}, GiB", lean(shape, measured[name]))
         if "speed" in parts:
             rows = speed.measure(shape.optimizers, shape.gradients, plan.rounds)
             results.add(f"{device}, {name}, an update", rows)

@@ -49,14 +49,20 @@ def device_of(chip: str) -> Any:
     Args:
       chip: `cpu`, `tpu` (v5e), `h200`, or `24gb`, a card of compute capability 8.9.
     """
+    return True if chip == "cpu" else devices_of(chip, 1)[0]
+
+
+def devices_of(chip: str, count: int) -> list[Any]:
+    """The descriptions of several chips of one machine; of the CPU, the devices that JAX has."""
     if chip == "cpu":
-        return True
+        return jax.devices("cpu")[:count]
     if chip == "tpu":
-        return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices[0]
-    target = _target_config(chip)
-    return topologies.get_topology_desc(
-        chip, platform="cuda", topology="1x1x1", target_config=target
-    ).devices[0]
+        return list(topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices)[:count]
+    # Slices, hosts, and devices of a host.
+    described = topologies.get_topology_desc(
+        chip, platform="cuda", topology=f"1x1x{count}", target_config=_target_config(chip)
+    )
+    return list(described.devices)
 
 
 def on_chip(shapes: Any, device: Any) -> Any:

@@ -1,9 +1,10 @@
 """What devices exchange in one update: the collectives of the compiled program, in bytes on the wire.
 
     python benchmarks/collectives.py                     # eight forced host devices
-    python benchmarks/collectives.py --platform tpu      # TPU v5e 2x4, ahead of time: needs libtpu, no TPU
+    python benchmarks/collectives.py --platform tpu      # TPU v5e 2x4, ahead of time: see chips.py
+    python benchmarks/collectives.py --platform h200     # eight GPUs of one machine, ahead of time
 
-The update is that of one stack [8, 1024, 4096], float32, rank 128, two full-rank slots, sharded in three
+The update is that of one stack [8, 1024, 4096], float32, rank 128, two full-rank slots, sharded in four
 ways. The script counts the bytes that each device sends in a bandwidth-optimal ring. A collective in a loop
 counts once for each turn. The refresh, a branch that an ordinary step does not take, counts apart. The
 results are `collectives.json` and `collectives.md` in `docs/results`.
@@ -23,7 +24,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 import hlo
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
+from chips import CHIPS, PACKAGES, devices_of
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from memory import optax_muon
@@ -34,7 +35,13 @@ import gum_optax as go
 SIZES = {"f64": 8, "s64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s8": 1, "u8": 1, "pred": 1}
 KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|ragged-all-to-all"
 SHAPE = (8, 1024, 4096)
-LAYOUTS = {"n": P(None, None, "all"), "m": P(None, "all", None), "2-D": P(None, "x", "y")}
+# The mesh, and what it shards.
+LAYOUTS = {
+    "n": ({"all": 8}, P(None, None, "all")),
+    "m": ({"all": 8}, P(None, "all", None)),
+    "2-D": ({"x": 2, "y": 4}, P(None, "x", "y")),
+    "2-D, 4 × 2": ({"x": 4, "y": 2}, P(None, "x", "y")),
+}
 
 
 class Collective(NamedTuple):
@@ -102,21 +109,24 @@ def collectives(text: str, devices: int = 8) -> list[Collective]:
             if made := re.search(rf"= (.*?) ({KINDS})(-start)?\(", line):
                 result, kind, start = made.groups()
                 if start and kind != "all-reduce":
-                    result = re.sub(r"^\(.*?\}, ", "", result)  # the operand precedes the result
+                    # The operands precede the results; a GPU's program has them in a tuple of their own.
+                    result = re.sub(r"^\((?:\(.*?\)|.*?\}), ", "", result)
                 wire = _wire(kind, _bytes(result), _group(line, devices))
                 found.append(Collective(kind, result, wire, times, refresh))
             elif " while(" in line:
                 found += within(*_loop(line, computations, times), refresh)
             elif " conditional(" in line:
-                found += either(re.findall(r"%([\w.\-]+)", line.split("), ", 1)[1]), times, refresh)
+                branches = re.findall(r"%([\w.\-]+)", line.split("), ", 1)[1])
+                taken = branches[-1:] if hlo.is_certain(line, computations[name]) else branches
+                found += either([branch for branch in taken if branch in computations], times, refresh)
             elif called := re.search(r" (?:call|async-start)\(.*(?:to_apply|calls)=%?([\w.\-]+)", line):
                 found += within(called[1], times, refresh)
         return found
 
     def either(names: list[str], times: int, refresh: bool) -> list[Collective]:
         """The cheapest branch, and as the refresh the dearest branch if it sends more."""
-        branches = [within(name, times, refresh) for name in names if name in computations]
-        cheap, *_, dear = sorted(branches, key=total)
+        by_bytes = sorted((within(name, times, refresh) for name in names), key=total)
+        cheap, dear = by_bytes[0], by_bytes[-1]
         if total(dear) > total(cheap):
             return cheap + [c._replace(refresh=True) for c in dear]
         return cheap
@@ -149,14 +159,11 @@ def optimizers(numbers: Any) -> dict[str, Callable[[], Any]]:
     }
 
 
-def mesh_of(platform: str, spec: P) -> Mesh:
-    devices = (
-        jax.devices("cpu")
-        if platform == "cpu"
-        else topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+def mesh_of(platform: str, sizes: dict[str, int]) -> Mesh:
+    types = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices_of(platform, 8)
     )
-    names, sizes = (("all",), (8,)) if "all" in spec else (("x", "y"), (2, 4))
-    return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(names), devices=devices[:8])
 
 
 def compiled(name: str, mesh: Mesh, spec: P) -> str:
@@ -186,9 +193,9 @@ def table(rows: dict[str, dict[str, list[float]]]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--platform", choices=("cpu", "tpu"), default="cpu")
+    p.add_argument("--platform", choices=CHIPS, default="cpu")
     p.add_argument("--optimizers", help="some of them, separated by semicolons; default: all")
-    p.add_argument("--layouts", default=",".join(LAYOUTS), help="default: all")
+    p.add_argument("--layouts", default=";".join(LAYOUTS), help="separated by semicolons; default: all")
     p.add_argument("--verbose", action="store_true", help="print every collective")
     p.add_argument("--out", type=Path, default=RESULTS)
     options = p.parse_args(argv)
@@ -196,15 +203,17 @@ def main(argv: list[str] | None = None) -> None:
     names = options.optimizers.split(";") if options.optimizers else list(optimizers(None))
     rows: dict[str, dict[str, list[float]]] = {}
     for name in names:
-        for layout in options.layouts.split(","):
-            spec = LAYOUTS[layout]
-            found = collectives(compiled(name, mesh_of(options.platform, spec), spec))
+        for layout in options.layouts.split(";"):
+            sizes, spec = LAYOUTS[layout]
+            found = collectives(compiled(name, mesh_of(options.platform, sizes), spec))
             sent = [total([c for c in found if c.refresh == flag]) / 2**20 for flag in (False, True)]
             rows.setdefault(name, {})[layout] = [round(x, 3) for x in sent]
             print(f"{options.platform} {layout}  {name}  {sent[0]:.2f} + {sent[1]:.2f} MiB", flush=True)
             for c in found if options.verbose else ():
                 print("   ", "refresh" * c.refresh, c.kind, c.shapes, f"{c.times} × {c.wire / 2**20:.3f}")
-    Results(options.out / "collectives.json", table).add(f"{options.platform}, 8 devices", rows)
+    Results(options.out / "collectives.json", table).add(
+        f"{options.platform}, 8 devices", rows, *PACKAGES.get(options.platform, [])
+    )
 
 
 if __name__ == "__main__":

@@ -21,3 +21,12 @@ def turns(line: str) -> int | None:
     """How often a loop turns, or None if XLA does not say."""
     written = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
     return int(written[1]) if written else None
+
+
+def is_certain(line: str, computation: list[str]) -> bool:
+    """Whether a conditional always takes its last branch: `in_one` branches on a constant."""
+    predicate = re.search(r"conditional\(%?([\w.\-]+)", line)
+    assert predicate, line
+    start = re.compile(rf"\s*(?:ROOT )?%?{re.escape(predicate[1])} = \S+ [\w\-]+\((.*?)\)")
+    (operands,) = [found[1] for other in computation if (found := start.match(other))]
+    return all(name.startswith("constant") for name in re.findall(r"%([\w.\-]+)", operands))

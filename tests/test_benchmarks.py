@@ -59,6 +59,8 @@ def test_the_accelerator_script_checks_measures_and_trains(tmp_path, monkeypatch
     assert all(row["agrees"] for row in check.values())
     assert lean["gum"]["state"] < lean[speed.PEER]["state"]
     assert lean["gum"]["peak"] is None  # a CPU has no such statistics
+    assert lean["gum"]["predicted peak"] > lean["gum"]["state"] + lean["gum"]["temporaries"]
+    assert lean["gum"]["kernels"] > 0
     assert fast["gum"]["step"] > 0
     assert finders["svd_subspace"]["of the SVD's"] == 1
     assert finders["sketched_subspace, 1 step"]["of the SVD's"] not in (0, 1)

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .._core.batches import map_in_place
 from .._core.checks import check_integer
-from .._core.xla import map_in_place, repeat
+from .._core.xla import repeat
 from .numerics import exact_matmul, to_unit_norm
 
 Coefficients = Sequence[tuple[float, float, float]]

@@ -3,13 +3,12 @@
 import math
 from collections.abc import Callable, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from .._core.checks import check_function, check_integer
-from .._core.xla import in_one
+from .._core.xla import in_one, repeat
 from .newton_schulz import Orthogonalizer, newton_schulz
 from .numerics import frobenius, norm, safe_reciprocal
 from .polar import polar
@@ -46,7 +45,7 @@ def sinkhorn(x: Float[Array, "*b m n"], rounds: int = 5, first: int = -1) -> Flo
         row_unit = safe_reciprocal(jnp.max(jnp.abs(g), axis=first, keepdims=True))
         column_unit = safe_reciprocal(jnp.max(jnp.abs(g * row_unit), axis=second, keepdims=True))
 
-        def one_round(_, scales):
+        def one_round(scales, _):
             _, column = scales
             # Give each sum its own factors: XLA would write a shared product out at the size of the matrix.
             squares = jnp.sum(jnp.square(g * column * row_unit), axis=first, keepdims=True)
@@ -54,8 +53,8 @@ def sinkhorn(x: Float[Array, "*b m n"], rounds: int = 5, first: int = -1) -> Flo
             squares = jnp.sum(jnp.square(g * row * column_unit), axis=second, keepdims=True)
             return row, column_unit * (sizes[1] * safe_reciprocal(jnp.sqrt(squares)))
 
-        # Use a loop: XLA would share more products between the sums of unrolled rounds.
-        return jax.lax.fori_loop(0, rounds, one_round, (row_unit, jnp.ones_like(column_unit)))
+        # Use a loop on a CPU: XLA would share more products between the sums of unrolled rounds.
+        return repeat(one_round, (row_unit, jnp.ones_like(column_unit)), np.arange(rounds))
 
     # A stack holds the gradients of all layers in any case; `in_one` is for single matrices.
     is_stack = math.prod(x.shape[:-2]) > 1

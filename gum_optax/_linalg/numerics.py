@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from .._core.xla import map_sequentially
+from .._core.batches import map_sequentially
 
 # The largest input of a rule with second moments. Sums of larger squares could overflow float32, and an
 # infinite second moment stays infinite.

@@ -6,7 +6,7 @@ single matrices only the one that holds the block is read, in a branch.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -53,3 +53,22 @@ def _branched(members: Sequence[Member], leaf: Any, number: Any) -> list[Array]:
 
     found = jax.lax.switch(leaf, [reader(member) for member in members], number)
     return [x.reshape(view.shape[-2:]) for x, (_, view) in zip(found, members[0], strict=True)]
+
+
+def with_small(
+    members: Sequence[Member], index: Int[Array, "k"], f: Callable[..., Array], *operands: Array
+) -> Array:
+    """`f(small_of, *operands)`, where `small_of(slot)` reads the block at `index[slot]` of small leaves.
+
+    Each leaf is one block, and each of its arrays becomes an array in float32. A CPU reads the one leaf. Elsewhere all leaves are stacked, because each branch may wait for the host.
+    """
+
+    def one_by_one(*operands):
+        return f(lambda slot: read(members, index[slot], jnp.int32(0)), *operands)
+
+    def stacked(*operands):
+        blocks = [[view.block(x, jnp.int32(0)) for x, view in member] for member in members]
+        rows = [jnp.stack(arrays)[index].astype(jnp.float32) for arrays in zip(*blocks, strict=True)]
+        return f(lambda slot: [x[slot] for x in rows], *operands)
+
+    return jax.lax.platform_dependent(*operands, cpu=one_by_one, default=stacked)

@@ -104,8 +104,8 @@ class DenseGradient(NamedTuple):
         ]
         one_by_one = gather_early if set(group.sizes) == {1} else gather_blocks
         return jax.lax.platform_dependent(
-            cpu=lambda: one_by_one(input_of, members, index, group),
-            default=lambda: gather_blocks(input_of, members, index, group),
+            tpu=lambda: gather_blocks(input_of, members, index, group),
+            default=lambda: one_by_one(input_of, members, index, group),
         )
 
 

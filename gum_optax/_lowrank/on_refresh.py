@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
+from .._core.xla import if_needed
 from .._linalg.numerics import exact_matmul
 
 # `(inner, its state, zeros like the coordinates, rotation P_newᵀ P_old, whether this step is a refresh)
@@ -25,9 +26,8 @@ def keep(inner: Any, state: Any, coordinates: Any, rotation: Any, is_refresh: An
 def _rotated(
     is_refresh: Bool[Array, ""], rotation: Float[Array, "*b r r"], m: Float[Array, "*b r n"]
 ) -> Float[Array, "*b r n"]:
-    return jax.lax.cond(
-        is_refresh, lambda q, m: exact_matmul(q, m).astype(m.dtype), lambda q, m: m, rotation, m
-    )
+    """`rotation m` at a refresh; on other steps the rotation is the identity."""
+    return if_needed(is_refresh, lambda q, m: exact_matmul(q, m).astype(m.dtype), rotation, m)
 
 
 def rotate(inner: Any, state: Any, coordinates: Any, rotation: Any, is_refresh: Any) -> Any:

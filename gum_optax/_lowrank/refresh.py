@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from .._core.batches import same_shape_groups
 from .._core.keys import some, typed
 from .._core.measurements import MeanOf
-from .._core.xla import in_one, same_shape_groups, unstacked
+from .._core.xla import in_one, unstacked
 from .._linalg.numerics import exact_matmul
 from .._matrices.view import View, plain_view
 from .blocks import Member, read
@@ -73,8 +74,12 @@ def refreshed(
         return [results[i] for i in range(len(rows))]
 
     def all_groups():
-        leaves = [(g, p) for g, _, p in rows]
-        return _read(forms, then, [view for _, view, _ in rows], groups, is_refresh, phase, keys, leaves)
+        # A loop over leaves of two layouts would copy those of one, and hold all copies. So single matrices
+        # enter as they are viewed: the product that makes a gradient writes it in either layout.
+        looped = {i for group in groups if len(group) > 1 for i in group}
+        seen = [(view.of(g) if i in looped else g, p) for i, (g, view, p) in enumerate(rows)]
+        views = [plain_view(g) if i in looped else rows[i][1] for i, (g, _) in enumerate(seen)]
+        return _read(forms, then, views, groups, is_refresh, phase, keys, seen)
 
     return jax.lax.platform_dependent(
         cpu=lambda: in_groups(lambda size: size // _LOOPS if size > 2 * _LOOPS else 1),

@@ -7,8 +7,8 @@ import jax
 import optax
 from jaxtyping import Array, Float
 
+from .._core.batches import map_sequentially
 from .._core.checks import check_residual, is_rule
-from .._core.xla import map_sequentially
 from .._linalg.numerics import norm, safe_reciprocal
 from .._linalg.orthonormal import lift, outside
 from .gradient import ProjectedGradient

@@ -10,8 +10,8 @@ size whichever blocks are sampled.
 - `draw` says which blocks stand in the slots. It returns an index `(slots,)` for each group, which counts
   the blocks over the leaves of the group. The index follows from the key and the number of the period.
 - `gather` reads the sampled blocks of the gradient, each with its projector, and makes the slots' inputs. A
-  loop over the slots reads one block at a time. Where all leaves of the group are single matrices, a CPU
-  copies each gradient into its slot as soon as the backward pass has made it.
+  loop over the slots reads one block at a time. Where all leaves of the group are single matrices, each
+  gradient is copied into its slot as soon as the backward pass has made it, except on a TPU.
 - `scatter` writes the slots' steps over the sampled blocks of the low-rank step. It turns the index round:
   the slot of each block, or -1, tells each leaf what to read. A single matrix makes one choice. On a TPU a
   stack makes one choice for each slot, if the slots are few. Any other stack is overwritten in place.
@@ -29,11 +29,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, UInt32
 
+from .._core.batches import map_sequentially
 from .._core.keys import draw
 from .._core.trees import map_with_leaf_index
-from .._core.xla import map_sequentially, opaque_constants, rolled_but_on_tpu
+from .._core.xla import opaque_constants, rolled_but_on_tpu, wait_for
 from .._mesh.explicit import zeros
-from .blocks import Member, read
+from .blocks import Member, read, with_small
 
 # The sampled blocks of each group, by its name, counted over its leaves: {group: (slots,)}. No shape has a
 # name in these annotations, because a name stands for one size, and groups differ.
@@ -141,6 +142,8 @@ class Slots(NamedTuple):
 
         @jax.jit  # traced once for all leaves of a shape
         def overwritten(operands, values, slots):
+            # Lifted earlier, a stack would be in memory while the slots make their steps.
+            operands = wait_for(values, operands)
             whole = make(*operands)
             step = scatter_blocks(whole, values, slots)
             # The step overwrites a stack, which is then not in memory beside the step.
@@ -188,10 +191,11 @@ def gather_blocks(
 def gather_early(
     f: Callable[..., Float[Array, "m n"]], members: Sequence[Member], index: Int[Array, "k"], group: Group
 ) -> Float[Array, "k m n"]:
-    """`gather_blocks` for a CPU and leaves of one block each.
+    """`gather_blocks` for leaves of one block each, without branches.
 
     Each gradient is copied into its slot as soon as the backward pass has made it. `gather_blocks` would read
-    all slots' gradients at the end, when every gradient is in memory.
+    all slots' gradients at the end, when every gradient is in memory, and on a GPU each of its branches may
+    wait for the host.
     """
     first = [member[0] for member in members]
     slots = slot_of_each_block(index, group.blocks)
@@ -209,14 +213,16 @@ def gather_early(
         block = view.of(leaf).reshape(group.shape).astype(jnp.float32)
         now = jnp.where(slot < 0, before, block)
         held = jax.lax.dynamic_update_slice_in_dim(held, now, at, 0)
-    others = [member[1:] for member in members]
 
-    def one(slot, held):
-        block = jax.lax.dynamic_slice_in_dim(held, slot * rows, rows)
-        found = f(block, *read(others, index[slot], jnp.int32(0)))
-        return jax.lax.dynamic_update_slice_in_dim(held, found, slot * rows, 0)
+    def looped(small_of, held):
+        def one(slot, held):
+            block = jax.lax.dynamic_slice_in_dim(held, slot * rows, rows)
+            found = f(block, *small_of(slot))
+            return jax.lax.dynamic_update_slice_in_dim(held, found, slot * rows, 0)
 
-    held = jax.lax.fori_loop(0, group.slots, one, held)
+        return jax.lax.fori_loop(0, group.slots, one, held)
+
+    held = with_small([member[1:] for member in members], index, looped, held)
     return held[: len(held) - one_more].reshape(group.slots, rows, columns)
 
 

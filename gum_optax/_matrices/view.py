@@ -68,7 +68,9 @@ def view_of(path: Any, leaf: Any, entry: Entry, *, wide: bool) -> View:
     """The view of one leaf; `wide` puts the side to project first.
 
     The side to project is the smaller of fan-in and fan-out. If the dimension numbers have a sharding that
-    shards exactly one side, the side to project is the other one.
+    shards exactly one side, the side to project is the other one; if it shards both, the larger side, because
+    the devices that share it then sum coordinates of the smaller one. This depends on no size of a mesh, so
+    that a state fits every mesh.
 
     Raises:
       ValueError: the leaf has no two matrix axes, or its dimension numbers overlap or are out of range.
@@ -100,7 +102,10 @@ def view_of(path: Any, leaf: Any, entry: Entry, *, wide: bool) -> View:
     declared = entry.sharding if isinstance(entry, ShardedDimensionNumbers) else None
     if declared is not None:
         split = [any(spec_of(declared, leaf.ndim)[axis] for axis in axes) for axes in (reduction, output)]
-        swapped = split[0] if split[0] != split[1] else swapped
+        if all(split):
+            swapped = fan_in < fan_out
+        elif any(split):
+            swapped = split[0]
     rows, columns = (output, reduction) if wide and swapped else (reduction, output)
     order = batch + rows + columns
     blocks = [leaf.shape[axis] for axis in batch]

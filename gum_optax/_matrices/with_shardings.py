@@ -20,10 +20,11 @@ def with_shardings(
     """Dimension numbers with the sharding of each leaf, for an optimizer's `weight_dimension_numbers`.
 
     The optimizer then projects a matrix that is sharded along one side along its other side, even if that is
-    the longer side. So `PᵀG` and the lift are local, and coordinates have the sharding of the columns. The
-    orthogonalization of full-size momenta distributes the long side over all mesh axes that shard them. The
-    shapes of the state follow from the names in the specs, not from the size of the mesh: a checkpoint fits
-    every mesh with these names.
+    the longer side. So `PᵀG` and the lift are local, and coordinates have the sharding of the columns. Where
+    both sides are sharded it projects the longer one: `PᵀG` is then a sum over devices of the shorter side's
+    coordinates. The orthogonalization of full-size momenta distributes the long side over all mesh axes that
+    shard them. The shapes of the state follow from the names in the specs, not from the size of the mesh: a
+    checkpoint fits every mesh with these names.
 
     Args:
       param_shardings: a `jax.sharding.NamedSharding` for each leaf of the parameters.

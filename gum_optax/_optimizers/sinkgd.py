@@ -8,7 +8,7 @@ import optax
 from .._core.checks import check_integer, check_number
 from .._linalg.normalizers import sinkhorn
 from .._matrices.dimension_numbers import WeightDimensionNumbers
-from .._transforms.normalize import normalize
+from .._transforms.normalize import normalize_lean
 from .matrix_optimizer import matrix_optimizer
 
 
@@ -41,7 +41,7 @@ def sinkgd(
     """
     check_integer("rounds", rounds, at_least=1)
     # A Flax kernel has outputs as columns; the paper's matrices have them as rows.
-    rule = normalize(functools.partial(sinkhorn, rounds=rounds, first=-2))
+    rule = normalize_lean(functools.partial(sinkhorn, rounds=rounds, first=-2))
     return matrix_optimizer(
         rule,
         learning_rate,

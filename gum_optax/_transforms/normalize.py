@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from .._core.batches import map_lean, map_matrices, map_sequentially
 from .._core.checks import check_function
-from .._core.xla import map_sequentially
+from .._core.context import NO_CONTEXT, MatrixContext
 from .._linalg.normalizers import Normalizer
 
 
@@ -25,18 +26,34 @@ def normalize(method: Normalizer) -> optax.GradientTransformation:
       TypeError: `method` is not a function.
     """
     check_function("method", method, "gum_optax.sinkhorn")
-    return _stateless(jax.tree.map, method)
+    return _stateless(method, jax.tree.map, jax.tree.map)
+
+
+def normalize_lean(method: Normalizer) -> optax.GradientTransformation:
+    """`normalize` of matrices by a method that makes no others, such as `sinkhorn`.
+
+    On a GPU a few leaves go through `method` as one stack. Elsewhere each goes as it comes: waiting would
+    only copy its gradient.
+    """
+    return _stateless(method, map_lean, jax.tree.map)
 
 
 def normalize_sequentially(method: Normalizer) -> optax.GradientTransformation:
-    """`normalize`, one leaf after the other, so that memory holds the temporary matrices of one leaf only.
-
-    It is for methods with temporary matrices. `sinkhorn` has none: waiting would only copy its gradients.
+    """`normalize` of matrices, one leaf after the other, so that memory holds the temporary matrices of one
+    leaf only; on a GPU of a few leaves.
     """
-    return _stateless(map_sequentially, method)
+    return _stateless(method, map_matrices, map_sequentially)
 
 
-def _stateless(map_leaves: Callable[..., Any], method: Normalizer) -> optax.GradientTransformation:
-    return optax.stateless(
-        lambda updates, params: map_leaves(lambda g: method(g.astype(jnp.float32)), updates)
-    )
+def _stateless(
+    method: Normalizer, map_leaves: Callable[..., Any], map_sharded: Callable[..., Any]
+) -> optax.GradientTransformationExtraArgs:
+    """Map the leaves; sharded ones are not stacked, for their shardings may differ."""
+
+    def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
+        del params, extra_args
+        is_sharded = any(view.sharding for view in jax.tree.leaves(context.views))
+        map_all = map_sharded if is_sharded else map_leaves
+        return map_all(lambda g: method(g.astype(jnp.float32)), updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)

@@ -3,9 +3,9 @@
 import jax
 import optax
 
+from .._core.batches import map_batched, map_matrices, map_sequentially
 from .._core.checks import check_function, renamed_argument
 from .._core.context import NO_CONTEXT, MatrixContext
-from .._core.xla import map_batched, map_matrices, map_sequentially
 from .._linalg.newton_schulz import Orthogonalizer, newton_schulz
 from .._matrices.view import views_beside
 from .._mesh.distribute import distribute

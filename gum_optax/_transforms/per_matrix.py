@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from .._core.batches import map_sequentially
 from .._core.checks import check_matrix_leaf
 from .._core.context import NO_CONTEXT, MatrixContext
 from .._core.keys import check_key, key_data, stream
-from .._core.xla import map_sequentially
 
 
 def per_matrix(

@@ -240,7 +240,7 @@ def test_a_matrix_sharded_along_one_side_is_projected_along_the_other(mesh):
     assert {name: shape[-2] for name, shape in found.items()} == {
         "rows": 16,
         "columns": 8,
-        "both": 8,
+        "both": 16,  # the longer
         "neither": 8,
         "stack": 16,
     }
@@ -299,11 +299,11 @@ def test_types_tell_the_shardings_over_explicit_axes_and_shapes_alone_have_none(
     assert inside == []
 
 
-def benchmark(name, tmp_path, *arguments):
+def benchmark(name, tmp_path, *arguments, **variables):
     """The measurements of a benchmark, and its output."""
     command = [sys.executable, f"benchmarks/{name}.py", "--out", str(tmp_path), *arguments]
     # Two tests may load libtpu at the same time, because neither uses a device.
-    env = os.environ | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    env = os.environ | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"} | variables
     done = subprocess.run(command, cwd=HERE.parent, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (setting,) = json.loads((tmp_path / f"{name}.json").read_text())["settings"].values()
@@ -314,7 +314,7 @@ def exchanges(printed):
     """The number of collectives of at least a KiB in an ordinary step, by optimizer and layout."""
     counts = {}
     for line in printed.splitlines():
-        if head := re.match(r"cpu (\S+)  (\S+)  ", line):
+        if head := re.match(r"cpu (.+?)  (\S+)  ", line):
             counts[head[2], head[1]] = 0
             now = head[2], head[1]
         elif not line.strip().startswith("refresh"):
@@ -325,7 +325,7 @@ def exchanges(printed):
 
 # MiB sent by an update and a refresh of [8, 1024, 4096] at rank 128 with two slots. Only these entries have
 # the size of m n. On m, the refresh makes a projector of the long side, 16 MiB, on every device.
-BUDGETS = {"n": (15.5, 10), "m": (22.5, 28), "2-D": (17, 13)}
+BUDGETS = {"n": (15.5, 10), "m": (22.5, 28), "2-D": (17, 13), "2-D, 4 × 2": (24, 15)}
 
 
 def check_budgets(found):
@@ -340,19 +340,30 @@ def test_what_gum_sends_on_eight_devices_is_within_its_budget(tmp_path):
     )
     check_budgets(found)
     counts = exchanges(printed)
-    # On n and 2-D: a Gram matrix for each of the 8 blocks, the slots' Gram matrices, and their transfers.
-    assert [counts["gum", layout] for layout in found["gum"]] == [10, 5, 15]
+    # A Gram matrix for each of the 8 blocks (on n and 2 × 4), the slots' Gram matrices, their transfers, and
+    # the coordinates where the projected side is sharded.
+    assert [counts["gum", layout] for layout in found["gum"]] == [10, 5, 16, 10]
     assert max(counts["sinkgd", layout] for layout in found["gum"]) <= 12
     # The cost to bring every matrix to one device and back; 2-D along one mesh axis after the other.
-    assert [found["muon"][layout][0] for layout in found["gum"]] == [28, 28, 40]
+    assert [found["muon"][layout][0] for layout in found["gum"]] == [28, 28, 40, 32]
     assert max(update for update, _ in found["galore_muon"].values()) <= 5
-    assert "| sinkgd | 0.33 | 1.31 | 0.33 |" in (tmp_path / "collectives.md").read_text()
+    assert "| sinkgd | 0.33 | 1.31 | 0.33 | 0.61 |" in (tmp_path / "collectives.md").read_text()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install libtpu")
 def test_what_gum_sends_on_eight_tpus_is_within_its_budget(tmp_path):
     arguments = ["--platform", "tpu", "--optimizers", "gum", "--layouts", "m"]
     check_budgets(benchmark("collectives", tmp_path, *arguments)[0])
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda12_plugin") is None,
+    reason="needs XLA's CUDA plugin: nox -s gpu, or pip install --no-deps jax-cuda12-pjrt jax-cuda12-plugin",
+)
+def test_what_gum_sends_on_eight_gpus_is_within_its_budget(tmp_path):
+    arguments = ["--platform", "h200", "--optimizers", "gum"]
+    without_gpu = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "XLA_FLAGS": ""}
+    check_budgets(benchmark("collectives", tmp_path, *arguments, **without_gpu)[0])
 
 
 def test_projecting_before_the_reduce_sends_projections_and_nothing_else(tmp_path):
