@@ -1,8 +1,9 @@
 """What is done for the compiler's sake: the order of results, loops and branches, opaque constants.
 
-Each function returns what the plain code returns; those that map leaves are in `batches.py`. The table shows what each function saves, measured with jax
-0.10.2 on a CPU: the matrices of twelve decoder layers of width 512 as separate leaves (eight layers for a
-whole training step), with the optimizers of `benchmarks/memory.py`.
+Each function returns what the plain code returns; those that map leaves are in `batches.py`. The table shows
+what each function saves, measured with jax 0.10.2 on a CPU: the matrices of twelve decoder layers of width
+512 as separate leaves (eight layers for a whole training step), with the optimizers of
+`benchmarks/memory.py`.
 
 | function | what was measured | with | without |
 |---|---|---|---|

@@ -60,7 +60,8 @@ def with_small(
 ) -> Array:
     """`f(small_of, *operands)`, where `small_of(slot)` reads the block at `index[slot]` of small leaves.
 
-    Each leaf is one block, and each of its arrays becomes an array in float32. A CPU reads the one leaf. Elsewhere all leaves are stacked, because each branch may wait for the host.
+    Each leaf is one block, and each of its arrays becomes an array in float32. A CPU reads the one leaf.
+    Elsewhere all leaves are stacked, because each branch may wait for the host.
     """
 
     def one_by_one(*operands):
