@@ -28,6 +28,7 @@ class Size:
 # 60m, 130m and 350m are the LLaMA sizes of GaLore (arXiv 2403.03507, Table 5); the others are for a laptop.
 SIZES = {
     "tiny": Size(hidden=32, feed_forward=64, heads=2, layers=2, vocabulary=512),
+    "0.6m": Size(hidden=96, feed_forward=256, heads=4, layers=4, vocabulary=1024),
     "3m": Size(hidden=192, feed_forward=512, heads=6, layers=4, vocabulary=4096),
     "10m": Size(hidden=320, feed_forward=864, heads=10, layers=6, vocabulary=4096),
     "60m": Size(hidden=512, feed_forward=1376, heads=8, layers=8, vocabulary=32000),

@@ -28,6 +28,7 @@ class Settings:
     seed: int
     text: str  # the name of the corpus and a digest of its content
     momentum_dtype: str = "float32"  # or bfloat16, for the optimizers in MOMENTUM_DTYPE
+    weights_dtype: str = "float32"  # or bfloat16, without a float32 copy
 
 
 def schedule(s: Settings, peak: float) -> optax.Schedule:
@@ -105,8 +106,11 @@ MOMENTUM_DTYPE = ("muon", "galore_muon", "gum", "sumo")
 
 
 def optimizer(s: Settings) -> optax.GradientTransformation:
-    """The optimizer of a run, with gradients clipped to norm one and `others_lr` for AdamW."""
+    """The optimizer of a run, with gradients clipped to norm one and `others_lr` for AdamW.
+
+    Its updates and its state are float32 whatever the weights are.
+    """
     make, _ = OPTIMIZERS[s.optimizer]
     others = _adamw(schedule(s, s.others_lr), s.weight_decay)
     made = make(s, schedule(s, s.lr), others=others, weight_decay=s.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(1.0), made)
+    return go.float32_steps(optax.chain(optax.clip_by_global_norm(1.0), made))

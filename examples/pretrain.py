@@ -70,6 +70,12 @@ def parser() -> argparse.ArgumentParser:
         default="float32",
         help=f"the dtype of the momentum of {', '.join(MOMENTUM_DTYPE)} (default: float32)",
     )
+    p.add_argument(
+        "--weights-dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="the dtype of the weights; bfloat16 is rounded stochastically (default: float32)",
+    )
     p.add_argument("--seed", type=seed, default=0)
     p.add_argument("--out", type=Path, metavar="DIR", help="default: the next free runs/NAME-N")
     p.add_argument("--resume", action="store_true", help="continue the run in --out")
@@ -101,6 +107,7 @@ def settings_of(options: argparse.Namespace, optimizer: str, corpus: Corpus) -> 
         seed=options.seed,
         text=corpus.name,
         momentum_dtype=options.momentum_dtype,
+        weights_dtype=options.weights_dtype,
     )
 
 

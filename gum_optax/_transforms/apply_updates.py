@@ -63,17 +63,18 @@ def apply_updates(
       TypeError: `key` is no threefry key or seed, or `step` is no integer.
     """
     check_key(key)
-    step = jnp.asarray(step)
-    if not jnp.issubdtype(step.dtype, jnp.integer):
+    if not jnp.issubdtype(jnp.result_type(step), jnp.integer):
         raise TypeError(f"step must be an integer, the number of the step; got {step!r}.")
-    step = step.astype(jnp.int32)
+    step = jnp.asarray(step, jnp.int32)
     own = jax.random.key_data(jax.random.fold_in(typed(key_data(key)), _STREAM))
     if leaf_indices is None:
         treedef = jax.tree.structure(params)
         leaf_indices = treedef.unflatten(range(treedef.num_leaves))
 
     def added(p: Any, u: Any, leaf_index: Any) -> Any:
-        if p is None or jnp.result_type(p) not in ROUNDED:
+        if p is None:
+            return None
+        if jnp.result_type(p) not in ROUNDED:
             return optax.apply_updates(p, u)
         return _rounded_sum(jnp.asarray(p), jnp.asarray(u), stream(own, step, leaf_index), layer)
 
