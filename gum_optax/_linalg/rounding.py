@@ -31,12 +31,13 @@ def round_by(noise: UInt16[Array, "*shape"], x: Float[Array, "*shape"], dtype: A
     dropped = jnp.finfo(jnp.float32).nmant - limits.nmant
     size = jnp.abs(x)
     # Subnormal numbers of float16 have one spacing. With the smallest normal number added, so have these.
-    shift = jnp.where(size < limits.tiny, jnp.float32(limits.tiny), 0)
+    smallest, largest = float(limits.smallest_normal), float(limits.max)
+    shift = jnp.where(size < smallest, smallest, 0.0)
     bits = jax.lax.bitcast_convert_type(size + shift, jnp.uint32)
     # Floats of one sign are in the order of their bits: add the noise, then drop the last bits.
     bits = bits + (noise >> (16 - dropped)).astype(jnp.uint32)
     kept = jax.lax.bitcast_convert_type((bits >> dropped) << dropped, jnp.float32) - shift
-    inside = size <= jnp.float32(limits.max)  # false for NaN
+    inside = size <= largest  # false for NaN
     return jnp.where(inside, jnp.copysign(kept, x), x).astype(dtype)
 
 

@@ -130,7 +130,7 @@ def _rounded_sum(p: Array, u: Array, leaf_key: PRNGKeyArray, layer: Any) -> Arra
         u = jnp.broadcast_to(u, p.shape).reshape(shape)
         return _add(p.reshape(shape), u, **extra_args).reshape(p.shape), state
 
-    extra_args = {"leaf_key": leaf_key, "first": 0 if layer is None else layer}
+    extra_args = {"leaf_key": leaf_key, "first": jnp.asarray(0 if layer is None else layer, jnp.int32)}
     return on_auto_axes(inside)(p, (), u, NO_CONTEXT, extra_args)[0]
 
 

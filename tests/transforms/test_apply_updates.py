@@ -237,6 +237,31 @@ def test_float32_steps_are_those_of_float32_weights():
     assert update["kernel"].dtype == jnp.float32
 
 
+STRICT = {
+    "jax_numpy_rank_promotion": "raise",
+    "jax_numpy_dtype_promotion": "strict",
+    "jax_check_tracer_leaks": True,
+    "jax_debug_key_reuse": True,
+    "jax_threefry_partitionable": False,
+    "jax_default_prng_impl": "rbg",
+    "jax_enable_x64": True,
+}
+
+
+def test_no_flag_of_jax_changes_the_bits_or_refuses_a_step():
+    params, updates = weights()
+    expected = apply_updates(params, updates, 7, 5)
+    before = {name: getattr(jax.config, name) for name in STRICT}
+    try:
+        for name, value in STRICT.items():
+            jax.config.update(name, value)
+        found = jax.jit(lambda p, u, step: go.apply_updates(p, u, 7, step))(params, updates, np.int64(5))
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 def test_bad_arguments_are_refused():
     p = jnp.ones(3, jnp.bfloat16)
     with pytest.raises(TypeError, match="key must be an integer seed"):
