@@ -32,7 +32,7 @@ from optimizers import OPTIMIZERS, OTHERS, Settings  # isort: skip
 from training import StopSignal  # isort: skip
 
 # The rate that the search starts from; a step of each rule has elements of about one.
-START = 1e-2
+START = 4e-2
 
 
 class ByTokenState(NamedTuple):

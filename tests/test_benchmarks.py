@@ -221,6 +221,7 @@ def test_the_rate_of_each_rule_for_embeddings_is_searched_and_the_other_seeds_fo
         return {"val_loss": abs(np.log2(chosen.others_lr / best)) + 0.5 * chosen.seed + len(chosen.others)}
 
     monkeypatch.setattr(embedding_rules, "run", fake_run)
+    monkeypatch.setattr(embedding_rules, "START", 0.01)
     monkeypatch.setattr(embedding_rules, "Corpus", lambda *_: Words())
     embedding_rules.main(["--rules", "adamw;sign", "--out", str(tmp_path)])
     assert calls == [

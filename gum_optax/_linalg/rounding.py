@@ -50,7 +50,7 @@ def fused_bits(keys: UInt32[Array, "*b 2"], n: int) -> UInt16[Array, "*b n"]:
     """`jax.random.bits(key, (n,), uint16)` of each raw key, which XLA fuses into what reads it.
 
     On a CPU, `jax.random.bits` is a loop that writes every round to memory: 16 bytes for each number, and
-    eight times as long (jax 0.10.2). These bits are those of partitionable threefry, whatever the flag of JAX says.
+    eight times as long (jax 0.10.2). These bits are those of partitionable threefry, whatever JAX's flag is.
     """
     first, second = keys[..., 0, None], keys[..., 1, None]
     schedule = (first, second, first ^ second ^ jnp.uint32(_PARITY))
