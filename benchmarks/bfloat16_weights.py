@@ -62,8 +62,8 @@ def settings(options: argparse.Namespace, corpus: Corpus, name: str, seed: int, 
         steps=options.steps,
         batch=options.batch,
         seq=options.seq,
-        lr=OPTIMIZERS[name][1] * options.scale,
-        others_lr=options.others_lr * options.scale,
+        lr=OPTIMIZERS[name][1],
+        others_lr=options.others_lr,
         rank=SIZES[options.model].rank,
         period=100,
         full_rank_fraction=1 / 16,
@@ -84,15 +84,13 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--batch", type=int, default=8)
     p.add_argument("--seq", type=int, default=64)
     p.add_argument("--others-lr", type=float, default=1e-2, help="for embedding, head and norms")
-    p.add_argument("--scale", type=float, default=1.0, help="a factor of all rates (default: 1)")
     p.add_argument("--out", type=Path, default=RESULTS)
     options = p.parse_args(argv)
     corpus, stop = Corpus(options.text, SIZES[options.model].vocabulary), StopSignal()
     results = Results(options.out / "bfloat16_weights.json", table)
     tokens = f"{options.batch} × {options.seq} tokens"
-    protocol = (
-        f"validation loss, {options.model}, {options.steps} steps of {tokens}, rates × {options.scale:g}"
-    )
+    protocol = f"validation loss, {options.model}, {options.steps} steps of {tokens}"
+    protocol += f", {options.others_lr:g} for embedding, head and norms"
     for seed in map(int, options.seeds.split(",")):
         for name in options.optimizers.split(","):
             for column, (dtype, trainer) in COLUMNS.items():
@@ -100,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
                 losses = runs.setdefault(name, {}).setdefault(column, {})
                 if str(seed) in losses:
                     continue
-                place = options.out / "unfinished" / f"{name}, {column}, {options.scale:g}, {seed}"
+                place = options.out / "unfinished" / f"{name}, {column}, {options.others_lr:g}, {seed}"
                 record = run(corpus, settings(options, corpus, name, seed, dtype), place, stop, trainer)
                 if record is None:
                     raise SystemExit("Stopped and saved; the same command goes on.")
