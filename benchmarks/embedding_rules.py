@@ -209,6 +209,7 @@ def main(argv: list[str] | None = None) -> None:
             row["rates"][f"{rate:g}"] = loss_of(name, rate, first)
             results.add(protocol, rows, "flax")
         row["seeds"][str(first)] = min(row["rates"].values())
+        results.add(protocol, rows, "flax")
         for seed in more:
             if str(seed) not in row["seeds"]:
                 row["seeds"][str(seed)] = loss_of(name, best_rate(row["rates"]), seed)
