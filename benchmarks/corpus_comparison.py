@@ -19,6 +19,7 @@ import shutil
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,16 @@ def settings(corpus: Corpus, optimizer: str, lr: float, seed: int) -> Settings:
     )
 
 
-def run(corpus: Corpus, chosen: Settings, place: Path, stop: StopSignal) -> dict[str, Any] | None:
+def run(
+    corpus: Corpus,
+    chosen: Settings,
+    place: Path,
+    stop: StopSignal,
+    make_trainer: Callable[[Settings, Corpus], Trainer] = Trainer,
+) -> dict[str, Any] | None:
     """The losses of one run, resumed if it was stopped before; `None` if it is stopped again."""
     directory = RunDirectory(place, chosen, resume=place.exists())
-    trainer = Trainer(chosen, corpus)
+    trainer = make_trainer(chosen, corpus)
     directory.open()
     directory.restore(trainer)
     for _ in train(trainer, directory, stop, evaluate_every=EVALUATE_EVERY, save_every=EVALUATE_EVERY):

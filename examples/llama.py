@@ -1,6 +1,7 @@
 """A LLaMA-style decoder in Flax NNX: RMSNorm, rotary positions, SwiGLU, no biases."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ class Size:
 # 60m, 130m and 350m are the LLaMA sizes of GaLore (arXiv 2403.03507, Table 5); the others are for a laptop.
 SIZES = {
     "tiny": Size(hidden=32, feed_forward=64, heads=2, layers=2, vocabulary=512),
+    "0.6m": Size(hidden=96, feed_forward=256, heads=4, layers=4, vocabulary=1024),
     "3m": Size(hidden=192, feed_forward=512, heads=6, layers=4, vocabulary=4096),
     "10m": Size(hidden=320, feed_forward=864, heads=10, layers=6, vocabulary=4096),
     "60m": Size(hidden=512, feed_forward=1376, heads=8, layers=8, vocabulary=32000),
@@ -82,14 +84,65 @@ class Llama(nnx.Module):
         self.norm = nnx.RMSNorm(size.hidden, dtype=dtype, rngs=rngs)
         self.lm_head = nnx.Linear(size.hidden, size.vocabulary, use_bias=False, dtype=dtype, rngs=rngs)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    def hidden(self, tokens: jax.Array) -> jax.Array:
+        """What the output layer reads: `(batch, length, hidden)`."""
         x = self.embed(tokens)
         for layer in self.layers:
             x = layer(x)
-        return self.lm_head(self.norm(x)).astype(jnp.float32)
+        return self.norm(x)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return self.lm_head(self.hidden(tokens)).astype(jnp.float32)
 
 
-def next_token_loss(graph: nnx.GraphDef, params: Any, tokens: jax.Array) -> jax.Array:
+# The most logits at once in the loss: 128 MiB in float32.
+LOGITS_AT_ONCE = 2**25
+
+
+def cross_entropy(head: Callable[[jax.Array], jax.Array], x: jax.Array, targets: jax.Array) -> jax.Array:
+    """The cross-entropy in nats, summed over all tokens; holds the logits of all of them."""
+    logits = head(x).astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).sum()
+
+
+def chunked_cross_entropy(
+    head: Callable[[jax.Array], jax.Array], x: jax.Array, targets: jax.Array, positions: int
+) -> jax.Array:
+    """`cross_entropy` that holds the logits of a few positions of each window at once.
+
+    The backward pass computes the logits of a chunk again. Chunks are cut along the windows, so that a batch
+    that is split over devices stays split.
+
+    Args:
+      head: from `(batch, positions, hidden)` to logits.
+      x: `(batch, length, hidden)`.
+      targets: `(batch, length)`, integers.
+      positions: how many positions of each window a chunk has.
+    """
+    chunks, left = divmod(x.shape[1], positions)
+    if chunks + (left > 0) <= 1:
+        return cross_entropy(head, x, targets)
+    loss = jax.checkpoint(lambda x, targets: cross_entropy(head, x, targets))
+
+    def chunked(a):
+        """Whole chunks, `(chunks, batch, positions, ...)`."""
+        whole = a[:, : chunks * positions]
+        return jnp.moveaxis(whole.reshape(len(a), chunks, positions, *a.shape[2:]), 1, 0)
+
+    def add(total, chunk):
+        return total + loss(*chunk), None
+
+    # Of the type of a loss: on devices that sum their own tokens it differs between them.
+    zero = 0 * x[0, 0, 0].astype(jnp.float32)
+    total, _ = jax.lax.scan(add, zero, (chunked(x), chunked(targets)))
+    return total + loss(x[:, -left:], targets[:, -left:]) if left else total
+
+
+def next_token_loss(
+    graph: nnx.GraphDef, params: Any, tokens: jax.Array, logits_at_once: int = LOGITS_AT_ONCE
+) -> jax.Array:
     """The mean cross-entropy, in nats, of each token in `(batch, length + 1)` given the tokens before it."""
-    logits = nnx.merge(graph, params)(tokens[:, :-1])
-    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+    model = nnx.merge(graph, params)
+    x, targets = model.hidden(tokens[:, :-1]), tokens[:, 1:]
+    positions = max(1, logits_at_once // (len(tokens) * model.lm_head.out_features))
+    return chunked_cross_entropy(model.lm_head, x, targets, positions) / targets.size

@@ -28,6 +28,8 @@ class Settings:
     seed: int
     text: str  # the name of the corpus and a digest of its content
     momentum_dtype: str = "float32"  # or bfloat16, for the optimizers in MOMENTUM_DTYPE
+    weights_dtype: str = "float32"  # or bfloat16, without a float32 copy
+    others: str = "adamw"  # of OTHERS
 
 
 def schedule(s: Settings, peak: float) -> optax.Schedule:
@@ -100,13 +102,32 @@ OPTIMIZERS: dict[str, tuple[Maker, float]] = {
 }
 
 
+def _adafactor(lr: Any, weight_decay: float) -> optax.GradientTransformation:
+    """Adafactor's second moment, a row and a column for each matrix, without a momentum."""
+    return optax.chain(
+        optax.scale_by_factored_rms(min_dim_size_to_factor=32),
+        optax.clip_by_block_rms(1.0),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(lr),
+    )
+
+
+# What updates embedding, head and norms: (learning rate, weight decay) -> the optimizer.
+OTHERS: dict[str, Callable[[Any, float], optax.GradientTransformation]] = {
+    "adamw": _adamw,
+    "adafactor": _adafactor,
+}
+
 # The optimizers that can keep their momentum in bfloat16.
 MOMENTUM_DTYPE = ("muon", "galore_muon", "gum", "sumo")
 
 
 def optimizer(s: Settings) -> optax.GradientTransformation:
-    """The optimizer of a run, with gradients clipped to norm one and `others_lr` for AdamW."""
+    """The optimizer of a run, with gradients clipped to norm one and `others_lr` for the other leaves.
+
+    Its updates and its state are float32 whatever the weights are.
+    """
     make, _ = OPTIMIZERS[s.optimizer]
-    others = _adamw(schedule(s, s.others_lr), s.weight_decay)
+    others = OTHERS[s.others](schedule(s, s.others_lr), s.weight_decay)
     made = make(s, schedule(s, s.lr), others=others, weight_decay=s.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(1.0), made)
+    return go.float32_steps(optax.chain(optax.clip_by_global_norm(1.0), made))

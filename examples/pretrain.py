@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 
 from corpus import Corpus, CorpusError
 from llama import SIZES
-from optimizers import MOMENTUM_DTYPE, OPTIMIZERS, OTHERS_LR, Settings
+from optimizers import MOMENTUM_DTYPE, OPTIMIZERS, OTHERS, OTHERS_LR, Settings
 from options import decay, fraction, positive, rate, seed
 from training import RunDirectory, RunError, StopSignal, Trainer, train
 
@@ -56,7 +56,13 @@ def parser() -> argparse.ArgumentParser:
         "--others-lr",
         type=rate,
         default=OTHERS_LR,
-        help="AdamW's peak rate for embedding, head and norms (default: %(default)g, tuned on 3m)",
+        help="peak rate for embedding, head and norms (default: %(default)g, tuned for AdamW on 3m)",
+    )
+    p.add_argument(
+        "--others",
+        choices=OTHERS,
+        default="adamw",
+        help="what updates embedding, head and norms; adafactor holds 1/1000 of the state (default: adamw)",
     )
     p.add_argument(
         "--rank", type=positive, help="rank of the low-rank optimizers (default: a quarter of the width)"
@@ -69,6 +75,12 @@ def parser() -> argparse.ArgumentParser:
         choices=("float32", "bfloat16"),
         default="float32",
         help=f"the dtype of the momentum of {', '.join(MOMENTUM_DTYPE)} (default: float32)",
+    )
+    p.add_argument(
+        "--weights-dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="the dtype of the weights; bfloat16 is rounded stochastically (default: float32)",
     )
     p.add_argument("--seed", type=seed, default=0)
     p.add_argument("--out", type=Path, metavar="DIR", help="default: the next free runs/NAME-N")
@@ -101,6 +113,8 @@ def settings_of(options: argparse.Namespace, optimizer: str, corpus: Corpus) -> 
         seed=options.seed,
         text=corpus.name,
         momentum_dtype=options.momentum_dtype,
+        weights_dtype=options.weights_dtype,
+        others=options.others,
     )
 
 

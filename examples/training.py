@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 from tqdm import tqdm
@@ -33,18 +32,21 @@ class RunError(ValueError):
 class Trainer:
     """The compiled step of one run and the state it moves."""
 
+    apply_updates = staticmethod(gum_optax.apply_updates)
+
     def __init__(self, settings: Settings, corpus: Corpus):
         self.settings, self.corpus = settings, corpus
         # The matrix units of accelerators want bfloat16; a CPU has no such units.
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         model = Llama(SIZES[settings.model], dtype=dtype, rngs=nnx.Rngs(settings.seed))
         self.graph, params = nnx.split(model, nnx.Param)
+        params = jax.tree.map(lambda x: x.astype(settings.weights_dtype), params)
         self.tx = optimizer(settings)
         self.state = (params, jax.jit(self.tx.init)(params))
         self.step = 0
         self.seconds = 0.0
         example = jax.ShapeDtypeStruct((settings.batch, settings.seq + 1), jnp.int32)
-        self.compiled = jax.jit(self._step, donate_argnums=0).lower(self.state, example).compile()
+        self.compiled = jax.jit(self._step, donate_argnums=0).lower(self.state, example, 0).compile()
         self.evaluate_batch = jax.jit(self._loss)
         self.validation = corpus.validation_batches(
             batch=settings.batch, length=settings.seq, most=VALIDATION_BATCHES
@@ -53,18 +55,20 @@ class Trainer:
     def _loss(self, params: Any, tokens: jax.Array) -> jax.Array:
         return next_token_loss(self.graph, params, tokens)
 
-    def _step(self, state: Any, tokens: jax.Array) -> tuple[Any, jax.Array, dict[str, jax.Array]]:
+    def _step(self, state: Any, tokens: jax.Array, step: Any) -> tuple[Any, jax.Array, dict[str, jax.Array]]:
         params, opt_state = state
         loss, gradients = jax.value_and_grad(self._loss)(params, tokens)
         updates, opt_state = self.tx.update(gradients, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), loss, gum_optax.metrics(opt_state)
+        # Weights in bfloat16 are rounded stochastically, by bits of this step.
+        params = self.apply_updates(params, updates, self.settings.seed, step)
+        return (params, opt_state), loss, gum_optax.metrics(opt_state)
 
     def train_step(self) -> dict[str, Any]:
         """Take one step and return its record, as plain numbers."""
         s = self.settings
         tokens = self.corpus.batch(self.step, batch=s.batch, length=s.seq, seed=s.seed)
         start = time.perf_counter()
-        state, loss, metrics = self.compiled(self.state, tokens)
+        state, loss, metrics = self.compiled(self.state, tokens, self.step)
         loss, metrics = jax.device_get((loss, metrics))
         # The step is done only now: a failure while waiting must leave state and step number in agreement.
         self.state, self.step = state, self.step + 1

@@ -62,7 +62,9 @@ from ._lowrank.unbiased import complement as complement
 from ._lowrank.unbiased import low_variance as low_variance
 from ._lowrank.unbiased import unbiased_low_rank as unbiased_low_rank
 
-# Rules over full matrices.
+# Rules over full matrices, and what is done to a whole step.
+from ._transforms.apply_updates import apply_updates as apply_updates
+from ._transforms.apply_updates import float32_steps as float32_steps
 from ._transforms.normalize import normalize as normalize
 from ._transforms.orthogonalize import orthogonalize as orthogonalize
 from ._transforms.scale_by_muon import scale_by_muon as scale_by_muon

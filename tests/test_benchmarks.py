@@ -17,8 +17,10 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 sys.path.insert(0, str(ROOT / "examples"))
 
 import accelerator  # noqa: E402
+import bfloat16_weights  # noqa: E402
 import choices  # noqa: E402
 import compilation  # noqa: E402
+import embedding_rules  # noqa: E402
 import guard  # noqa: E402
 import refresh  # noqa: E402
 import results  # noqa: E402
@@ -184,3 +186,64 @@ def test_the_guard_is_timed_beside_the_rule_alone(tmp_path, monkeypatch):
     assert optax_guard > 1.3 * alone
     assert built_in - alone < 3 * 1024 / (3 * 3 * 1024 + 4 * 2 * 1024)
     assert (tmp_path / "guard.md").read_text().count("skip_non_finite") == 1
+
+
+class Words:
+    """A corpus for runs that never read it."""
+
+    name = "words"
+
+
+def test_each_way_to_keep_the_weights_runs_once_with_the_trainer_that_adds_its_steps(tmp_path, monkeypatch):
+    calls = []
+
+    def fake_run(words, chosen, place, stop, trainer):
+        calls.append((chosen.optimizer, chosen.weights_dtype, trainer.__name__, chosen.seed))
+        return {"val_loss": 4 + 0.5 * chosen.seed}
+
+    monkeypatch.setattr(bfloat16_weights, "run", fake_run)
+    monkeypatch.setattr(bfloat16_weights, "Corpus", lambda *_: Words())
+    bfloat16_weights.main(["--optimizers", "gum", "--out", str(tmp_path)])
+    ways = [("float32", "Trainer"), ("bfloat16", "ToNearest"), ("bfloat16", "Trainer")]
+    assert calls == [("gum", *way, seed) for seed in (0, 1) for way in ways]
+    cell = "4.2500 ± 0.3536 (2)"
+    assert f"| `gum` | {cell} | {cell} | {cell} |" in (tmp_path / "bfloat16_weights.md").read_text()
+    bfloat16_weights.main(["--optimizers", "gum", "--out", str(tmp_path)])
+    assert len(calls) == 6  # nothing was missing
+    p, u = jnp.ones(3, jnp.bfloat16), jnp.full(3, 2.0**-9)
+    assert (bfloat16_weights.ToNearest.apply_updates(p, u, 0, 0) == 1).all()
+
+
+def test_the_rate_of_each_rule_for_embeddings_is_searched_and_the_other_seeds_follow(tmp_path, monkeypatch):
+    calls = []
+
+    def fake_run(words, chosen, place, stop):
+        calls.append((chosen.others, chosen.others_lr, chosen.seed))
+        best = 0.02 if chosen.others == "sign" else 0.005
+        return {"val_loss": abs(np.log2(chosen.others_lr / best)) + 0.5 * chosen.seed + len(chosen.others)}
+
+    monkeypatch.setattr(embedding_rules, "run", fake_run)
+    monkeypatch.setattr(embedding_rules, "START", 0.01)
+    monkeypatch.setattr(embedding_rules, "Corpus", lambda *_: Words())
+    embedding_rules.main(["--rules", "adamw;sign", "--out", str(tmp_path)])
+    assert calls == [
+        *(("adamw", rate, 0) for rate in (0.01, 0.02, 0.005, 0.0025)),
+        ("adamw", 0.005, 1), ("adamw", 0.005, 2),
+        *(("sign", rate, 0) for rate in (0.01, 0.02, 0.04)), ("sign", 0.02, 1), ("sign", 0.02, 2),
+    ]  # fmt: skip
+    text = (tmp_path / "embedding_rules.md").read_text()
+    assert "| adamw | 0.005 | 5.5000 ± 0.5000 (3) | +0.0000 | 100.00 % |" in text
+    assert "| sign | 0.02 | 4.5000 ± 0.5000 (3) | -1.0000 | 0.44 % |" in text
+
+
+def test_a_token_of_a_table_has_one_second_moment_whichever_way_the_table_lies():
+    rng = np.random.default_rng(0)
+    table = np.float32(rng.normal(size=(12, 4)) * np.arange(1, 13)[:, None])
+    gradients = {"embed": jnp.asarray(table), "head": jnp.asarray(table.T)}
+    rule = embedding_rules.by_token()
+    steps, state = rule.update(gradients, rule.init(gradients))
+    expected = table / np.sqrt(np.mean(table**2, axis=1, keepdims=True))
+    np.testing.assert_allclose(steps["embed"], expected, rtol=1e-5)
+    np.testing.assert_allclose(steps["head"], expected.T, rtol=1e-5)
+    assert state.nu["embed"].size == state.nu["head"].size == 12
+    np.testing.assert_allclose(embedding_rules.unit_tokens(gradients["head"]), expected.T, rtol=1e-5)

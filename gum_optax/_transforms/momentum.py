@@ -11,9 +11,7 @@ from .._core.checks import check_adam, check_number
 from .._core.context import NO_CONTEXT, MatrixContext
 from .._core.keys import key_data, streams
 from .._linalg.numerics import LARGEST
-
-# A bfloat16 has this many bits less than a float32.
-_DROPPED = 16
+from .._linalg.rounding import round_by
 
 
 class RoundedTrace(NamedTuple):
@@ -29,12 +27,7 @@ def round_stochastically(key: PRNGKeyArray, x: Float[Array, "*shape"]) -> BFloat
     Rounding to nearest would lose every change below a 512th of the momentum. An average at `β = 0.95` of
     steady gradients of one sign ends there. (Gupta et al., arXiv 1502.02551.)
     """
-    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
-    # Floats are sign and magnitude: adding to the bits moves away from zero, truncation moves back.
-    upper_bits = ((bits + noise) >> _DROPPED).astype(jnp.uint16)
-    rounded = jax.lax.bitcast_convert_type(upper_bits, jnp.bfloat16)
-    return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
+    return round_by(jax.random.bits(key, x.shape, jnp.uint16), x, jnp.bfloat16)
 
 
 def trace(decay: Any, nesterov: bool = False, dtype: Any = None) -> optax.GradientTransformationExtraArgs:

@@ -1,0 +1,221 @@
+"""What a rule with little state costs in loss for embedding and head, beside AdamW, on real text.
+
+    python benchmarks/embedding_rules.py --text corpus.txt.xz
+
+GUM updates the hidden matrices at one rate in all runs. The rate of each rule is searched on a grid of powers
+of two at seed 0, until both neighbours of the best one are worse; the other seeds then run at the best rate.
+The script writes every finished run to `docs/results/embedding_rules.json` at once, and continues an
+interrupted run bit for bit.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from results import RESULTS, Results
+
+import gum_optax as go
+
+from corpus_comparison import run
+
+# Importing `corpus_comparison` put the examples on the path.
+from corpus import Corpus  # isort: skip
+from llama import SIZES, Llama  # isort: skip
+from optimizers import OPTIMIZERS, OTHERS, Settings  # isort: skip
+from training import StopSignal  # isort: skip
+
+# The rate that the search starts from; a step of each rule has elements of about one.
+START = 4e-2
+
+
+class ByTokenState(NamedTuple):
+    """State of `by_token`."""
+
+    count: Any
+    nu: Any  # for each table, a number for each token
+
+
+def token_axis(x: Any) -> int:
+    """The axis along which the tokens of a table lie: the longer one."""
+    return int(x.shape[1] > x.shape[0])
+
+
+def by_token(b2: float = 0.95, eps: float = 1e-8) -> optax.GradientTransformation:
+    """Adam without a first moment, whose second moment is a mean over the width: a number for each token."""
+
+    def mean(x):
+        return jnp.mean(x, axis=1 - token_axis(x), keepdims=True)
+
+    def init(params):
+        return ByTokenState(jnp.zeros((), jnp.int32), jax.tree.map(lambda x: mean(jnp.zeros_like(x)), params))
+
+    def update(updates, state, params=None):
+        del params
+        count = state.count + 1
+        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * mean(g * g), state.nu, updates)
+        steps = jax.tree.map(lambda v, g: g / (jnp.sqrt(v / (1 - b2**count)) + eps), nu, updates)
+        return steps, ByTokenState(count, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def unit_tokens(x: jax.Array) -> jax.Array:
+    """The step of each token to RMS one."""
+    return go.unit_rows(x) if token_axis(x) == 0 else go.unit_rows(x.T).T
+
+
+def for_tables(rule: optax.GradientTransformation) -> Any:
+    """`rule` for embedding and head, AdamW for vectors; both with decay and rate."""
+
+    def make(lr: Any, weight_decay: float) -> optax.GradientTransformation:
+        tables = optax.chain(rule, optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(lr))
+        rules: dict[Hashable, optax.GradientTransformation] = {
+            "tables": tables,
+            "vectors": OTHERS["adamw"](lr, weight_decay),
+        }
+        return optax.partition(
+            rules, lambda params: jax.tree.map(lambda x: "tables" if x.ndim > 1 else "vectors", params)
+        )
+
+    return make
+
+
+def adafactor_with_momentum(lr: Any, weight_decay: float) -> optax.GradientTransformation:
+    """`adafactor` of the examples with an average of its steps in bfloat16: a quarter of AdamW's state."""
+    average = optax.ema(0.9, debias=False, accumulator_dtype=jnp.bfloat16)
+    return optax.chain(
+        optax.scale_by_factored_rms(min_dim_size_to_factor=32),
+        optax.clip_by_block_rms(1.0),
+        average,
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(lr),
+    )
+
+
+OTHERS |= {
+    "second moment by token": for_tables(by_token()),
+    "sinkgd": for_tables(go.normalize(go.sinkhorn)),
+    "norm of each token": for_tables(go.normalize(unit_tokens)),
+    "sign": for_tables(optax.scale_by_sign()),
+    "adafactor, momentum in bfloat16": adafactor_with_momentum,
+}
+
+
+def state_share(name: str, model: str) -> float:
+    """The state of a rule for embedding, head and norms, over AdamW's."""
+    module = nnx.eval_shape(lambda: Llama(SIZES[model], dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    params = nnx.split(module, nnx.Param)[1]
+    leaves, treedef = jax.tree.flatten(params)
+    entries = treedef.flatten_up_to(go.hidden_matrices(params))
+    rest = [x for x, entry in zip(leaves, entries, strict=True) if entry is None]
+
+    def size(rule: str) -> int:
+        state = jax.eval_shape(OTHERS[rule](1e-3, 0.1).init, rest)
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+
+    return size(name) / size("adamw")
+
+
+def best_rate(tried: dict[str, float]) -> float:
+    return float(min(tried, key=tried.__getitem__))
+
+
+def next_rate(tried: dict[str, float]) -> float | None:
+    """The rate to try next; `None` when the best one has two worse neighbours."""
+    if not tried:
+        return START
+    best = best_rate(tried)
+    return next((rate for rate in (2 * best, best / 2) if f"{rate:g}" not in tried), None)
+
+
+def table(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """A line for each rule: its best rate, its losses at that rate, its state over AdamW's."""
+    lines = [
+        "| embedding, head, norms | rate | validation loss (seeds) | beyond AdamW | state over AdamW's |",
+        "|---|---|---|---|---|",
+    ]
+
+    def losses(row):
+        return list(row["seeds"].values())
+
+    for name, row in rows.items():
+        if not row["seeds"]:
+            continue
+        found, beside = losses(row), losses(rows["adamw"])
+        spread = f" ± {statistics.stdev(found):.4f} ({len(found)})" if len(found) > 1 else ""
+        # Paired by seed.
+        gap = statistics.fmean(a - b for a, b in zip(found, beside, strict=False))
+        lines.append(
+            f"| {name} | {best_rate(row['rates']):g} | {statistics.fmean(found):.4f}{spread} | {gap:+.4f}"
+            f" | {100 * row['state']:.2f} % |"
+        )
+    return lines
+
+
+def settings(options: argparse.Namespace, corpus: Corpus, others: str, rate: float, seed: int) -> Settings:
+    return Settings(
+        optimizer="gum",
+        model=options.model,
+        steps=options.steps,
+        batch=options.batch,
+        seq=options.seq,
+        lr=OPTIMIZERS["gum"][1],
+        others_lr=rate,
+        rank=SIZES[options.model].rank,
+        period=50,
+        full_rank_fraction=1 / 16,
+        weight_decay=0.1,
+        seed=seed,
+        text=corpus.name,
+        others=others,
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--text", type=Path, help="default: chitchat-dataset")
+    p.add_argument("--rules", help="some, separated by semicolons; default: all")
+    p.add_argument("--seeds", default="0,1,2", help="the first one searches the rates (default: 0,1,2)")
+    p.add_argument("--model", choices=SIZES, default="0.6m")
+    p.add_argument("--steps", type=int, default=300)
+    p.add_argument("--batch", type=int, default=8)
+    p.add_argument("--seq", type=int, default=64)
+    p.add_argument("--out", type=Path, default=RESULTS)
+    options = p.parse_args(argv)
+    corpus, stop = Corpus(options.text, SIZES[options.model].vocabulary), StopSignal()
+    results = Results(options.out / "embedding_rules.json", table)
+    protocol = f"{options.model}, {options.steps} steps of {options.batch} × {options.seq} tokens"
+    first, *more = map(int, options.seeds.split(","))
+
+    def loss_of(name: str, rate: float, seed: int) -> float:
+        place = options.out / "unfinished" / f"{name}, {rate:g}, {seed}"
+        record = run(corpus, settings(options, corpus, name, rate, seed), place, stop)
+        if record is None:
+            raise SystemExit("Stopped and saved; the same command goes on.")
+        print(json.dumps({"run": place.name, "loss": record["val_loss"]}), flush=True)
+        return record["val_loss"]
+
+    for name in options.rules.split(";") if options.rules else OTHERS:
+        rows = results.rows(protocol)
+        row = rows.setdefault(name, {"rates": {}, "seeds": {}, "state": state_share(name, options.model)})
+        while (rate := next_rate(row["rates"])) is not None:
+            row["rates"][f"{rate:g}"] = loss_of(name, rate, first)
+            results.add(protocol, rows, "flax")
+        row["seeds"][str(first)] = min(row["rates"].values())
+        results.add(protocol, rows, "flax")
+        for seed in more:
+            if str(seed) not in row["seeds"]:
+                row["seeds"][str(seed)] = loss_of(name, best_rate(row["rates"]), seed)
+            results.add(protocol, rows, "flax")
+    print(results.text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Adds steps to weights in bfloat16 with stochastic rounding, so that small steps are not lost."""
+
+import math
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from .._core.checks import check_rule
+from .._core.context import NO_CONTEXT
+from .._core.keys import check_key, key_data, stream, typed
+from .._linalg.rounding import ROUNDED, fused_bits, round_by
+from .._mesh.explicit import on_auto_axes
+
+# Keeps these bits apart from those of other functions that get the same key.
+_STREAM = zlib.crc32(b"apply_updates")
+
+
+def apply_updates(
+    params: optax.Params,
+    updates: optax.Updates,
+    key: Any,
+    step: Any,
+    *,
+    leaf_indices: Any = None,
+    layer: Any = None,
+) -> optax.Params:
+    """`optax.apply_updates` that rounds weights in bfloat16 or float16 stochastically.
+
+        W ← W + U in float32, then one of the two numbers of W's dtype around it:
+        P(above) = (W + U - below) / (above - below)
+
+    Rounding to nearest loses every step below a 512th of a bfloat16 weight. Here the mean of the result is
+    `W + U`, so that no float32 copy of the weights is needed. Leaves of other dtypes get optax's result. A
+    sum that is not finite stays so; beyond the largest number of the dtype, rounding is to nearest.
+
+        updates, state = tx.update(gradients, state, params)
+        params = gum_optax.apply_updates(params, updates, key=0, step=step)
+
+    Wrap `tx` in `float32_steps`, so that the updates of bfloat16 weights are not rounded on the way.
+
+    The bits are a function of key, step, leaf and position: a resumed run, a sharded one, and one that takes
+    a layer at a time draw the same. Inside `jax.shard_map`, positions are those in a device's shard: fold
+    `jax.lax.axis_index` into the key if the weights are sharded.
+
+    Args:
+      params: the weights.
+      updates: the steps, a tree like `params`; of any dtype.
+      key: an integer seed or a JAX key. One key serves a whole run.
+      step: the number of the step, an integer; may be traced.
+      leaf_indices: if `params` is a part of the model, a tree like it with the index of each leaf among the
+        leaves of the whole model. Integers, which may be traced. Default: `params` is the whole model.
+      layer: if `params` is one layer of a stack, its index along the first axis of every leaf of the stack;
+        may be traced. Default: every leaf is whole.
+
+    Returns:
+      The new weights, with the structure, shapes and dtypes of `params`.
+
+    Raises:
+      TypeError: `key` is no threefry key or seed, or `step` is no integer.
+    """
+    check_key(key)
+    if not jnp.issubdtype(jnp.result_type(step), jnp.integer):
+        raise TypeError(f"step must be an integer, the number of the step; got {step!r}.")
+    step = jnp.asarray(step, jnp.int32)
+    own = jax.random.key_data(jax.random.fold_in(typed(key_data(key)), _STREAM))
+    if leaf_indices is None:
+        treedef = jax.tree.structure(params)
+        leaf_indices = treedef.unflatten(range(treedef.num_leaves))
+
+    def added(p: Any, u: Any, leaf_index: Any) -> Any:
+        if p is None:
+            return None
+        if jnp.result_type(p) not in ROUNDED:
+            return optax.apply_updates(p, u)
+        return _rounded_sum(jnp.asarray(p), jnp.asarray(u), stream(own, step, leaf_index), layer)
+
+    return jax.tree.map(added, params, updates, leaf_indices, is_leaf=lambda x: x is None)
+
+
+def float32_steps(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Run `inner` as if weights in bfloat16 or float16 were float32: so are its state and its updates.
+
+    An optimizer returns updates in the dtype of the weights, and most rules of optax keep their state in it,
+    too. Updates in bfloat16 have eight bits: `1.002 η`, a step of one and its decay, becomes `η`, and a
+    weight decays no more. The updates of this wrapper are what `apply_updates` adds in float32.
+
+        tx = gum_optax.float32_steps(gum_optax.gum(1e-3, weight_decay=0.1))
+
+    No float32 copy of the weights is made: XLA converts them where decay reads them. A state from before
+    stays valid if `inner` is an optimizer of this library, whose state is float32 anyway.
+
+    Args:
+      inner: any transformation. It gets gradients in their own dtype.
+
+    Returns:
+      A transformation with the state of `inner`.
+    """
+    taking = optax.with_extra_args_support(check_rule("inner", inner))
+
+    def wide(tree):
+        def of(x):
+            shape, dtype = jnp.shape(x), jnp.result_type(x)
+            if dtype not in ROUNDED:
+                return x
+            abstract = isinstance(x, jax.ShapeDtypeStruct)
+            return jax.ShapeDtypeStruct(shape, jnp.float32) if abstract else jnp.asarray(x, jnp.float32)
+
+        return jax.tree.map(of, tree)
+
+    def update(updates, state, params=None, **extra_args):
+        # Without parameters, the dtype of the gradients decides.
+        updates, params = (wide(updates), None) if params is None else (updates, wide(params))
+        return taking.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(lambda params: inner.init(wide(params)), update)
+
+
+def _rounded_sum(p: Array, u: Array, leaf_key: PRNGKeyArray, layer: Any) -> Array:
+    """`p + u` of one leaf, on a mesh of any kind of axes."""
+
+    def inside(p, state, u, context, extra_args):
+        del context
+        # Every leaf becomes `(layers, *rows, n)`.
+        shape = p.shape if layer is None else (1, *p.shape)
+        shape = (*shape, *(1,) * (2 - len(shape)))
+        u = jnp.broadcast_to(u, p.shape).reshape(shape)
+        return _add(p.reshape(shape), u, **extra_args).reshape(p.shape), state
+
+    extra_args = {"leaf_key": leaf_key, "first": jnp.asarray(0 if layer is None else layer, jnp.int32)}
+    return on_auto_axes(inside)(p, (), u, NO_CONTEXT, extra_args)[0]
+
+
+@jax.jit  # traced once for all leaves of a shape
+def _add(
+    p: Float[Array, "layers *rows n"], u: Float[Array, "layers *rows n"], leaf_key: PRNGKeyArray, first: Any
+) -> Float[Array, "layers *rows n"]:
+    """`p + u`, whose layers have the indices `first`, `first + 1`, ...
+
+    Each row has a key, so that any part of a leaf can draw its own bits.
+    """
+
+    def row_key(layer, row):
+        return jax.random.key_data(jax.random.fold_in(jax.random.fold_in(leaf_key, layer), row))
+
+    layers, *middle, _ = p.shape
+    rows = math.prod(middle)
+    index = jnp.arange(layers * rows, dtype=jnp.int32)
+    keys = jax.vmap(row_key)(first + index // max(rows, 1), index % max(rows, 1))
+    noise = fused_bits(keys.reshape(layers, *middle, 2), p.shape[-1])
+    return round_by(noise, p.astype(jnp.float32) + u.astype(jnp.float32), p.dtype)
