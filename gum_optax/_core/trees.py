@@ -37,6 +37,17 @@ def concrete(tree: Any) -> Any:
     return jax.tree.map(zeros, tree)
 
 
+def leaves_of_prefix(prefix: Any, tree: Any) -> list[Any]:
+    """For each leaf of `tree`, the leaf of a tree that may end above it."""
+    return jax.tree.leaves(jax.tree.map(lambda x, below: jax.tree.map(lambda _: x, below), prefix, tree))
+
+
+def masked_where(tree: Any, is_gone: Callable[[int], bool]) -> Any:
+    """`tree` without some leaves, by their indices among all leaves, masked ones included."""
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_masked)
+    return treedef.unflatten([optax.MaskedNode() if is_gone(i) else x for i, x in enumerate(leaves)])
+
+
 def split(tree: Any, chosen: Sequence[bool]) -> tuple[Any, Any]:
     """The chosen leaves and the others, each masked where the other has leaves."""
     leaves, treedef = jax.tree.flatten(tree)
