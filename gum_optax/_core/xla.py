@@ -28,6 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 
@@ -185,6 +186,19 @@ def unstacked(*stacks: Array) -> list[tuple[Array, ...]]:
         tuple(jax.lax.dynamic_index_in_dim(stack, index, keepdims=False) for stack in stacks)
         for index in indices
     ]
+
+
+def row_major(tree: Any) -> Any:
+    """The arrays in their default layout.
+
+    Otherwise XLA gives what a loop carries the layout in which its body makes it, and copies whole stacks
+    into that layout before the loop.
+    """
+
+    def of(x):
+        return with_layout_constraint(x, Layout(tuple(range(x.ndim)))) if x.ndim > 1 else x
+
+    return jax.tree.map(of, tree)
 
 
 def same_shape_groups(leaves: Sequence[Any], kinds: Sequence[Hashable]) -> list[list[int]]:

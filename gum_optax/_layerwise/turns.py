@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Int
 from .._core.context import MatrixContext
 from .._core.trees import is_masked
 from .._core.turns import Ledger, Place, Turn
-from .._core.xla import depend_on
+from .._core.xla import depend_on, row_major
 from .division import KINDS, SHARED, Divided, Division
 
 
@@ -83,10 +83,12 @@ class Step:
         own = division.layer(carry.params, number)
         state = [division.layer(piece, number) for piece in carry.state]
         own, state, _ = self._turn("layers", number, division.around(own, gradient), own, state, ledger)
-        return Carry(
-            division.with_layer(carry.params, number, own),
-            [division.with_layer(*row) for row in _rows(carry.state, number, state)],
-            ledger.after,
+        return row_major(
+            Carry(
+                division.with_layer(carry.params, number, own),
+                [division.with_layer(*row) for row in _rows(carry.state, number, state)],
+                ledger.after,
+            )
         )
 
     def after(self, x: Any, number: int) -> Any:

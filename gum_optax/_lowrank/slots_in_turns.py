@@ -62,10 +62,12 @@ class SlotsInTurn(NamedTuple):
             return self._with_counts(held) if self.turn.is_last else held
 
         held = self.turn.accumulate(state, of_turn)
-        if accept is not None:
-            is_of_slot = [_group_of(path) in self.slots.groups for path, _ in _with_paths(held)]
-            of_slots = zip(jax.tree.leaves(held), is_of_slot, strict=True)
-            accept.mark_kept([x for x, yes in of_slots if yes])
+        for path, x in _with_paths(held):
+            # Nobody chooses again, which would keep the state before the step in memory.
+            if _group_of(path) in self.slots.groups:
+                self.turn.mark(x)
+                if accept is not None:
+                    accept.mark_kept(x)
         return lifted[0], held
 
     def _overwritten(self, step: LowRankStep, held: Any, accept: Acceptance | None) -> tuple[Any, Any]:

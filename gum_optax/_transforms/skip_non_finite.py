@@ -12,7 +12,7 @@ from .._core.acceptance import Acceptance
 from .._core.context import NO_CONTEXT, MatrixContext
 from .._core.measurements import Measurements
 from .._core.trees import concrete, leaf_indices_of
-from .._core.turns import Turn, WholeStep
+from .._core.turns import Turn
 from .._linalg.numerics import is_finite
 
 
@@ -41,14 +41,13 @@ def _by_leaf(updates: Any, measurements: Measurements | None) -> Acceptance:
     return Acceptance(all_leaves, by_leaf)
 
 
-def _in_turn(own: Acceptance, updates: Any, turn: WholeStep) -> Acceptance:
+def _in_turn(updates: Any, turn: Turn) -> Acceptance:
     """The acceptance of a step that is taken layer by layer: a layer accepts if all its leaves do.
 
     In the last turn, which has no leaf of its own, the state that layers share accepts if all layers have.
     """
-    if not isinstance(turn, Turn):
-        return own
-    accepted = own.all_leaves & turn.is_accepted
+    rows = zip(jax.tree.leaves(updates), turn.are_live(updates), strict=True)
+    accepted = is_finite(*[x for x, is_live in rows if is_live]) & turn.is_accepted
     all_turns = turn.accumulate(jnp.asarray(True), lambda before: before & accepted)
     accepted = all_turns if turn.is_last else accepted
     return Acceptance(accepted, dict.fromkeys(leaf_indices_of(updates), accepted))
@@ -65,8 +64,10 @@ def _skipping(
 
     def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
         outer = context.accept
-        if outer is None:
-            own = _in_turn(acceptance_of(updates, context.measurements), updates, context.turn)
+        if outer is None and isinstance(context.turn, Turn):
+            own = _in_turn(updates, context.turn)
+        elif outer is None:
+            own = acceptance_of(updates, context.measurements)
         else:
             own = Acceptance(outer.all_leaves)
         context = dataclasses.replace(context, accept=own)
