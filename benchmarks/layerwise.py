@@ -145,7 +145,9 @@ def compiled(kind: str, tx: Any, model: Model, tokens: int, dtype: Any, device: 
     return jax.jit(step, donate_argnums=(0, 1)).lower(*on_chip(arguments, device)).compile()
 
 
-def measure(kind: str, tx: Any, model: Model, tokens: int, dtype: Any, device: Any = True) -> dict[str, float]:
+def measure(
+    kind: str, tx: Any, model: Model, tokens: int, dtype: Any, device: Any = True
+) -> dict[str, float]:
     """MiB of arguments, gradients and temporaries, and seconds to compile."""
     start = time.perf_counter()
     analysis = compiled(kind, tx, model, tokens, dtype, device).memory_analysis()
@@ -175,7 +177,7 @@ def optimizers(rank: int, dtype: Any) -> dict[str, Callable[[], Any]]:
 
 def table(rows: dict[str, dict[str, float]]) -> list[str]:
     lines = [
-        "| optimizer, step | arguments MiB | gradients MiB | temporaries MiB | over the gradients | compile s |",
+        "| optimizer, step | arguments MiB | gradients MiB | temporaries MiB | over gradients | compile s |",
         "|---" * 6 + "|",
     ]
     for name, row in rows.items():

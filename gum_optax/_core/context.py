@@ -31,7 +31,7 @@ from typing import Any
 
 from .acceptance import Acceptance
 from .measurements import Measurements
-from .turns import WholeStep
+from .turns import WHOLE_STEP, WholeStep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class MatrixContext:
     views: Any = None
     accept: Acceptance | None = None
     measurements: Measurements | None = None
-    turn: WholeStep = WholeStep()
+    turn: WholeStep = WHOLE_STEP
 
 
 # The default of the argument `context`: leaves are matrices, every one steps, the gradient is there.

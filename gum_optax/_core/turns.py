@@ -2,8 +2,8 @@
 
 `layerwise_update` calls `tx.update` once for the head, once for every layer and once for the embedding. Each
 turn passes a tree with the structure of the whole tree. Only the leaves of the turn are live: the others are
-zeros, and nobody reads their steps. A layer of a stack `(layers, *shape)` is a leaf `(1, *shape)`; where every
-layer has leaves of its own, the tree of a turn holds one layer in place of all.
+zeros, and nobody reads their steps. A layer of a stack `(layers, *shape)` is a leaf `(1, *shape)`. Where
+layers have leaves of their own, the tree of a turn holds one layer in place of all.
 
 A rule that treats every block by itself needs to know nothing of this. The few rules that do not ask
 `context.turn` what the whole tree decides:
@@ -58,6 +58,9 @@ class WholeStep:
     def mark(self, array: Any) -> Any:
         """`array`, which has its value even if the loss is not finite."""
         return array
+
+
+WHOLE_STEP = WholeStep()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,9 +131,7 @@ class Turn(WholeStep):
         """This turn for a tree in which more leaves are masked."""
         masked = [is_masked(x) for x in jax.tree.leaves(tree, is_leaf=is_masked)]
         places = jax.tree.leaves(self.places, is_leaf=is_masked)
-        gone = [
-            place for place, yes in zip(places, masked, strict=True) if yes and not is_masked(place)
-        ]
+        gone = [place for place, yes in zip(places, masked, strict=True) if yes and not is_masked(place)]
         leaf_indices = {i for place in gone for i in place.leaf_indices}
         shapes = masked_where(self.shapes, lambda i: i in leaf_indices)
         return dataclasses.replace(self, shapes=shapes, places=masked_where(self.places, masked.__getitem__))

@@ -6,11 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from .._core.checks import check_function, check_rule
 from .._core.context import MatrixContext
-from .._core.xla import depend_on
 from .division import Division
 from .turns import Step
 
@@ -53,8 +52,8 @@ def layerwise_update(
     as that of a router, travels in `x`, a tree of floating-point arrays.
 
     Args:
-      tx: any optimizer of this library, or a rule of optax that treats every leaf of one layer by itself, such
-        as `optax.adamw`.
+      tx: any optimizer of this library, or a rule of optax that treats every number by itself, such as
+        `optax.adamw`.
       embed: `(params["embed"], batch) -> x`.
       layer: `(the parameters of one layer, x) -> x`.
       head: `(params["head"], x, batch) -> loss`, a scalar. With `tied`: `(params["head"], x, batch,

@@ -109,7 +109,8 @@ class Step:
             return after if id(after) in ledger.marked else jnp.where(self._is_accepted, after, before)
 
         shared = jax.tree.map(chosen, new.of_kind(SHARED), self._state.of_kind(SHARED))
-        of_no_layer = [division.rest(*row) for row in zip(*(d.of_kind("layers") for d in (self._state, new)))]
+        pieces = zip(self._state.of_kind("layers"), new.of_kind("layers"), strict=True)
+        of_no_layer = [division.rest(*row) for row in pieces]
         return self._params.tree(), self._state.with_pieces({SHARED: shared, "layers": of_no_layer}).tree()
 
     def _turn(

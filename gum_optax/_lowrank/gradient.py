@@ -30,9 +30,7 @@ def _squares(x: Float[Array, "..."], scale: Float[Array, ""]) -> Float[Array, ""
     return jnp.sum(jnp.square(x * safe_reciprocal(scale)), dtype=jnp.float32)
 
 
-def captured_share(
-    energies: Sequence[Energy], turn: WholeStep, are_live: Sequence[bool]
-) -> Float[Array, ""]:
+def captured_share(energies: Sequence[Energy], turn: WholeStep, are_live: Sequence[bool]) -> Float[Array, ""]:
     """`Σ|PᵀG|² / Σ|G|²` over the leaves of all turns so far; zero if all gradients are zero."""
     if isinstance(turn, Turn):
         live = [energy for energy, yes in zip(energies, are_live, strict=True) if yes]

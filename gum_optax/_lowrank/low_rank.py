@@ -241,7 +241,12 @@ def _refresh_and_project(
     accepted = [jnp.asarray(True)] * len(leaves) if accept is None else accept.of_leaves(low)
     keys = turn.keys(low, state.key, state.count // subspace.period)
     rows = gradient.refresh_and_project(
-        in_turn(subspace.find, turn), is_refresh, accepted, state.count, keys, jax.tree.leaves(state.projectors)
+        in_turn(subspace.find, turn),
+        is_refresh,
+        accepted,
+        state.count,
+        keys,
+        jax.tree.leaves(state.projectors),
     )
     projectors, rotations, coordinates = (treedef.unflatten([row[i] for row in rows]) for i in range(3))
     if accept is not None:

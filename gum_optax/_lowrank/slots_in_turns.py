@@ -107,32 +107,37 @@ class SlotsInTurn(NamedTuple):
         slots = slot_of_each_block(self.index[name], group.blocks)
         batch = leaf.view.shape[:-2]
 
-        def one(number, held):
-            """The full-rank step of a sampled block."""
-            g = leaf.view.block(leaf.stored, number).astype(jnp.float32)
-            x = self.input_of(group)(g, plain_view(p).block(p, number))
-            slot = slots[leaf.first + number]
-            steps, new = self._run(name, slot, x[None], held, leaf.accepted)
+        def one(number, held, low_rank_step):
+            """The step of one block, and the slots after it."""
+            number = jnp.asarray(number, jnp.int32)
+            held_slot = slots[leaf.first + number]
+            # Without a slot, a block reads any slot and writes it back: XLA writes in place here, but within
+            # a branch it would copy all slots.
+            slot = jnp.maximum(held_slot, 0)
+
+            def sampled(held):
+                g = leaf.view.block(leaf.stored, number).astype(jnp.float32)
+                x = self.input_of(group)(g, plain_view(p).block(p, number))
+                return self._run(name, slot, x[None], held, leaf.accepted)
+
+            def unsampled(held):
+                return low_rank_step(), _row(held, name, self.slots.groups, slot)
+
+            steps, new = jax.lax.cond(held_slot < 0, unsampled, sampled, held)
             return steps, _put(held, name, slot, new)
 
         if math.prod(batch) == 1:
-
-            def sampled(held):
-                steps, held = one(jnp.int32(0), held)
-                return steps.reshape(leaf.view.shape), held
-
-            return jax.lax.cond(slots[leaf.first] < 0, lambda held: (lift(p, s), held), sampled, held)
+            steps, held = one(0, held, lambda: lift(p, s).reshape(1, *leaf.view.shape[-2:]))
+            return steps.reshape(leaf.view.shape), held
 
         def turn(number, steps_and_held):
-            def sampled(steps, held):
-                new, held = one(number, held)
-                return jax.lax.dynamic_update_slice_in_dim(steps, new, number, 0), held
+            steps, held = steps_and_held
+            before = jax.lax.dynamic_slice_in_dim(steps, number, 1)
+            new, held = one(number, held, lambda: before)
+            return jax.lax.dynamic_update_slice_in_dim(steps, new, number, 0), held
 
-            is_low = slots[leaf.first + number] < 0
-            return jax.lax.cond(is_low, lambda *unchanged: unchanged, sampled, *steps_and_held)
-
-        flat_steps = lift(p, s).reshape(-1, *leaf.view.shape[-2:])
-        steps, held = jax.lax.fori_loop(0, math.prod(batch), turn, (flat_steps, held))
+        low_rank_steps = lift(p, s).reshape(-1, *leaf.view.shape[-2:])
+        steps, held = jax.lax.fori_loop(0, math.prod(batch), turn, (low_rank_steps, held))
         return steps.reshape(leaf.view.shape), held
 
     def _run(self, name: str, slot: Any, x: Float[Array, "1 m n"], held: Any, accepted: Any) -> Any:

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from .._core.trees import flat, is_masked, leaf_indices_of, masked_where
+from .._core.trees import flat, is_masked, leaf_indices_of
 from .._core.turns import Place, Turn, WholeStep
 from .parts import Apart
 from .view import views_of
