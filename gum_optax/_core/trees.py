@@ -1,6 +1,6 @@
 """Trees with masked leaves: an `optax.MaskedNode` stands for a leaf that a rule does not see."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import jax
@@ -42,10 +42,10 @@ def leaves_of_prefix(prefix: Any, tree: Any) -> list[Any]:
     return jax.tree.leaves(jax.tree.map(lambda x, below: jax.tree.map(lambda _: x, below), prefix, tree))
 
 
-def masked_where(tree: Any, is_gone: Callable[[int], bool]) -> Any:
+def masked_where(tree: Any, gone: Container[int]) -> Any:
     """`tree` without some leaves, by their indices among all leaves, masked ones included."""
     leaves, treedef = jax.tree.flatten(tree, is_leaf=is_masked)
-    return treedef.unflatten([optax.MaskedNode() if is_gone(i) else x for i, x in enumerate(leaves)])
+    return treedef.unflatten([optax.MaskedNode() if i in gone else x for i, x in enumerate(leaves)])
 
 
 def split(tree: Any, chosen: Sequence[bool]) -> tuple[Any, Any]:

@@ -59,8 +59,20 @@ class WholeStep:
         """`array`, which has its value even if the loss is not finite."""
         return array
 
+    is_probe = False  # whether only the dependence of steps on gradients is traced
+
 
 WHOLE_STEP = WholeStep()
+
+
+class Probe(WholeStep):
+    """A trace that only follows which step depends on which gradient.
+
+    A rule that asks `context.turn` what it needs works layer by layer, whatever its trace looks like. In a
+    probe it returns the updates and its state as they are.
+    """
+
+    is_probe = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,13 +140,17 @@ class Turn(WholeStep):
     ledger: Ledger
 
     def beside(self, tree: Any) -> "Turn":
-        """This turn for a tree in which more leaves are masked."""
-        masked = [is_masked(x) for x in jax.tree.leaves(tree, is_leaf=is_masked)]
-        places = jax.tree.leaves(self.places, is_leaf=is_masked)
-        gone = [place for place, yes in zip(places, masked, strict=True) if yes and not is_masked(place)]
-        leaf_indices = {i for place in gone for i in place.leaf_indices}
-        shapes = masked_where(self.shapes, lambda i: i in leaf_indices)
-        return dataclasses.replace(self, shapes=shapes, places=masked_where(self.places, masked.__getitem__))
+        """This turn for a tree in which more leaves, or whole subtrees, are masked."""
+        gone: set[int] = set()
+
+        def kept(x, places):
+            if not is_masked(x):
+                return places
+            gone.update(i for place in jax.tree.leaves(places) for i in place.leaf_indices)
+            return x
+
+        places = jax.tree.map(kept, tree, self.places, is_leaf=is_masked)
+        return dataclasses.replace(self, shapes=masked_where(self.shapes, gone), places=places)
 
     def of_whole(self, tree: Any, decide: Callable[[Any], Any]) -> list[Any]:
         own, decisions = self.beside(tree), []

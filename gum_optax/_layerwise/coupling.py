@@ -5,15 +5,17 @@ layers keeps the axis that counts them through operations that work on each laye
 operation sums over that axis, or combines numbers of two owners, the result belongs to no layer any more.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
 from .axes import AXIS_RULES, ELEMENTWISE
 
 
-class Origin(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Origin:
     """Where a number comes from: the owners that it depends on, and the axis that counts the layers."""
 
     owners: frozenset[Any] = frozenset()
@@ -43,7 +45,7 @@ def origins_of(f: Callable[..., Any], arguments: Sequence[Any], origins: Sequenc
       origins: for every argument, a tree with an `Origin` for each leaf.
     """
     traced, shapes = jax.make_jaxpr(f, return_shape=True)(*arguments)
-    leaves = jax.tree.leaves(list(origins), is_leaf=lambda x: isinstance(x, Origin))
+    leaves = jax.tree.leaves(list(origins))
     return jax.tree.structure(shapes).unflatten(_followed(traced.jaxpr, leaves))
 
 

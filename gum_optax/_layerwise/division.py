@@ -127,6 +127,18 @@ class Division:
             return f([piece])
         return _sequence_like(piece, [f(list((_children(piece) or {}).values()))])
 
+    def owned(self, piece: Any, of_layer: Callable[[int], Any], of_stack: Any, of_shared: Any) -> Any:
+        """A piece of layers with something else at each leaf: for its layer, or for a stack of them.
+
+        An array of the state that has no row for each layer belongs to no layer: it is shared.
+        """
+        if self.is_stacked:
+            return jax.tree.map(lambda x: of_stack if self._is_stack(x) else of_shared, piece)
+        layers = (_children(piece) or {}).values()
+        return _sequence_like(
+            piece, [jax.tree.map(lambda _, i=i: of_layer(i), own) for i, own in enumerate(layers)]
+        )
+
     def rest(self, piece: Any, new: Any) -> Any:
         """The piece of layers, with arrays of `new` in place of those that have no row for each layer."""
         if not self.is_stacked:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from .._core.checks import check_function, check_rule
 from .._core.context import MatrixContext
 from .division import Division
+from .refusals import check_uncoupled
 from .turns import Step
 
 
@@ -29,6 +30,7 @@ def layerwise_update(
     params: Any,
     *,
     tied: bool = False,
+    per_layer: bool = False,
     apply: Callable[..., Any] = _apply,
     **extra_args: Any,
 ) -> tuple[Float[Array, ""], Any, Any]:
@@ -64,6 +66,9 @@ def layerwise_update(
         first axis counts the layers, or a sequence of equal trees; XLA compiles a stack of layers once.
       tied: whether the head reads the parameters of the embedding. Their gradient from the head then stays in
         memory during the backward pass.
+      per_layer: whether a rule that combines several gradients, such as `optax.clip_by_global_norm`, may see
+        those of one layer at a time. By default such a rule is refused, for the result would not be that of
+        `tx.update`.
       apply: `(params, updates, context) -> params` in place of `optax.apply_updates`, for trees in which the
         leaves of other turns are zeros: see `MatrixContext.turn`.
       extra_args: for `tx.update`.
@@ -76,13 +81,16 @@ def layerwise_update(
 
     Raises:
       ValueError: `params` does not have these entries, or its layers are not equal; `tx` needs the gradients
-        of several layers at once, or runs an optimizer within a conditional.
+        of several layers at once; it runs an optimizer of this library within a conditional, as
+        `optax.MultiSteps` does.
       TypeError: `tx` is not a transformation, or `embed`, `layer` or `head` is not a function.
     """
     check_rule("tx", tx)
     for name, function in (("embed", embed), ("layer", layer), ("head", head)):
         check_function(name, function, "a function of the parameters")
     division = Division(params)
+    if not per_layer:
+        check_uncoupled(tx, division, params, state, extra_args)
     parts = {kind: division.divide(params).of_kind(kind)[0] for kind in ("embed", "layers", "head")}
     x = embed(parts["embed"], batch)
     x, inputs = _forward(division, layer, parts["layers"], x)

@@ -12,6 +12,7 @@ from .._core.context import MatrixContext
 from .._core.trees import is_masked
 from .._core.turns import Ledger, Place, Turn
 from .._core.xla import depend_on, row_major
+from .._transforms.skip_non_finite import SkipNonFiniteState
 from .division import KINDS, SHARED, Divided, Division
 
 
@@ -103,6 +104,12 @@ class Step:
         """The parameters and the state after the step, and after the turn of what all leaves share."""
         ledger = Ledger(self._ledger)
         _, _, new = self._turn(None, 0, None, None, [], ledger)
+        if not ledger.after and _skips(self._state.tree()):
+            raise ValueError(
+                "tx runs an optimizer of this library without the extra arguments of its update, as"
+                " optax.MultiSteps does; layerwise_update passes it the turn of each layer there. Leave that"
+                " out; gum_optax.projected_update averages microbatches."
+            )
         division = self._division
 
         def chosen(after, before):
@@ -169,6 +176,15 @@ class Step:
             for own, piece in rows
         ]
         return divided._replace(pieces=pieces).tree()
+
+
+def _skips(state: Any) -> bool:
+    """Whether a state is of an optimizer that skips steps, as all of this library do."""
+
+    def is_skipping(x):
+        return isinstance(x, SkipNonFiniteState)
+
+    return any(map(is_skipping, jax.tree.leaves(state, is_leaf=is_skipping)))
 
 
 def _rows(state: list[Any], number: Any, new: list[Any]) -> list[tuple[Any, Any, Any]]:

@@ -202,7 +202,7 @@ def _from_svd(mean_of: MeanOf, keys: Any, previous: Any, **keywords: Any) -> Any
 
 @with_linear_form(_from_svd)
 def randomized_svd(
-    key: PRNGKeyArray,
+    key: PRNGKeyArray | RowKey,
     gradient: Float[Array, "*b m n"],
     previous: Float[Array, "*b m r"],
     oversampling: int = 8,
@@ -236,7 +236,7 @@ def _random(mean_of: MeanOf, keys: Any, p: Any) -> Any:
 
 @with_linear_form(_random)
 def random_subspace(
-    key: PRNGKeyArray, gradient: Float[Array, "*b m n"], previous: Float[Array, "*b m r"]
+    key: PRNGKeyArray | RowKey, gradient: Float[Array, "*b m n"], previous: Float[Array, "*b m r"]
 ) -> Float[Array, "*b m r"]:
     """A subspace drawn uniformly (Haar), whatever the gradient: the `P` of a Gaussian's `P R`.
 

@@ -129,6 +129,8 @@ def in_subspace(
     def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
         del params
         accept, turn = context.accept, context.turn
+        if turn.is_probe:
+            return updates, state
         plan = plan_for(turn.whole(updates))
         is_projected = turn.of_whole(updates, lambda _: plan.is_projected)
         low, full = split(updates, is_projected)

@@ -40,7 +40,7 @@ class SlotsInTurn(NamedTuple):
 
     inner: optax.GradientTransformationExtraArgs
     slots: Slots
-    index: Index
+    sampled: Index
     turn: Turn
     input_of: Callable[[Group], Callable[..., Array]]
     is_refresh: Bool[Array, ""]
@@ -104,7 +104,7 @@ class SlotsInTurn(NamedTuple):
     def _of_leaf(self, name: str, leaf: _Leaf, held: Any, p: Array, s: Array) -> tuple[Array, Any]:
         """The step of one leaf, and the slots after it."""
         group = self.slots.groups[name]
-        slots = slot_of_each_block(self.index[name], group.blocks)
+        slots = slot_of_each_block(self.sampled[name], group.blocks)
         batch = leaf.view.shape[:-2]
 
         def one(number, held, low_rank_step):
@@ -161,6 +161,7 @@ class SlotsInTurn(NamedTuple):
         places = alone(Place((place,), is_row=True, is_live=True))
         turn = self.turn.inside(whole, places, slot, size)
         context = MatrixContext(alone(plain_view(x)), accept, None, turn)
+        steps: Any
         steps, state = self.inner.update(alone(x), state, None, context=context, **self.extra_args)
         return steps[name], state
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from .._core.checks import check_function
+from .._core.context import NO_CONTEXT, MatrixContext
 from .._core.xla import map_sequentially
 from .._linalg.normalizers import Normalizer
 
@@ -37,6 +38,10 @@ def normalize_sequentially(method: Normalizer) -> optax.GradientTransformation:
 
 
 def _stateless(map_leaves: Callable[..., Any], method: Normalizer) -> optax.GradientTransformation:
-    return optax.stateless(
-        lambda updates, params: map_leaves(lambda g: method(g.astype(jnp.float32)), updates)
-    )
+    def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
+        del params, extra_args
+        if context.turn.is_probe:
+            return updates, state
+        return map_leaves(lambda g: method(g.astype(jnp.float32)), updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)

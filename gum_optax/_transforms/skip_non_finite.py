@@ -64,7 +64,9 @@ def _skipping(
 
     def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
         outer = context.accept
-        if outer is None and isinstance(context.turn, Turn):
+        if context.turn.is_probe:
+            own = Acceptance(jnp.asarray(True))
+        elif outer is None and isinstance(context.turn, Turn):
             own = _in_turn(updates, context.turn)
         elif outer is None:
             own = acceptance_of(updates, context.measurements)
