@@ -73,6 +73,16 @@ def test_the_lines_that_project_before_the_reduce_take_a_step_of_several_microba
 TRAINERS = blocks("python", page("trainers.md"))
 
 
+@pytest.mark.parametrize(
+    "code", blocks("python", page("layerwise.md")), ids=["plain", "nnx", "linen", "equinox"]
+)
+def test_the_lines_that_train_layer_by_layer_train(code):
+    names: dict = {}
+    exec(code, names)
+    assert float(names["losses"][-1]) < float(names["losses"][0])
+    assert int(go.metrics(names["state"])["refresh_count"]) == 1
+
+
 @pytest.mark.parametrize("code", TRAINERS[:3], ids=["nnx", "linen", "equinox"])
 def test_the_lines_for_a_trainer_train(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -18,6 +18,10 @@ _NAMES = """
 ELEMENTWISE = frozenset(_NAMES.split())
 
 
+def _bits(p: Any, axes: Any, shapes: Any, out: Shape) -> int | None:
+    return axes[0] if len(out) >= len(shapes[0]) else None
+
+
 def _one(axes: Sequence[int | None]) -> int | None:
     """The axis of the only operand that has one."""
     known = [axis for axis in axes if axis is not None]
@@ -111,6 +115,7 @@ AXIS_RULES: dict[str, Callable[..., int | None]] = {
     "pad": _padded,
     "dot_general": _product,
     "sort": _sorted,
+    "bitcast_convert_type": _bits,
 }
 AXIS_RULES |= dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"), _along)
 AXIS_RULES |= {

@@ -81,10 +81,14 @@ class Step:
     def with_layer(self, carry: Carry, number: Int[Array, ""] | int, gradient: Any) -> Carry:
         """The turn of one layer, given the gradient of its parameters."""
         division, ledger = self._division, Ledger(carry.ledger)
-        own = division.layer(carry.params, number)
-        state = [division.layer(piece, number) for piece in carry.state]
+        # Only what a loop carries needs a layout.
+        placed = row_major if division.is_stacked else lambda tree: tree
+        own, state = placed(
+            (division.layer(carry.params, number), [division.layer(piece, number) for piece in carry.state])
+        )
         own, state, _ = self._turn("layers", number, division.around(own, gradient), own, state, ledger)
-        return row_major(
+        own, state = placed((own, state))
+        return placed(
             Carry(
                 division.with_layer(carry.params, number, own),
                 [division.with_layer(*row) for row in _rows(carry.state, number, state)],

@@ -223,7 +223,7 @@ def randomized_svd(
     m, r = previous.shape[-2:]
     columns = min(m, r + oversampling)
     q = orthonormalize(normal(key, (*previous.shape[:-1], columns)))
-    q = subspace_iteration(key, gradient, q, power_iterations)
+    q = subspace_iteration(of_leaf(key), gradient, q, power_iterations)
     b = to_norm_one(project(q, gradient))
     v = one_by_one_on_cpu(lambda a: jnp.linalg.eigh(a)[1], exact_matmul(b, b.mT))  # ascending
     return exact_matmul(q, v[..., ::-1][..., :r])

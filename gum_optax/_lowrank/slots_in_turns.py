@@ -17,7 +17,7 @@ from .._core.acceptance import Acceptance
 from .._core.context import MatrixContext
 from .._core.trees import flat, is_masked, key_name
 from .._core.turns import Place, Turn
-from .._core.xla import map_sequentially
+from .._core.xla import map_sequentially, row_major
 from .._linalg.orthonormal import lift
 from .._matrices.view import View, plain_view
 from .gradient import DenseGradient
@@ -111,19 +111,20 @@ class SlotsInTurn(NamedTuple):
             """The step of one block, and the slots after it."""
             number = jnp.asarray(number, jnp.int32)
             held_slot = slots[leaf.first + number]
-            # Without a slot, a block reads any slot and writes it back: XLA writes in place here, but within
-            # a branch it would copy all slots.
+            # Without a slot, a block reads any slot and writes it back: XLA reads and writes in place here,
+            # but within a branch it would copy all slots.
             slot = jnp.maximum(held_slot, 0)
+            old = row_major(_row(held, name, self.slots.groups, slot))
 
-            def sampled(held):
+            def sampled(old):
                 g = leaf.view.block(leaf.stored, number).astype(jnp.float32)
                 x = self.input_of(group)(g, plain_view(p).block(p, number))
-                return self._run(name, slot, x[None], held, leaf.accepted)
+                return self._run(name, slot, x[None], old, leaf.accepted)
 
-            def unsampled(held):
-                return low_rank_step(), _row(held, name, self.slots.groups, slot)
+            def unsampled(old):
+                return low_rank_step(), old
 
-            steps, new = jax.lax.cond(held_slot < 0, unsampled, sampled, held)
+            steps, new = row_major(jax.lax.cond(held_slot < 0, unsampled, sampled, old))
             return steps, _put(held, name, slot, new)
 
         if math.prod(batch) == 1:
@@ -140,15 +141,14 @@ class SlotsInTurn(NamedTuple):
         steps, held = jax.lax.fori_loop(0, math.prod(batch), turn, (low_rank_steps, held))
         return steps.reshape(leaf.view.shape), held
 
-    def _run(self, name: str, slot: Any, x: Float[Array, "1 m n"], held: Any, accepted: Any) -> Any:
-        """The rule's step of one slot, and the rule's state of that slot, in which the others are masked."""
+    def _run(self, name: str, slot: Any, x: Float[Array, "1 m n"], old: Any, accepted: Any) -> Any:
+        """The rule's step of one slot, and its new state, from that of the slot as `_row` returns it."""
         names = sorted(self.slots.groups)
         place = names.index(name)
 
         def alone(value):
             return {other: value if other == name else optax.MaskedNode() for other in names}
 
-        old = _row(held, name, self.slots.groups, slot)
         empty = alone(jnp.zeros_like(x))
         accept = Acceptance(accepted, {place: accepted})
         state = restart(self.inner, old, empty, None, self.is_refresh)
@@ -169,7 +169,8 @@ class SlotsInTurn(NamedTuple):
         """The state in which what slots share, such as a count, has seen this step."""
         name, group = next(iter(self.slots.groups.items()))
         x = jnp.zeros((1, *group.shape), jnp.float32)
-        _, new = self._run(name, jnp.int32(0), x, held, jnp.asarray(True))
+        old = _row(held, name, self.slots.groups, jnp.int32(0))
+        _, new = self._run(name, jnp.int32(0), x, old, jnp.asarray(True))
         leaves, treedef = jax.tree.flatten(held)
         rows = zip(_with_paths(held), leaves, flat(new), strict=True)
         return treedef.unflatten(
