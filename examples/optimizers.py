@@ -28,6 +28,8 @@ class Settings:
     seed: int
     text: str  # the name of the corpus and a digest of its content
     momentum_dtype: str = "float32"  # or bfloat16, for the optimizers in MOMENTUM_DTYPE
+    clip: float = 1.0  # the largest norm of the gradient; 0: any
+    layerwise: bool = False  # one layer after the other; then each layer's gradient is clipped by itself
 
 
 def schedule(s: Settings, peak: float) -> optax.Schedule:
@@ -105,8 +107,8 @@ MOMENTUM_DTYPE = ("muon", "galore_muon", "gum", "sumo")
 
 
 def optimizer(s: Settings) -> optax.GradientTransformation:
-    """The optimizer of a run, with gradients clipped to norm one and `others_lr` for AdamW."""
+    """The optimizer of a run, with clipped gradients and `others_lr` for AdamW."""
     make, _ = OPTIMIZERS[s.optimizer]
     others = _adamw(schedule(s, s.others_lr), s.weight_decay)
     made = make(s, schedule(s, s.lr), others=others, weight_decay=s.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(1.0), made)
+    return optax.chain(optax.clip_by_global_norm(s.clip), made) if s.clip else made

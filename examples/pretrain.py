@@ -70,6 +70,14 @@ def parser() -> argparse.ArgumentParser:
         default="float32",
         help=f"the dtype of the momentum of {', '.join(MOMENTUM_DTYPE)} (default: float32)",
     )
+    p.add_argument(
+        "--clip", type=decay, default=1.0, help="largest norm of the gradient; 0: any (default: 1)"
+    )
+    p.add_argument(
+        "--layerwise",
+        action="store_true",
+        help="use up each layer's gradient before the next is made, and clip each by its own norm",
+    )
     p.add_argument("--seed", type=seed, default=0)
     p.add_argument("--out", type=Path, metavar="DIR", help="default: the next free runs/NAME-N")
     p.add_argument("--resume", action="store_true", help="continue the run in --out")
@@ -101,6 +109,8 @@ def settings_of(options: argparse.Namespace, optimizer: str, corpus: Corpus) -> 
         seed=options.seed,
         text=corpus.name,
         momentum_dtype=options.momentum_dtype,
+        clip=options.clip,
+        layerwise=options.layerwise,
     )
 
 

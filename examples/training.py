@@ -20,7 +20,7 @@ from tqdm import tqdm
 import gum_optax
 
 from corpus import Corpus, replace_file
-from llama import SIZES, Llama, next_token_loss
+from llama import SIZES, Layered, Llama, next_token_loss
 from optimizers import Settings, optimizer
 
 VALIDATION_BATCHES = 32
@@ -39,6 +39,9 @@ class Trainer:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         model = Llama(SIZES[settings.model], dtype=dtype, rngs=nnx.Rngs(settings.seed))
         self.graph, params = nnx.split(model, nnx.Param)
+        self.layered = Layered(model) if settings.layerwise else None
+        if self.layered is not None:
+            params = self.layered.divide(params)
         self.tx = optimizer(settings)
         self.state = (params, jax.jit(self.tx.init)(params))
         self.step = 0
@@ -50,11 +53,21 @@ class Trainer:
             batch=settings.batch, length=settings.seq, most=VALIDATION_BATCHES
         )
 
+    def _whole(self, params: Any) -> Any:
+        """The parameters as the model has them."""
+        return params if self.layered is None else self.layered.whole(params)
+
     def _loss(self, params: Any, tokens: jax.Array) -> jax.Array:
-        return next_token_loss(self.graph, params, tokens)
+        return next_token_loss(self.graph, self._whole(params), tokens)
 
     def _step(self, state: Any, tokens: jax.Array) -> tuple[Any, jax.Array, dict[str, jax.Array]]:
         params, opt_state = state
+        if (own := self.layered) is not None:
+            # Each layer is clipped by its own norm: nobody holds all gradients.
+            loss, params, opt_state = gum_optax.layerwise_update(
+                self.tx, own.embed, own.layer, own.head, tokens, opt_state, params, per_layer=True
+            )
+            return (params, opt_state), loss, gum_optax.metrics(opt_state)
         loss, gradients = jax.value_and_grad(self._loss)(params, tokens)
         updates, opt_state = self.tx.update(gradients, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), loss, gum_optax.metrics(opt_state)
@@ -95,7 +108,7 @@ class Trainer:
         window[0, : len(ids)] = ids
         draw = jax.jit(
             lambda params, window, at, key: jax.random.categorical(
-                key, nnx.merge(self.graph, params)(window)[0, at - 1] / temperature
+                key, nnx.merge(self.graph, self._whole(params))(window)[0, at - 1] / temperature
             )
         )
         for at in range(len(ids), length):
