@@ -164,8 +164,15 @@ def measure(
 def optimizers(rank: int, dtype: Any) -> dict[str, Callable[[], Any]]:
     """The optimizers of the table."""
     stored = jnp.dtype(dtype).name
+
+    def gum(**others: Any) -> Any:
+        return go.gum(1e-3, rank, full_rank_fraction=1 / 12, momentum_dtype=stored, **others)
+
+    # A second moment by row and column for embedding and head, in place of AdamW's two moments.
+    factored = optax.chain(optax.scale_by_factored_rms(), optax.scale_by_learning_rate(1e-3))
     return {
-        "gum": lambda: go.gum(1e-3, rank, full_rank_fraction=1 / 12, momentum_dtype=stored),
+        "gum": gum,
+        "gum, factored others": lambda: gum(others=factored),
         "galore_muon": lambda: go.galore_muon(1e-3, rank, momentum_dtype=stored),
         "muon": lambda: go.muon(1e-3, momentum_dtype=stored),
         "sinkgd": lambda: go.sinkgd(1e-3),
@@ -194,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--llama3-8b", action="store_true", help="the shapes of LLaMA-3-8B, bfloat16, rank 128")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     p.add_argument("--tokens", type=int, help="default: 128; with --llama3-8b 1024")
-    p.add_argument("--optimizers", default="gum,galore_muon,muon,optax.sgd,optax.adamw")
+    p.add_argument("--optimizers", default="gum;galore_muon;muon;optax.sgd;optax.adamw", help="by ;")
     p.add_argument("--steps", default=",".join(STEPS))
     p.add_argument("--out", type=Path, default=RESULTS)
     options = p.parse_args(argv)
@@ -208,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
     print(setting, flush=True)
     results = Results(options.out / "layerwise.json", table)
     rows = results.rows(setting)
-    for optimizer in options.optimizers.split(","):
+    for optimizer in options.optimizers.split(";"):
         for kind in options.steps.split(","):
             tx = optimizers(rank, dtype)[optimizer]()
             row = measure(kind, tx, model, tokens, jnp.dtype(dtype), device_of(options.chip))

@@ -189,16 +189,24 @@ def unstacked(*stacks: Array) -> list[tuple[Array, ...]]:
 
 
 def row_major(tree: Any) -> Any:
-    """The arrays in their default layout.
+    """The arrays with their last axis contiguous.
 
-    Otherwise XLA gives what a loop carries the layout in which its body makes it, and copies whole stacks
-    into that layout before the loop.
+    Without this, XLA gives a row of a stack the layout in which a product reads or makes it, and the whole
+    stack with it: it would copy the stack.
     """
 
     def of(x):
         return with_layout_constraint(x, Layout(tuple(range(x.ndim)))) if x.ndim > 1 else x
 
     return jax.tree.map(of, tree)
+
+
+def stacks_in_place(tree: Any) -> Any:
+    """Stacks that a loop carries, in the layout that they have as arguments of the program.
+
+    A TPU keeps it by itself, and it is not always row-major there: it depends on the padding.
+    """
+    return jax.lax.platform_dependent(tree, tpu=lambda tree: tree, default=row_major)
 
 
 def same_shape_groups(leaves: Sequence[Any], kinds: Sequence[Hashable]) -> list[list[int]]:

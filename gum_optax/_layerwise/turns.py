@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Int
 from .._core.context import MatrixContext
 from .._core.trees import is_masked
 from .._core.turns import Ledger, Place, Turn
-from .._core.xla import depend_on, row_major
+from .._core.xla import depend_on, row_major, stacks_in_place
 from .._transforms.skip_non_finite import SkipNonFiniteState
 from .division import KINDS, SHARED, Divided, Division
 
@@ -82,13 +82,13 @@ class Step:
         """The turn of one layer, given the gradient of its parameters."""
         division, ledger = self._division, Ledger(carry.ledger)
         # Only what a loop carries needs a layout.
-        placed = row_major if division.is_stacked else lambda tree: tree
+        placed, carried = (row_major, stacks_in_place) if division.is_stacked else (lambda x: x,) * 2
         own, state = placed(
             (division.layer(carry.params, number), [division.layer(piece, number) for piece in carry.state])
         )
         own, state, _ = self._turn("layers", number, division.around(own, gradient), own, state, ledger)
         own, state = placed((own, state))
-        return placed(
+        return carried(
             Carry(
                 division.with_layer(carry.params, number, own),
                 [division.with_layer(*row) for row in _rows(carry.state, number, state)],
