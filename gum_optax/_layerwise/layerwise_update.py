@@ -1,5 +1,6 @@
 """A training step that never holds the gradients of all layers."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from jaxtyping import Array, Float
 
 from .._core.checks import check_function, check_rule
 from .._core.context import MatrixContext
+from .._core.xla import depend_on
 from .division import Division
 from .refusals import check_uncoupled
 from .turns import Step
@@ -121,9 +123,15 @@ def _forward(division: Division, layer: Callable[..., Any], layers: Any, x: Any)
 
 
 def _pulled_back(layer: Any, own: Any, x: Any, dx: Any) -> tuple[Any, Any]:
-    """The gradients of one layer's parameters and of its input."""
+    """The gradients of one layer's parameters and of its input.
+
+    On a CPU the former wait for the latter, which reads the parameters: if they were overwritten before, XLA
+    would copy the whole stack for it.
+    """
     _, pull = jax.vjp(layer, own, x)
-    return pull(dx)
+    gradient, dx = pull(dx)
+    last = [leaf for leaf in jax.tree.leaves(dx) if leaf.size][-1:]
+    return jax.tree.map(lambda g: functools.reduce(depend_on, last, g), gradient), dx
 
 
 def _backward(step: Step, division: Division, layer: Any, inputs: Any, dx: Any) -> Any:
