@@ -166,7 +166,7 @@ def anchors(path):
 
 # Pages with the tables of the benchmarks, and tables so long that a page links to them.
 RESULTS = ("losses.md", "memory_and_compilation.md", "times.md", "devices.md")
-LINKED = ("speed.md", "guard.md", "cost_model.md")
+LINKED = ("speed.md", "guard.md", "cost_model.md", "layerwise.md")
 
 
 def test_the_pages_of_results_have_the_measured_tables():
