@@ -143,6 +143,41 @@ def next_token_loss(
 ) -> jax.Array:
     """The mean cross-entropy, in nats, of each token in `(batch, length + 1)` given the tokens before it."""
     model = nnx.merge(graph, params)
-    x, targets = model.hidden(tokens[:, :-1]), tokens[:, 1:]
-    positions = max(1, logits_at_once // (len(tokens) * model.lm_head.out_features))
-    return chunked_cross_entropy(model.lm_head, x, targets, positions) / targets.size
+    return mean_cross_entropy(model.lm_head, model.hidden(tokens[:, :-1]), tokens[:, 1:], logits_at_once)
+
+
+def mean_cross_entropy(
+    head: nnx.Linear, x: jax.Array, targets: jax.Array, logits_at_once: int = LOGITS_AT_ONCE
+) -> jax.Array:
+    """The mean cross-entropy in nats; holds about `logits_at_once` logits."""
+    positions = max(1, logits_at_once // (len(x) * head.out_features))
+    return chunked_cross_entropy(head, x, targets, positions) / targets.size
+
+
+class Layered:
+    """A `Llama` as `gum_optax.layerwise_update` takes it: its embedding, one of its layers, and its head."""
+
+    def __init__(self, model: Llama):
+        parts = {"embed": model.embed, "layer": model.layers[0], "norm": model.norm, "lm_head": model.lm_head}
+        self.graphs = {name: nnx.split(part, nnx.Param)[0] for name, part in parts.items()}
+
+    @staticmethod
+    def divide(params: Any) -> dict[str, Any]:
+        """The parameters of the model, divided."""
+        head = {name: params[name] for name in ("norm", "lm_head")}
+        return {"embed": params["embed"], "layers": params["layers"], "head": head}
+
+    @staticmethod
+    def whole(divided: dict[str, Any]) -> nnx.State:
+        """The parameters as the model has them."""
+        return nnx.State({"embed": divided["embed"], "layers": divided["layers"], **divided["head"]})
+
+    def embed(self, own: Any, tokens: jax.Array) -> jax.Array:
+        return nnx.merge(self.graphs["embed"], own)(tokens[:, :-1])
+
+    def layer(self, own: Any, x: jax.Array) -> jax.Array:
+        return nnx.merge(self.graphs["layer"], own)(x)
+
+    def head(self, own: Any, x: jax.Array, tokens: jax.Array) -> jax.Array:
+        norm, lm_head = (nnx.merge(self.graphs[name], own[name]) for name in ("norm", "lm_head"))
+        return mean_cross_entropy(lm_head, norm(x), tokens[:, 1:])

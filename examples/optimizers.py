@@ -30,6 +30,8 @@ class Settings:
     momentum_dtype: str = "float32"  # or bfloat16, for the optimizers in MOMENTUM_DTYPE
     weights_dtype: str = "float32"  # or bfloat16, without a float32 copy
     others: str = "adamw"  # of OTHERS
+    clip: float = 1.0  # the largest norm of the gradient; 0: any
+    layerwise: bool = False  # one layer after the other; then each layer's gradient is clipped by itself
 
 
 def schedule(s: Settings, peak: float) -> optax.Schedule:
@@ -123,11 +125,12 @@ MOMENTUM_DTYPE = ("muon", "galore_muon", "gum", "sumo")
 
 
 def optimizer(s: Settings) -> optax.GradientTransformation:
-    """The optimizer of a run, with gradients clipped to norm one and `others_lr` for the other leaves.
+    """The optimizer of a run, with clipped gradients and `others_lr` for the other leaves.
 
     Its updates and its state are float32 whatever the weights are.
     """
     make, _ = OPTIMIZERS[s.optimizer]
     others = OTHERS[s.others](schedule(s, s.others_lr), s.weight_decay)
     made = make(s, schedule(s, s.lr), others=others, weight_decay=s.weight_decay)
-    return go.float32_steps(optax.chain(optax.clip_by_global_norm(1.0), made))
+    clipped = optax.chain(optax.clip_by_global_norm(s.clip), made) if s.clip else made
+    return clipped if s.weights_dtype == "float32" else go.float32_steps(clipped)

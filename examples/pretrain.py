@@ -82,6 +82,14 @@ def parser() -> argparse.ArgumentParser:
         default="float32",
         help="the dtype of the weights; bfloat16 is rounded stochastically (default: float32)",
     )
+    p.add_argument(
+        "--clip", type=decay, default=1.0, help="largest norm of the gradient; 0: any (default: 1)"
+    )
+    p.add_argument(
+        "--layerwise",
+        action="store_true",
+        help="use up each layer's gradient before the next is made, and clip each by its own norm",
+    )
     p.add_argument("--seed", type=seed, default=0)
     p.add_argument("--out", type=Path, metavar="DIR", help="default: the next free runs/NAME-N")
     p.add_argument("--resume", action="store_true", help="continue the run in --out")
@@ -115,6 +123,8 @@ def settings_of(options: argparse.Namespace, optimizer: str, corpus: Corpus) -> 
         momentum_dtype=options.momentum_dtype,
         weights_dtype=options.weights_dtype,
         others=options.others,
+        clip=options.clip,
+        layerwise=options.layerwise,
     )
 
 
@@ -216,6 +226,8 @@ def run(options: argparse.Namespace) -> int:
         raise RunError(
             f"--momentum-dtype is for {', '.join(MOMENTUM_DTYPE)}; leave it out for {', '.join(without)}."
         )
+    if options.layerwise and options.weights_dtype != "float32":
+        raise RunError("--layerwise adds steps to float32 weights; leave out --weights-dtype.")
     corpus = Corpus(options.text, SIZES[options.model].vocabulary)
     corpus.require(options.seq, options.batch)
     out = options.out or free_directory("compare" if options.compare else options.optimizer)

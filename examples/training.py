@@ -19,7 +19,7 @@ from tqdm import tqdm
 import gum_optax
 
 from corpus import Corpus, replace_file
-from llama import SIZES, Llama, next_token_loss
+from llama import SIZES, Layered, Llama, next_token_loss
 from optimizers import Settings, optimizer
 
 VALIDATION_BATCHES = 32
@@ -41,6 +41,9 @@ class Trainer:
         model = Llama(SIZES[settings.model], dtype=dtype, rngs=nnx.Rngs(settings.seed))
         self.graph, params = nnx.split(model, nnx.Param)
         params = jax.tree.map(lambda x: x.astype(settings.weights_dtype), params)
+        self.layered = Layered(model) if settings.layerwise else None
+        if self.layered is not None:
+            params = self.layered.divide(params)
         self.tx = optimizer(settings)
         self.state = (params, jax.jit(self.tx.init)(params))
         self.step = 0
@@ -52,11 +55,21 @@ class Trainer:
             batch=settings.batch, length=settings.seq, most=VALIDATION_BATCHES
         )
 
+    def _whole(self, params: Any) -> Any:
+        """The parameters as the model has them."""
+        return params if self.layered is None else self.layered.whole(params)
+
     def _loss(self, params: Any, tokens: jax.Array) -> jax.Array:
-        return next_token_loss(self.graph, params, tokens)
+        return next_token_loss(self.graph, self._whole(params), tokens)
 
     def _step(self, state: Any, tokens: jax.Array, step: Any) -> tuple[Any, jax.Array, dict[str, jax.Array]]:
         params, opt_state = state
+        if (own := self.layered) is not None:
+            # Each layer is clipped by its own norm: nobody holds all gradients.
+            loss, params, opt_state = gum_optax.layerwise_update(
+                self.tx, own.embed, own.layer, own.head, tokens, opt_state, params, per_layer=True
+            )
+            return (params, opt_state), loss, gum_optax.metrics(opt_state)
         loss, gradients = jax.value_and_grad(self._loss)(params, tokens)
         updates, opt_state = self.tx.update(gradients, opt_state, params)
         # Weights in bfloat16 are rounded stochastically, by bits of this step.
@@ -99,7 +112,7 @@ class Trainer:
         window[0, : len(ids)] = ids
         draw = jax.jit(
             lambda params, window, at, key: jax.random.categorical(
-                key, nnx.merge(self.graph, params)(window)[0, at - 1] / temperature
+                key, nnx.merge(self.graph, self._whole(params))(window)[0, at - 1] / temperature
             )
         )
         for at in range(len(ids), length):

@@ -27,6 +27,9 @@ from ._optimizers.trion import dct_columns as dct_columns
 from ._optimizers.trion import trion as trion
 from ._optimizers.trion import scale_by_trion as scale_by_trion
 
+# A training step layer by layer.
+from ._layerwise.layerwise_update import layerwise_update as layerwise_update
+
 # Functions of a state.
 from ._state.describe import Description as Description
 from ._state.describe import LeafDescription as LeafDescription

@@ -100,6 +100,16 @@ def test_the_lines_about_embedding_and_head_hold_no_moments_of_their_size():
 TRAINERS = blocks("python", page("trainers.md"))
 
 
+@pytest.mark.parametrize(
+    "code", blocks("python", page("layerwise.md")), ids=["plain", "nnx", "linen", "equinox"]
+)
+def test_the_lines_that_train_layer_by_layer_train(code):
+    names: dict = {}
+    exec(code, names)
+    assert float(names["losses"][-1]) < float(names["losses"][0])
+    assert int(go.metrics(names["state"])["refresh_count"]) == 1
+
+
 @pytest.mark.parametrize("code", TRAINERS[:3], ids=["nnx", "linen", "equinox"])
 def test_the_lines_for_a_trainer_train(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -183,7 +193,7 @@ def anchors(path):
 
 # Pages with the tables of the benchmarks, and tables so long that a page links to them.
 RESULTS = ("losses.md", "memory_and_compilation.md", "times.md", "devices.md")
-LINKED = ("speed.md", "guard.md", "cost_model.md")
+LINKED = ("speed.md", "guard.md", "cost_model.md", "layerwise.md")
 
 
 def test_the_pages_of_results_have_the_measured_tables():

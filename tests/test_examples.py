@@ -5,6 +5,7 @@ import json
 import lzma
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -219,6 +220,7 @@ MISTAKES = [
     (["--text", "damaged.txt.xz"], "The text file damaged.txt.xz can't be read as UTF-8"),
     (["--text", "cut.txt.xz"], "The text file cut.txt.xz can't be read as UTF-8"),
     (["--resume"], "--resume needs the directory of the run"),
+    (["--layerwise", "--weights-dtype", "bfloat16"], "--layerwise adds steps to float32 weights"),
     (["--resume", "--out", "new"], "There is no run in new to resume"),
     (["--out", "held"], "held holds other files; give a new directory as --out."),
     (["--out", "other"], "holds another run, with steps=7 (asked 30)"),
@@ -430,3 +432,19 @@ def test_a_stopped_run_of_the_comparison_goes_on_to_the_bit(text, tmp_path, monk
 def test_the_script_for_many_devices_says_what_does_not_fit(arguments, message, capsys):
     assert distributed.main(["--out", "none", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_layer_by_layer_the_losses_are_the_same_and_a_run_resumes_bit_for_bit(text, tmp_path):
+    """Without clipping, which sees one layer at a time there; over two refreshes, and a stop between."""
+    arguments = [*TINY, "--steps", "12", "--clip", "0", "--text", str(text)]
+    assert pretrain.main([*arguments, "--out", str(tmp_path / "whole")]) == 0
+    by_layer = [*arguments, "--layerwise", "--save-every", "5", "--out", str(tmp_path / "by_layer")]
+    assert pretrain.main(by_layer) == 0
+    found = losses(tmp_path / "by_layer")
+    by_layer_losses, whole_losses = (
+        [r["train_loss"] for r in records(tmp_path / name)] for name in ("by_layer", "whole")
+    )
+    np.testing.assert_allclose(by_layer_losses, whole_losses, rtol=1e-4)
+    shutil.rmtree(tmp_path / "by_layer" / "checkpoints" / "12")
+    assert pretrain.main([*by_layer, "--resume"]) == 0
+    assert losses(tmp_path / "by_layer") == found

@@ -11,10 +11,12 @@ search, travel beside it and are passed on as they are.
 | `views` | `as_matrices`; `unbiased_low_rank` for its slots | `low_rank`, `orthogonalize` |
 | `accept` | `skip_non_finite`; every optimizer, leaf by leaf | rules with state: momentum, Adam, `low_rank` |
 | `measurements` | `projected_update` | `skip_non_finite`, `as_matrices`, `low_rank` |
+| `turn` | `layerwise_update` | all of these: see `turns.py` |
 
-Each reader that changes the leaves changes the context with them. `as_matrices` replaces all three fields:
-a fused kernel becomes several leaves, so `accept` and `measurements` then count those. `low_rank` passes on
-`accept` alone, because coordinates have another shape than the leaves and are always computed.
+Each reader that changes the leaves changes the context with them. `as_matrices` replaces all four fields:
+a fused kernel becomes several leaves, so `accept`, `measurements` and `turn` then count those. `low_rank`
+passes on `accept` and `turn` alone, because coordinates have another shape than the leaves and are always
+computed.
 
 `low_rank` passes two more extra arguments to a `residual` that is a rule: `coordinates` (R) and `steps` (S).
 They are public, because a user's own residual reads them.
@@ -29,6 +31,7 @@ from typing import Any
 
 from .acceptance import Acceptance
 from .measurements import Measurements
+from .turns import WHOLE_STEP, WholeStep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +51,8 @@ class MatrixContext:
       accept: which leaves step. `None`: all of them do.
       measurements: takes means of linear functions of a gradient that nobody forms; the leaves of the updates
         are then zeros. `None`: the updates are the gradient.
+      turn: which leaves of a larger tree the updates are, in a step that is taken layer by layer. By default
+        the updates are the whole tree.
 
     The table of this module shows who passes each field and who reads it.
     """
@@ -55,6 +60,7 @@ class MatrixContext:
     views: Any = None
     accept: Acceptance | None = None
     measurements: Measurements | None = None
+    turn: WholeStep = WHOLE_STEP
 
 
 # The default of the argument `context`: leaves are matrices, every one steps, the gradient is there.

@@ -1,5 +1,7 @@
 """Keys and draws, equal in every process and on every platform."""
 
+import dataclasses
+import math
 import numbers
 import zlib
 from collections.abc import Sequence
@@ -8,7 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Key, PRNGKeyArray, UInt32
+from jax.extend.random import threefry_2x32
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, UInt16, UInt32
 
 # JAX's counter-based generator gives the same numbers on every platform and in every process.
 _IMPLEMENTATION = "threefry2x32"
@@ -77,7 +80,56 @@ def stream(key: UInt32[Array, "2"], period: Int[Array, ""], number: int | Int[Ar
 
 def streams(key: UInt32[Array, "2"], period: Int[Array, ""], count: int) -> Key[Array, "count"]:
     """The keys of `count` leaves in one period, `stream(key, period, leaf_index)` for each."""
-    return jax.vmap(stream, in_axes=(None, None, 0))(key, period, jnp.arange(count))
+    return streams_at(key, period, jnp.arange(count))
+
+
+def streams_at(
+    key: UInt32[Array, "2"], period: Int[Array, ""], numbers: Int[Array, "count"]
+) -> Key[Array, "count"]:
+    """`stream(key, period, number)` for each number."""
+    return jax.vmap(stream, in_axes=(None, None, 0))(key, period, numbers)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowKey:
+    """The key of a draw for one row of a stack: what the stack would draw there."""
+
+    key: PRNGKeyArray
+    row: Int[Array, ""]
+    rows: int = dataclasses.field(metadata={"static": True})
+
+    def own(self) -> PRNGKeyArray:
+        """A key that no other row has, for functions that know nothing of rows."""
+        return jax.random.fold_in(self.key, self.row)
+
+
+def of_leaf(key: PRNGKeyArray | RowKey) -> PRNGKeyArray:
+    """The key of a draw that all rows of a leaf share."""
+    return key.key if isinstance(key, RowKey) else key
+
+
+def normal(key: PRNGKeyArray | RowKey, shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """`jax.random.normal` in float32."""
+    if not isinstance(key, RowKey):
+        return jax.random.normal(key, shape, jnp.float32)
+    whole = jax.random.normal(key.key, (key.rows, *shape[1:]), jnp.float32)
+    return jax.lax.dynamic_slice_in_dim(whole, key.row, 1)
+
+
+def bits16(key: PRNGKeyArray | RowKey, shape: tuple[int, ...]) -> UInt16[Array, "..."]:
+    """`jax.random.bits` of 16 bits."""
+    if not isinstance(key, RowKey):
+        return jax.random.bits(key, shape, jnp.uint16)
+    size = math.prod(shape)
+    if not jax.config.jax_threefry_partitionable or key.rows * size >= 2**32:  # pyright: ignore
+        whole = jax.random.bits(key.key, (key.rows, *shape[1:]), jnp.uint16)
+        return jax.lax.dynamic_slice_in_dim(whole, key.row, 1)
+    # The bits of a number are a hash of its index, so that a row is drawn without the others.
+    low = jnp.arange(size, dtype=jnp.uint32) + key.row.astype(jnp.uint32) * np.uint32(size)
+    counts = jnp.concatenate([jnp.zeros_like(low), low])
+    first, second = jnp.split(threefry_2x32(jax.random.key_data(key.key), counts), 2)
+    return (first ^ second).astype(jnp.uint16).reshape(shape)
 
 
 def some(keys: Key[Array, "count"], chosen: Sequence[int]) -> Key[Array, "chosen"]:

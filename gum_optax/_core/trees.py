@@ -1,6 +1,6 @@
 """Trees with masked leaves: an `optax.MaskedNode` stands for a leaf that a rule does not see."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import jax
@@ -35,6 +35,17 @@ def concrete(tree: Any) -> Any:
         return jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
 
     return jax.tree.map(zeros, tree)
+
+
+def leaves_of_prefix(prefix: Any, tree: Any) -> list[Any]:
+    """For each leaf of `tree`, the leaf of a tree that may end above it."""
+    return jax.tree.leaves(jax.tree.map(lambda x, below: jax.tree.map(lambda _: x, below), prefix, tree))
+
+
+def masked_where(tree: Any, gone: Container[int]) -> Any:
+    """`tree` without some leaves, by their indices among all leaves, masked ones included."""
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_masked)
+    return treedef.unflatten([optax.MaskedNode() if i in gone else x for i, x in enumerate(leaves)])
 
 
 def split(tree: Any, chosen: Sequence[bool]) -> tuple[Any, Any]:

@@ -31,6 +31,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 
@@ -157,6 +158,27 @@ def unstacked(*stacks: Array) -> list[tuple[Array, ...]]:
         tuple(jax.lax.dynamic_index_in_dim(stack, index, keepdims=False) for stack in stacks)
         for index in indices
     ]
+
+
+def row_major(tree: Any) -> Any:
+    """The arrays with their last axis contiguous.
+
+    Without this, XLA gives a row of a stack the layout in which a product reads or makes it, and the whole
+    stack with it: it would copy the stack.
+    """
+
+    def of(x):
+        return with_layout_constraint(x, Layout(tuple(range(x.ndim)))) if x.ndim > 1 else x
+
+    return jax.tree.map(of, tree)
+
+
+def stacks_in_place(tree: Any) -> Any:
+    """Stacks that a loop carries, in the layout that they have as arguments of the program.
+
+    A TPU keeps it by itself, and it is not always row-major there: it depends on the padding.
+    """
+    return jax.lax.platform_dependent(tree, tpu=lambda tree: tree, default=row_major)
 
 
 def one_by_one_on_cpu(f: Callable[[Array], Array], x: Float[Array, "*b m n"]) -> Float[Array, "*b i j"]:

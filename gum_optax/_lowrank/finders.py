@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from .._core.keys import RowKey, normal, of_leaf
 from .._core.measurements import MeanOf
 from .._core.xla import one_by_one_on_cpu
 from .._linalg.numerics import exact_matmul, safe_reciprocal, to_norm_one
@@ -47,8 +48,10 @@ def linear_form(find: SubspaceFinder) -> functools.partial[Any]:
     bound = functools.partial(find)  # its `func` is no partial, even if `find` is
 
     def of_the_whole(mean_of, keys, previous, **keywords):
+        # A finder that draws knows nothing of rows: a row has a key of its own.
+        own = [key.own() if isinstance(key, RowKey) else key for key in keys]
         return [
-            bound.func(*leaf, **keywords) for leaf in zip(keys, mean_of(lambda g: g), previous, strict=True)
+            bound.func(*leaf, **keywords) for leaf in zip(own, mean_of(lambda g: g), previous, strict=True)
         ]
 
     form = getattr(bound.func, "linear_form", of_the_whole)
@@ -142,8 +145,8 @@ def _power_step(mean_of: MeanOf, p: Any) -> Any:
 def _from_sketch(mean_of: MeanOf, keys: Any, p: Any, iterations: int = 1) -> Any:
     """`sketched_subspace` of all leaves, which share their means."""
 
-    def sketch(key, p, g):
-        s = count_sketch(key, g.shape[-1], p.shape[-1])
+    def sketch(p, key, g):
+        s = count_sketch(of_leaf(key), g.shape[-1], p.shape[-1])
         # A sketch for each block: for one that all blocks share, a CPU would copy a leaf that is stored
         # transposed.
         return g @ jnp.broadcast_to(s, (*g.shape[:-2], *s.shape))
@@ -151,7 +154,7 @@ def _from_sketch(mean_of: MeanOf, keys: Any, p: Any, iterations: int = 1) -> Any
     def start(p, y):
         return orthonormal_or(orthonormalize(regularized(to_norm_one(y), p, _FLOOR_OF_A_SKETCH)), p)
 
-    y = mean_of(lambda g: jax.tree.map(sketch, keys, p, g))
+    y = mean_of(lambda g: jax.tree.map(sketch, p, keys, g))
     return power_steps(mean_of, keys, jax.tree.map(start, p, y), iterations)
 
 
@@ -190,8 +193,16 @@ def count_sketch(key: PRNGKeyArray, n: int, r: int) -> Float[Array, "n r"]:
     return (drawn == columns).astype(jnp.float32) - (drawn == r + columns).astype(jnp.float32)
 
 
+def _from_svd(mean_of: MeanOf, keys: Any, previous: Any, **keywords: Any) -> Any:
+    """`randomized_svd` of all leaves; a row draws what its stack would."""
+    return [
+        randomized_svd(*leaf, **keywords) for leaf in zip(keys, mean_of(lambda g: g), previous, strict=True)
+    ]
+
+
+@with_linear_form(_from_svd)
 def randomized_svd(
-    key: PRNGKeyArray,
+    key: PRNGKeyArray | RowKey,
     gradient: Float[Array, "*b m n"],
     previous: Float[Array, "*b m r"],
     oversampling: int = 8,
@@ -211,8 +222,8 @@ def randomized_svd(
     """
     m, r = previous.shape[-2:]
     columns = min(m, r + oversampling)
-    q = orthonormalize(jax.random.normal(key, (*previous.shape[:-1], columns), jnp.float32))
-    q = subspace_iteration(key, gradient, q, power_iterations)
+    q = orthonormalize(normal(key, (*previous.shape[:-1], columns)))
+    q = subspace_iteration(of_leaf(key), gradient, q, power_iterations)
     b = to_norm_one(project(q, gradient))
     v = one_by_one_on_cpu(lambda a: jnp.linalg.eigh(a)[1], exact_matmul(b, b.mT))  # ascending
     return exact_matmul(q, v[..., ::-1][..., :r])
@@ -220,12 +231,12 @@ def randomized_svd(
 
 def _random(mean_of: MeanOf, keys: Any, p: Any) -> Any:
     del mean_of
-    return jax.tree.map(lambda key, p: random_subspace(key, p, p), keys, p)
+    return [random_subspace(key, projector, projector) for key, projector in zip(keys, p, strict=True)]
 
 
 @with_linear_form(_random)
 def random_subspace(
-    key: PRNGKeyArray, gradient: Float[Array, "*b m n"], previous: Float[Array, "*b m r"]
+    key: PRNGKeyArray | RowKey, gradient: Float[Array, "*b m n"], previous: Float[Array, "*b m r"]
 ) -> Float[Array, "*b m r"]:
     """A subspace drawn uniformly (Haar), whatever the gradient: the `P` of a Gaussian's `P R`.
 
@@ -233,7 +244,7 @@ def random_subspace(
     (GoLore, arXiv 2410.11289; Flora, arXiv 2402.03293.)
     """
     del gradient
-    return orthonormalize(jax.random.normal(key, previous.shape, jnp.float32))
+    return orthonormalize(normal(key, previous.shape))
 
 
 def first_subspace(key: PRNGKeyArray, g: Float[Array, "*b m n"], rank: int) -> Float[Array, "*b m r"]:

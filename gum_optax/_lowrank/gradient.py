@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from .._core.measurements import Measurements
+from .._core.turns import Turn, WholeStep
 from .._linalg.numerics import exact_matmul, safe_reciprocal
 from .._linalg.orthonormal import project
 from .._matrices.view import View, plain_view
@@ -29,13 +30,22 @@ def _squares(x: Float[Array, "..."], scale: Float[Array, ""]) -> Float[Array, ""
     return jnp.sum(jnp.square(x * safe_reciprocal(scale)), dtype=jnp.float32)
 
 
-def captured_share(energies: Sequence[Energy]) -> Float[Array, ""]:
-    """`Σ|PᵀG|² / Σ|G|²`; zero if all gradients are zero."""
+def captured_share(energies: Sequence[Energy], turn: WholeStep, are_live: Sequence[bool]) -> Float[Array, ""]:
+    """`Σ|PᵀG|² / Σ|G|²` over the leaves of all turns so far; zero if all gradients are zero."""
+    if isinstance(turn, Turn):
+        live = [energy for energy, yes in zip(energies, are_live, strict=True) if yes]
+        nothing = Energy(*(jnp.zeros((), jnp.float32) for _ in Energy._fields))
+        energies = [turn.accumulate(nothing, lambda before: _sum_of([before, *live]))]
     if not energies:
         return jnp.zeros((), jnp.float32)
+    total = _sum_of(energies)
+    return total.inside * safe_reciprocal(total.whole)
+
+
+def _sum_of(energies: Sequence[Energy]) -> Energy:
     scale, inside, whole = (jnp.stack(x) for x in zip(*energies, strict=True))
     share = jnp.square(scale * safe_reciprocal(scale.max()))
-    return share @ inside * safe_reciprocal(share @ whole)
+    return Energy(scale.max(), share @ inside, share @ whole)
 
 
 # Any number: it names a stream of random signs.

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from .._core.acceptance import Acceptance
 from .._core.checks import check_function, check_integer, check_matrix_leaf, check_rule, renamed_argument
 from .._core.context import NO_CONTEXT, MatrixContext
-from .._core.keys import check_key, key_data, stream, streams
+from .._core.keys import check_key, key_data, stream
 from .._core.measurements import Measurements
 from .._core.trees import leaf_indices_of, map_with_leaf_index, merge, split
 from .._matrices.listening import listener
@@ -23,7 +23,7 @@ from .gradient import DenseGradient, Energy, ProjectedGradient, captured_share
 from .on_refresh import FOLLOWING, OnRefresh, keep
 from .plan import LowRankStep, Plan
 from .residuals import Residual, drop, lift_with
-from .switch import track_subspace
+from .switch import in_turn, track_subspace
 
 
 class LowRankState(NamedTuple):
@@ -128,15 +128,20 @@ def in_subspace(
 
     def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
         del params
-        plan, accept = plan_for(updates), context.accept
-        low, full = split(updates, plan.is_projected)
-        views, _ = split(views_beside(updates, context.views), plan.is_projected)
-        extra_args |= {"context": MatrixContext(accept=accept)}
+        accept, turn = context.accept, context.turn
+        if turn.is_probe:
+            return updates, state
+        plan = plan_for(turn.whole(updates))
+        is_projected = turn.of_whole(updates, lambda _: plan.is_projected)
+        low, full = split(updates, is_projected)
+        views, _ = split(views_beside(updates, context.views), is_projected)
+        extra_args |= {"context": MatrixContext(accept=accept, turn=turn)}
         gradient = _gradient(low, jax.tree.leaves(views), context.measurements)
         is_refresh = _is_refresh(state.count, subspace.period, accept)
-        projections = _refresh_and_project(gradient, subspace, state, is_refresh, low, accept)  # P, R = PᵀG
+        projections = _refresh_and_project(gradient, subspace, state, is_refresh, low, context)  # P, R = PᵀG
         low_state = _on_refresh(inner, subspace, state.low, projections, is_refresh, accept)
-        coordinates = _times(plan.weights, projections.coordinates)
+        weights = None if plan.weights is None else turn.of_whole(low, lambda _: plan.weights)
+        coordinates = _times(weights, projections.coordinates)
         steps, low_state = inner.update(coordinates, low_state, None, **extra_args)  # S
         steps, energies = _measured_before(steps, projections.energies)
         step = LowRankStep(
@@ -157,7 +162,7 @@ def in_subspace(
             refreshes=state.refreshes + is_refresh,
             period=state.period,
             key=state.key,
-            captured=captured_share(energies),
+            captured=captured_share(energies, turn, turn.are_live(low)),
             projectors=projections.projectors,
             low=low_state,
             full=full_state,
@@ -230,14 +235,20 @@ def _refresh_and_project(
     state: LowRankState,
     is_refresh: Bool[Array, ""],
     low: optax.Updates,
-    accept: Acceptance | None,
+    context: MatrixContext,
 ) -> _Projections:
     """The projections of this step, on new projectors at a refresh."""
+    accept, turn = context.accept, context.turn
     leaves, treedef = jax.tree.flatten(low)
     accepted = [jnp.asarray(True)] * len(leaves) if accept is None else accept.of_leaves(low)
-    keys = streams(state.key, state.count // subspace.period, len(leaves))
+    keys = turn.keys(low, state.key, state.count // subspace.period)
     rows = gradient.refresh_and_project(
-        subspace.find, is_refresh, accepted, state.count, keys, jax.tree.leaves(state.projectors)
+        in_turn(subspace.find, turn),
+        is_refresh,
+        accepted,
+        state.count,
+        keys,
+        jax.tree.leaves(state.projectors),
     )
     projectors, rotations, coordinates = (treedef.unflatten([row[i] for row in rows]) for i in range(3))
     if accept is not None:

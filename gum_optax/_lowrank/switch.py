@@ -1,12 +1,14 @@
 """Subspace finders that follow each other; the default finder is one of these."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from .._core.checks import check_function, check_integer
+from .._core.measurements import MeanOf
+from .._core.turns import Turn, WholeStep
 from .finders import ITERATIONS, LinearForm, SubspaceFinder, linear_form, power_steps, subspace_iteration
 
 
@@ -19,6 +21,21 @@ class SwitchSubspace(NamedTuple):
     def __call__(self, key: PRNGKeyArray, gradient: Array, previous: Array) -> Array:
         """Calls the first finder: a call without a step is the first call."""
         return self.finders[0](key, gradient, previous)
+
+
+class InTurn(NamedTuple):
+    """A finder in one turn of a step: a row draws what its stack would draw."""
+
+    find: SubspaceFinder
+    turn: WholeStep
+
+    def __call__(self, key: PRNGKeyArray, gradient: Array, previous: Array) -> Array:
+        return self.find(key, gradient, previous)
+
+
+def in_turn(find: SubspaceFinder, turn: WholeStep) -> SubspaceFinder:
+    """The finder for the leaves of a turn."""
+    return InTurn(find, turn) if isinstance(turn, Turn) else find
 
 
 def switch_subspace(steps: int, first: SubspaceFinder, then: SubspaceFinder) -> SubspaceFinder:
@@ -52,6 +69,9 @@ def finders_of(find: SubspaceFinder, step: Int[Array, ""]) -> tuple[tuple[Linear
     If all finders are power steps, they become one finder that looks up its number of steps, so that XLA
     compiles one finder.
     """
+    if isinstance(find, InTurn):
+        forms, phase = finders_of(find.find, step)
+        return tuple(functools.partial(_with_row_keys, form, find.turn) for form in forms), phase
     phases = _phases(find)
     phase = jnp.sum(step >= jnp.asarray(list(phases))) - 1
     forms = [linear_form(finder) for finder in phases.values()]
@@ -59,6 +79,10 @@ def finders_of(find: SubspaceFinder, step: Int[Array, ""]) -> tuple[tuple[Linear
         iterations = jnp.asarray([form.keywords.get("iterations", ITERATIONS) for form in forms])
         return (functools.partial(power_steps, iterations=iterations[phase]),), phase
     return tuple(forms), phase
+
+
+def _with_row_keys(form: LinearForm, turn: WholeStep, mean_of: MeanOf, keys: Any, previous: Any) -> Any:
+    return form(mean_of, [turn.row_key(key) for key in keys], previous)
 
 
 # Measured (docs/results, "The refresh"): two power steps from the random subspace of `init` find 0.987 of the

@@ -16,6 +16,7 @@ from .._core.checks import check_fraction, check_function, check_integer, check_
 from .._core.context import MatrixContext
 from .._core.keys import check_key, key_data
 from .._core.trees import split
+from .._core.turns import Turn
 from .._core.xla import in_one
 from .._linalg.orthonormal import lift, outside, project
 from .._matrices.view import View, plain_view
@@ -24,6 +25,7 @@ from .low_rank import Subspace, in_subspace
 from .on_refresh import restart
 from .plan import Lift, LowRankStep, Plan
 from .slots import Group, Index, Slots, groups_of
+from .slots_in_turns import SlotsInTurn
 from .switch import track_subspace
 
 
@@ -160,7 +162,11 @@ def _lift_with_slots(
         if not slots.groups:
             return slots.scatter({}, {}, lift, step.projectors, step.steps), state
         index = in_one(slots.draw, step.key, step.count)
-        input_of = _input_of(compensation, step.updates)
+        input_of = _input_of(compensation, context.turn.whole(step.updates))
+        if isinstance(context.turn, Turn):
+            own = SlotsInTurn(inner, slots, index, context.turn, input_of, step.is_refresh, extra_args)
+            steps, held = own.update(step, state.slots, context.accept)
+            return steps, SampledState(index, held)
         inputs = slots.gather(index, step.gradient, step.projectors, input_of)
         empty = slots.zeros(step.updates)
         slot_state = restart(inner, state.slots, empty, None, step.is_refresh)

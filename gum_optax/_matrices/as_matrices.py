@@ -12,6 +12,7 @@ from .._core.trees import concrete
 from .._mesh.explicit import on_auto_axes
 from .dimension_numbers import WeightDimensionNumbers
 from .parts import Apart, PartMeans
+from .turns import turn_of_matrices
 from .view import views_of
 
 
@@ -66,7 +67,8 @@ def as_matrices(
             parts = seen(views, kernels.apart(updates))
             # How leaves are stored, for rules that take them through a conditional: see `low_rank`.
             own = kernels.acceptance_of_parts(context.accept, updates)
-            of_parts = MatrixContext(views, own, measurements)
+            turn = turn_of_matrices(context.turn, kernels, updates, wide=wide)
+            of_parts = MatrixContext(views, own, measurements, turn)
             steps, state = inner.update(parts, state, params, context=of_parts, **extra_args)
             if context.accept is not None and own is not None:
                 context.accept.mark_kept_by(own, state)

@@ -122,6 +122,7 @@ class Apart:
             _Cut(path, jnp.shape(x), entry) if isinstance(entry, Parts) else None
             for (path, x), entry in zip(paths, entries, strict=True)
         ]
+        self.given = entries  # for the leaves of the tree
         self.entries: list[Entry] = []  # for the leaves of the split tree
         for cut, entry in zip(self._cuts, entries, strict=True):
             self.entries += [entry] if cut is None else [cut.numbers] * cut.count
@@ -152,6 +153,10 @@ class Apart:
             cut = None if is_masked(x) else next(cuts)
             found += [(leaf_index, cut)] * (1 if cut is None else cut.count)
         return found
+
+    def leaf_indices(self, tree: Any) -> list[int]:
+        """The index of the kernel of each leaf of a tree taken apart, masked leaves included."""
+        return [leaf_index for leaf_index, _ in self._kernels(tree)]
 
     def acceptance_of_parts(self, accept: Acceptance | None, tree: Any) -> Acceptance | None:
         """`accept` of a tree, for the tree taken apart: parts accept a step if their kernel does."""

@@ -11,6 +11,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from .._core.checks import check_rule
+from .._core.context import NO_CONTEXT, MatrixContext
 from .state_shardings import typed_state
 
 Names = tuple[Any, ...]  # for each axis: a name, several names, or None
@@ -219,13 +220,15 @@ def with_axis_names(tx: optax.GradientTransformation) -> optax.GradientTransform
 
         return jax.tree.map(named, state, is_leaf=is_box)
 
-    def update(updates, state, params=None, **extra_args):
+    def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
         outside, like = jax.tree.structure(state), updates if params is None else params
         if has_boxes(like):
             # Give `tx` the boxes that its own `init` makes: a box with other names is another tree structure.
-            inside = jax.eval_shape(tx.init, like)
-            state = jax.tree.structure(inside).unflatten(jax.tree.leaves(state))
-        steps, new = tx.update(updates, state, params, **extra_args)
+            inside = jax.tree.structure(jax.eval_shape(tx.init, context.turn.whole(like)))
+            # In the turn of one of several separate layers the state is of that layer, in its own boxes.
+            if inside.num_leaves == outside.num_leaves:
+                state = inside.unflatten(jax.tree.leaves(state))
+        steps, new = tx.update(updates, state, params, context=context, **extra_args)
         return steps, outside.unflatten(jax.tree.leaves(new))
 
     return optax.GradientTransformationExtraArgs(init, update)

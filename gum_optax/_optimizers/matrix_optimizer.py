@@ -28,7 +28,9 @@ import jax.numpy as jnp
 import optax
 
 from .._core.checks import check_number, check_rule, is_function
-from .._core.trees import split
+from .._core.context import NO_CONTEXT, MatrixContext
+from .._core.trees import leaves_of_prefix, split
+from .._core.turns import Turn, WholeStep
 from .._matrices.as_matrices import as_matrices
 from .._matrices.decisions import Decisions
 from .._matrices.dimension_numbers import Entry, WeightDimensionNumbers
@@ -52,6 +54,18 @@ def _decays(weight_decay: Any) -> bool:
 def _decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransformation:
     """`optax.add_decayed_weights`, or the identity without decay."""
     return optax.add_decayed_weights(weight_decay, mask) if _decays(weight_decay) else optax.identity()
+
+
+def _mask_for(tree: Any, mask: Any, turn: WholeStep) -> Any:
+    """The mask of the weight decay for one tree."""
+
+    def of(whole):
+        return mask(whole) if is_function(mask) else mask
+
+    if mask is None or not isinstance(turn, Turn):
+        return of(tree)
+    by_leaf = turn.of_whole(tree, lambda whole: leaves_of_prefix(of(whole), whole))
+    return jax.tree.structure(tree).unflatten(by_leaf)
 
 
 def _rescaling(scale: Scale) -> Callable[[Any], optax.GradientTransformation]:
@@ -150,12 +164,12 @@ def matrix_optimizer(
         check_rule(name, optax.identity() if given is None else given)
     decisions = Decisions(weight_dimension_numbers)
 
-    def routed(tree):
+    def routed(tree, turn=NO_CONTEXT.turn):
         """The transformation for one tree; functions of the parameters get the whole tree, nothing masked."""
         treedef = jax.tree.structure(tree)
-        entries = decisions.of(tree)
+        entries = turn.of_whole(tree, decisions.of)
         dims = treedef.unflatten(entries)
-        mask = weight_decay_mask(tree) if is_function(weight_decay_mask) else weight_decay_mask
+        mask = _mask_for(tree, weight_decay_mask, turn)
         descent = optax.chain(
             _decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(learning_rate)
         )
@@ -172,8 +186,8 @@ def matrix_optimizer(
         _check_matrices(params, entries)
         return routed(params).init(params)
 
-    def update(updates, state, params=None, **extra_args):
-        return routed(updates).update(updates, state, params, **extra_args)
+    def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
+        return routed(updates, context.turn).update(updates, state, params, context=context, **extra_args)
 
     named = with_axis_names(skip_leaves(optax.GradientTransformationExtraArgs(init, update)))
     init_and_warn = decisions.warning_at_init(named.init)

@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array
 
 from .._core.checks import check_function, check_number
+from .._core.context import NO_CONTEXT, MatrixContext
 from .._linalg.normalizers import Normalizer, outputs_first, sign_lmo, spectral_lmo, unit_rows
 from .._matrices.as_matrices import as_matrices
 from .._matrices.dimension_numbers import WeightDimensionNumbers, names_of
@@ -87,9 +88,24 @@ def scion(
         weight_decay_mask=weight_decay_mask,
         weight_dimension_numbers=weight_dimension_numbers,
         others=others,
-        others_rule=optax.chain(averaged, optax.partition(steepest, _balls)),
+        others_rule=optax.chain(averaged, _partition(steepest)),
         wide=False,
     )
+
+
+def _partition(rules: dict[Hashable, optax.GradientTransformation]) -> optax.GradientTransformation:
+    """The rules of the balls, each for its leaves; the names of the whole tree decide."""
+
+    def init(params):
+        return optax.partition(rules, _balls).init(params)
+
+    def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
+        balls = context.turn.of_whole(updates, lambda whole: jax.tree.leaves(_balls(whole)))
+        labels = jax.tree.structure(updates).unflatten(balls)
+        of_leaves = optax.partition(rules, lambda _: labels)
+        return of_leaves.update(updates, state, params, context=context, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _balls(params: optax.Params) -> Any:

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from .._core.context import NO_CONTEXT
 from .._core.trees import key_name
+from .._core.turns import Turn
 
 Names = tuple[str, ...]
 Decided = tuple[str, str, int]  # a field of a low-rank state, an argument, the axis that it decides
@@ -165,6 +167,8 @@ def with_clear_errors(tx: optax.GradientTransformation) -> optax.GradientTransfo
         try:
             steps, new = tx.update(updates, state, params, **extra_args)
         except Exception:
+            if isinstance(extra_args.get("context", NO_CONTEXT).turn, Turn):
+                raise  # a turn has parts of the state
             _check_together(tx, updates, state, params)
             raise
         if list(map(type_of, jax.tree.leaves(new))) != list(map(type_of, jax.tree.leaves(state))):

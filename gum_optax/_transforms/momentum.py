@@ -9,7 +9,7 @@ from jaxtyping import Array, BFloat16, Float, Int, PRNGKeyArray
 
 from .._core.checks import check_adam, check_number
 from .._core.context import NO_CONTEXT, MatrixContext
-from .._core.keys import key_data, streams
+from .._core.keys import RowKey, bits16, key_data
 from .._linalg.numerics import LARGEST
 from .._linalg.rounding import round_by
 
@@ -21,13 +21,13 @@ class RoundedTrace(NamedTuple):
     trace: optax.Updates  # the momentum, each leaf (*, m, n) bfloat16
 
 
-def round_stochastically(key: PRNGKeyArray, x: Float[Array, "*shape"]) -> BFloat16[Array, "*shape"]:
+def round_stochastically(key: PRNGKeyArray | RowKey, x: Float[Array, "*shape"]) -> BFloat16[Array, "*shape"]:
     """Round to one of the two bfloat16 numbers around `x`, so that the mean of the result is `x`.
 
     Rounding to nearest would lose every change below a 512th of the momentum. An average at `β = 0.95` of
     steady gradients of one sign ends there. (Gupta et al., arXiv 1502.02551.)
     """
-    return round_by(jax.random.bits(key, x.shape, jnp.uint16), x, jnp.bfloat16)
+    return round_by(bits16(key, x.shape), x, jnp.bfloat16)
 
 
 def trace(decay: Any, nesterov: bool = False, dtype: Any = None) -> optax.GradientTransformationExtraArgs:
@@ -50,10 +50,10 @@ def trace(decay: Any, nesterov: bool = False, dtype: Any = None) -> optax.Gradie
         zeros = jax.tree.map(lambda x: jnp.zeros_like(x, stored_dtype), params)
         return RoundedTrace(jnp.zeros((), jnp.int32), zeros) if is_rounded else optax.TraceState(zeros)
 
-    def rounded(momentum, count):
+    def rounded(momentum, count, turn):
         leaves, treedef = jax.tree.flatten(momentum)
         # Any seed will do: the noise only has to differ between leaves and between steps.
-        keys = streams(key_data(0), count, len(leaves))
+        keys = map(turn.row_key, turn.keys(momentum, key_data(0), count))
         return treedef.unflatten(map(round_stochastically, keys, leaves))
 
     def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
@@ -65,7 +65,7 @@ def trace(decay: Any, nesterov: bool = False, dtype: Any = None) -> optax.Gradie
             )
 
         momentum = ahead(state.trace)
-        stored = rounded(momentum, state.count) if is_rounded else momentum
+        stored = rounded(momentum, state.count, context.turn) if is_rounded else momentum
         if context.accept is not None:
             stored = context.accept.keep_if_rejected(stored, state.trace)
         if is_rounded:

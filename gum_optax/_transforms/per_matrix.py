@@ -46,6 +46,8 @@ def per_matrix(
     def update_all(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
         del params, extra_args
         accept = context.accept
+        if context.turn.is_probe:
+            return updates, state
         count, *arrays = state
         count = jnp.asarray(optax.safe_increment(count))
 

@@ -12,6 +12,7 @@ from .._core.acceptance import Acceptance
 from .._core.context import NO_CONTEXT, MatrixContext
 from .._core.measurements import Measurements
 from .._core.trees import concrete, leaf_indices_of
+from .._core.turns import Turn
 from .._linalg.numerics import is_finite
 
 
@@ -40,6 +41,18 @@ def _by_leaf(updates: Any, measurements: Measurements | None) -> Acceptance:
     return Acceptance(all_leaves, by_leaf)
 
 
+def _in_turn(updates: Any, turn: Turn) -> Acceptance:
+    """The acceptance of a step that is taken layer by layer: a layer accepts if all its leaves do.
+
+    In the last turn, which has no leaf of its own, the state that layers share accepts if all layers have.
+    """
+    rows = zip(jax.tree.leaves(updates), turn.are_live(updates), strict=True)
+    accepted = is_finite(*[x for x, is_live in rows if is_live]) & turn.is_accepted
+    all_turns = turn.accumulate(jnp.asarray(True), lambda before: before & accepted)
+    accepted = all_turns if turn.is_last else accepted
+    return Acceptance(accepted, dict.fromkeys(leaf_indices_of(updates), accepted))
+
+
 def _skipping(
     acceptance_of: Any, inner: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:
@@ -51,13 +64,19 @@ def _skipping(
 
     def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
         outer = context.accept
-        own = acceptance_of(updates, context.measurements) if outer is None else Acceptance(outer.all_leaves)
+        if context.turn.is_probe:
+            own = Acceptance(jnp.asarray(True))
+        elif outer is None and isinstance(context.turn, Turn):
+            own = _in_turn(updates, context.turn)
+        elif outer is None:
+            own = acceptance_of(updates, context.measurements)
+        else:
+            own = Acceptance(outer.all_leaves)
         context = dataclasses.replace(context, accept=own)
         steps, new = taking.update(updates, state.inner, params, context=context, **extra_args)
         steps = _steps(own, steps, updates if params is None else params)
-        return steps, SkipNonFiniteState(
-            state.skipped + ~own.all_leaves, own.keep_rest_if_rejected(new, state.inner)
-        )
+        skipped = context.turn.mark(state.skipped + ~own.all_leaves)
+        return steps, SkipNonFiniteState(skipped, own.keep_rest_if_rejected(new, state.inner))
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 

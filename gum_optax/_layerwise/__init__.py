@@ -1,0 +1,1 @@
+"""A training step that takes one layer after the other."""

@@ -1,0 +1,370 @@
+"""A step that takes one layer after the other is the step of the whole gradient."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from layerwise_model import (
+    LAYERS,
+    WIDTH,
+    batch,
+    embed,
+    gap,
+    head,
+    layer,
+    layer_by_layer,
+    loss,
+    ordinary,
+    params,
+    run,
+    small_gum,
+)
+
+import gum_optax as go
+from gum_optax._core.keys import RowKey, bits16, normal
+
+from helpers import CORE, LOW_RANK, OPTIMIZERS
+
+STEPS = 9  # three periods of three
+
+
+def both(tx, start=None, steps=STEPS, model=None, **options):
+    """The ordinary run and the run layer by layer."""
+    start = params() if start is None else start
+    data = [batch(step) for step in range(steps)]
+    of_model = {} if model is None else {"layer": model}
+    whole = functools.partial(loss, **of_model)
+    return (
+        run(ordinary(tx, whole), tx, start, data),
+        run(layer_by_layer(tx, **of_model, **options), tx, start, data),
+    )
+
+
+def check_equal(tx, start=None, steps=STEPS, **options):
+    """Parameters to 1e-5, the same losses, counts, draws and metrics."""
+    (expected, state, losses), (found, other, values) = both(tx, start, steps, **options)
+    assert gap(found, expected) < 1e-5
+    np.testing.assert_allclose(values, losses, rtol=1e-5)
+    assert jax.tree.structure(other) == jax.tree.structure(state)
+    for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(state), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        if jnp.issubdtype(a.dtype, jnp.integer):
+            np.testing.assert_array_equal(a, b)  # counts, keys and draws
+    measured, metrics = go.metrics(other), go.metrics(state)
+    assert measured.keys() == metrics.keys()
+    for name, value in metrics.items():
+        # The residual's share is the root of a small difference.
+        np.testing.assert_allclose(measured[name], value, rtol=1e-4, atol=1e-4, err_msg=name)
+    return state
+
+
+def optimizer(name):
+    make, keywords = OPTIMIZERS[name]
+    # Scion's steps are signs: at a large rate a rounding decides which way a small run goes.
+    return make(2**-12 if name == "scion" else 1e-2, weight_decay=0.1, **keywords)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (name not in CORE)) for name in OPTIMIZERS]
+)
+def test_every_optimizer_steps_as_for_the_whole_gradient(name):
+    state = check_equal(optimizer(name))
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("make", [optax.sgd, optax.adamw, optax.lion])
+def test_optaxs_rules_for_each_number_step_so_too(make):
+    schedule = optax.linear_schedule(1e-2, 1e-3, STEPS)
+    check_equal(make(schedule))
+
+
+def test_random_subspaces_are_those_that_the_stack_would_draw():
+    check_equal(go.golore(1e-2, **LOW_RANK, random_after=0), steps=7)
+    check_equal(go.galore_muon(1e-2, **LOW_RANK, find_subspace=go.sketched_subspace), steps=4)
+
+
+def test_a_row_draws_the_numbers_of_its_stack():
+    key = jax.random.key(3)
+    for row in range(5):
+        one = RowKey(key, jnp.int32(row), 5)
+        np.testing.assert_array_equal(
+            bits16(one, (1, 4, 3))[0], jax.random.bits(key, (5, 4, 3), jnp.uint16)[row]
+        )
+        np.testing.assert_array_equal(normal(one, (1, 4, 3))[0], jax.random.normal(key, (5, 4, 3))[row])
+        assert jax.random.key_data(one.own()).tolist() != jax.random.key_data(key).tolist()
+
+
+@pytest.mark.parametrize("make", [small_gum, functools.partial(go.muon, 1e-2)])
+def test_momenta_in_bfloat16_round_as_in_the_stack(make):
+    """One step: in a longer run a rounding of float32 may decide a rounding of bfloat16."""
+    tx = make(momentum_dtype="bfloat16")
+    (expected, state, _), (found, other, _) = both(tx, steps=1)
+    assert gap(found, expected) < 1e-5
+    rounded = [x for x in jax.tree.leaves(state) if x.dtype == jnp.bfloat16]
+    again = [x for x in jax.tree.leaves(other) if x.dtype == jnp.bfloat16]
+    differ = sum(int(jnp.sum(a != b)) for a, b in zip(again, rounded, strict=True))
+    count = sum(x.size for x in rounded)
+    assert count > 300
+    assert differ < count / 100
+
+
+def test_layers_may_be_separate_trees():
+    check_equal(small_gum(weight_decay=0.1), params(stacked=False), steps=7)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["adamw", "golore", "scion", "cosmos"])
+def test_other_optimizers_take_separate_trees_too(name):
+    tx = optax.adamw(1e-2) if name == "adamw" else optimizer(name)
+    check_equal(tx, params(stacked=False), steps=7)
+
+
+def test_blocks_of_several_shapes_parts_of_kernels_and_experts():
+    """A fused kernel of two parts, three experts in each layer, and a sampled matrix in the head."""
+    start = params(shapes={"fused": (WIDTH, 2 * WIDTH), "experts": (3, WIDTH, WIDTH)})
+    start["head"]["proj"] = {"kernel": start["layers"]["q"]["kernel"][0] / 2}
+
+    def model(own, x):
+        a, b = jnp.split(x @ own["fused"]["kernel"], 2, axis=-1)
+        mixed = jnp.einsum("btd,edf->btf", a, own["experts"]["kernel"])
+        return layer(own, x) + jnp.sin(b) * jnp.tanh(mixed)
+
+    numbers = {
+        "*/fused/kernel": go.Parts((WIDTH, WIDTH)),
+        "*/experts/kernel": go.LAST_TWO,
+        "head/proj/*": go.LAST_TWO,
+    }
+    tx = small_gum(weight_dimension_numbers=numbers)
+    state = check_equal(tx, start, steps=7, model=model)
+    # q, k, both parts and the experts of every layer, and the matrix of the head
+    assert go.metrics(state).keys() >= {
+        f"sampled/6x6/{slot}" for slot in range(round(0.3 * (7 * LAYERS + 1)))
+    }
+
+
+def test_masks_labels_and_other_rules_see_the_whole_tree():
+    def mask(tree):
+        return jax.tree.map(lambda x: x.ndim > 2, tree)
+
+    def labels(tree):
+        first = jax.tree.map(lambda x: "few" if x.shape[-2:] == (2, WIDTH) else "gum", tree["layers"])
+        return {"embed": "gum", "layers": first, "head": "gum"}
+
+    tx = small_gum(weight_decay=0.3, weight_decay_mask=mask, others=optax.lion(1e-3))
+    check_equal(optax.partition({"gum": tx, "few": optax.set_to_zero()}, labels), steps=4)
+
+
+def test_parameters_in_bfloat16():
+    start = params(dtype=jnp.bfloat16)
+    (expected, _, _), (found, _, _) = both(small_gum(), start, steps=1)
+    rows = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    for a, b in rows:
+        assert a.dtype == jnp.bfloat16
+        # a rounding of the parameter
+        np.testing.assert_allclose(jnp.float32(a), jnp.float32(b), rtol=2**-7, atol=2**-9)
+
+
+def test_a_loss_that_is_not_finite_changes_the_count_of_skipped_steps_alone():
+    tx = small_gum(weight_decay=0.1)
+    step = layer_by_layer(tx, head=lambda own, x, data: head(own, x, data) * data[2])
+    data = [(*batch(i), jnp.float32(1)) for i in range(5)]
+    spoilt = [(*batch(i), jnp.float32(jnp.nan if i in (0, 3, 6) else 1)) for i in range(8)]
+    kept = [x for x in spoilt if jnp.isfinite(x[2])]
+    expected, state, _ = run(step, tx, params(), kept)
+    found, other, losses = run(step, tx, params(), spoilt)
+    assert len(data) == len(kept) == 5
+    assert [i for i, x in enumerate(losses) if not np.isfinite(x)] == [0, 3, 6]
+    assert int(other.skipped) == 3
+    jax.tree.map(np.testing.assert_array_equal, (found, other.inner), (expected, state.inner))
+
+
+def test_a_plain_rule_of_optax_skips_a_loss_that_is_not_finite_too():
+    tx = optax.adam(1e-2)
+    step = layer_by_layer(tx, head=lambda own, x, data: head(own, x, data) * jnp.inf)
+    found, state, _ = run(step, tx, params(), [batch(0)])
+    jax.tree.map(np.testing.assert_array_equal, (found, state), (params(), tx.init(params())))
+
+
+@jax.custom_vjp
+def spoilt_if(x, is_spoilt):
+    """`x`, whose gradient is NaN if `is_spoilt`."""
+    del is_spoilt
+    return x
+
+
+spoilt_if.defvjp(
+    lambda x, is_spoilt: (x, is_spoilt), lambda yes, dx: (jnp.where(yes, jnp.nan, dx), jnp.zeros_like(yes))
+)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_a_gradient_that_is_not_finite_leaves_its_layer_as_it_was(stacked):
+    """The first layer's matrix gets a gradient of NaN behind a finite loss; the others step as they would."""
+    tx = small_gum()
+    start = params(stacked=stacked)
+    if stacked:
+        start["layers"]["flag"] = jnp.zeros(LAYERS).at[0].set(1)
+    else:
+        start["layers"] = [own | {"flag": jnp.float32(i == 0)} for i, own in enumerate(start["layers"])]
+
+    def spoilt(own, x):
+        q = spoilt_if(own["q"]["kernel"], jax.lax.stop_gradient(own["flag"]) > 0.5)
+        return layer(own | {"q": {"kernel": q}}, x)
+
+    def sound(own, x):
+        return layer(own, x) + 0 * jnp.sum(own["flag"])
+
+    expected, state, _ = run(layer_by_layer(tx, layer=sound), tx, start, [batch(0)])
+    found, other, losses = run(layer_by_layer(tx, layer=spoilt), tx, start, [batch(0)])
+    assert np.isfinite(losses).all()
+    assert int(other.skipped) == 1
+    assert int(state.skipped) == 0
+
+    def row(tree, i):
+        return jax.tree.map(lambda x: x[i], tree["layers"]) if stacked else tree["layers"][i]
+
+    jax.tree.map(np.testing.assert_array_equal, row(found, 0), row(start, 0))
+    for i in range(1, LAYERS):
+        jax.tree.map(np.testing.assert_array_equal, row(found, i), row(expected, i))
+    assert gap(row(expected, 0)["up"], row(start, 0)["up"]) > 1e-4
+    jax.tree.map(np.testing.assert_array_equal, found["embed"], expected["embed"])
+    # What all layers share stays, as after any step that a leaf skips.
+    rule = other.inner.inner_states["matrices"].inner_state[0]
+    assert int(rule.count) == int(rule.refreshes) == 0
+
+
+def refused(tx, message, start=None, error=ValueError, functions=(embed, layer, head), **options):
+    start = params() if start is None else start
+    state = jax.eval_shape(tx.init, params(stacked=not isinstance(start.get("layers"), list)))
+    with pytest.raises(error, match=re.escape(message)):  # traced only, not run
+        jax.eval_shape(
+            lambda state, start: go.layerwise_update(tx, *functions, batch(0), state, start, **options),
+            state,
+            start,
+        )
+
+
+CLIPPED = optax.chain(optax.clip_by_global_norm(1.0), small_gum())
+
+
+@pytest.mark.parametrize(
+    ("tx", "message"),
+    [
+        (CLIPPED, "embed/embedding depends on the gradient of head and layers"),
+        (optax.apply_if_finite(optax.sgd(0.1), 3), "per_layer=True"),
+        (
+            optax.MultiSteps(small_gum(), 2).gradient_transformation(),
+            "projected_update averages microbatches",
+        ),
+        (optax.lamb(0.1), "depends on the gradient of all layers at once"),
+        (small_gum(others=optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0))), "embed/embedding"),
+    ],
+    ids=["clipped", "apply_if_finite", "MultiSteps", "lamb", "clipped others"],
+)
+def test_what_needs_several_gradients_at_once_is_refused(tx, message):
+    refused(tx, message)
+
+
+def test_a_rule_without_the_turn_of_its_layer_is_refused_always():
+    tx = optax.MultiSteps(go.sinkgd(0.1), 2).gradient_transformation()
+    refused(tx, "without the extra arguments of its update", per_layer=True)
+
+
+def test_a_norm_may_be_one_of_each_layer():
+    """The clipped step of one layer depends on its own gradient: SGD steps have norm one at most."""
+    tx = optax.chain(optax.clip_by_global_norm(0.01), optax.sgd(1.0))
+    start = params()
+    found, _, _ = run(layer_by_layer(tx, per_layer=True), tx, start, [batch(0)])
+    steps = jax.tree.map(jnp.subtract, found, start)
+    norms = [optax.global_norm(jax.tree.map(lambda x, i=i: x[i], steps["layers"])) for i in range(LAYERS)]
+    np.testing.assert_allclose([*norms, optax.global_norm(steps["head"])], 0.01, rtol=1e-4)
+
+
+def test_arguments_that_do_not_fit_are_refused():
+    tx = optax.sgd(0.1)
+    refused(tx, "must have the entries 'embed', 'layers' and 'head'", {"embed": jnp.ones(3)})
+    unequal = params(stacked=False)
+    unequal["layers"][1]["q"]["kernel"] = jnp.ones((2, 2))
+    refused(tx, "a sequence of equal trees", unequal)
+    ragged = params()
+    ragged["layers"]["q"]["kernel"] = jnp.ones((LAYERS + 1, WIDTH, WIDTH))
+    refused(tx, "whose first axis counts the layers", ragged)
+    refused(tx, "layer", error=TypeError, functions=(embed, None, head))
+    numbers = {"layers/q/kernel": optax.contrib.MuonDimensionNumbers(0, 1)}
+    refused(small_gum(weight_dimension_numbers=numbers), "count the layers of a stack among the axes")
+    differently = {"layers/0/q/*": None}
+    tx = small_gum(weight_dimension_numbers=differently)
+    refused(tx, "layers that the optimizer treats alike", params(stacked=False))
+
+
+def test_a_head_may_read_the_embedding():
+    tx = small_gum()
+    start = params()
+    del start["head"]["lm_head"]
+
+    def tied(own, x, data, table):
+        return head(own | {"lm_head": {"kernel": table["embedding"].T}}, x, data)
+
+    def whole(params, data):
+        x = embed(params["embed"], data)
+        x, _ = jax.lax.scan(lambda x, own: (layer(own, x), None), x, params["layers"])
+        return tied(params["head"], x, data, params["embed"])
+
+    data = [batch(i) for i in range(4)]
+    expected, _, _ = run(ordinary(tx, whole), tx, start, data)
+    found, _, _ = run(layer_by_layer(tx, head=tied, tied=True), tx, start, data)
+    assert gap(found, expected) < 1e-5
+
+
+def test_layers_read_what_is_closed_over_and_carry_trees():
+    """A mask from the batch that every layer reads, and a penalty that every layer adds to."""
+    tx = optax.adamw(1e-2)
+
+    def functions(data):
+        mask = (data[0] % 2)[..., None]
+
+        def model(own, x):
+            h = layer(own, x["h"] * mask)
+            return {"h": h, "penalty": x["penalty"] + jnp.mean(h**2)}
+
+        return model
+
+    def start_of(own, data):
+        return {"h": embed(own, data), "penalty": jnp.float32(0)}
+
+    def end_of(own, x, data):
+        return head(own, x["h"], data) + 0.1 * x["penalty"]
+
+    def whole(params, data):
+        x = start_of(params["embed"], data)
+        x, _ = jax.lax.scan(lambda x, own: (functions(data)(own, x), None), x, params["layers"])
+        return end_of(params["head"], x, data)
+
+    def step(params, state, data):
+        value, params, state = go.layerwise_update(tx, start_of, functions(data), end_of, data, state, params)
+        return params, state, value
+
+    data = [batch(i) for i in range(3)]
+    expected, _, losses = run(ordinary(tx, whole), tx, params(), data)
+    found, _, values = run(jax.jit(step), tx, params(), data)
+    assert gap(found, expected) < 1e-5
+    np.testing.assert_allclose(values, losses, rtol=1e-5)
+
+
+def test_apply_takes_the_place_of_apply_updates():
+    """It sees whole trees, in which the leaves of other turns are zeros, and the turn."""
+    tx = optax.sgd(1.0)
+
+    def halved(params, updates, context):
+        whole = context.turn.whole(params)
+        assert whole["layers"]["q"]["kernel"].shape == (LAYERS, WIDTH, WIDTH)
+        assert params["layers"]["q"]["kernel"].shape == (1, WIDTH, WIDTH)
+        return jax.tree.map(lambda p, u: p + u / 2, params, updates)
+
+    found, _, _ = run(layer_by_layer(tx, apply=halved), tx, params(), [batch(0)])
+    expected, _, _ = run(ordinary(optax.sgd(0.5)), tx, params(), [batch(0)])
+    assert gap(found, expected) < 1e-6

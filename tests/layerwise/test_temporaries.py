@@ -1,0 +1,96 @@
+"""Temporaries of whole training steps, gradients and activations included: exact, so a test."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import gum_optax as go
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import layerwise  # noqa: E402
+
+SMALL = layerwise.MODELS["64"]
+
+
+def share_of(kind, tx, model=SMALL, dtype=jnp.float32):
+    row = layerwise.measure(kind, tx, model, 128, dtype)
+    return row["temporaries"] / row["gradients"]
+
+
+def test_half_of_the_gradients_on_a_cpu():
+    """Twelve layers of width 512; the gradients alone are 1.0 in an ordinary step."""
+    tx = layerwise.optimizers(64, jnp.float32)["gum"]()
+    assert share_of("layer by layer", tx, layerwise.MODELS["512"]) <= 0.5
+
+
+def test_no_stack_of_gradients_is_made():
+    """In the loop, nothing but parameters, state and what they become has an axis of twelve layers."""
+    model = SMALL._replace(layers=11)
+    tx = optax.sgd(1e-3)
+    text = layerwise.compiled("layer by layer", tx, model, 128, jnp.float32).as_text()
+    stacks = re.findall(r"%\S+ = f32\[11,64,176\]\S* ([\w-]+)\(", text)
+    assert stacks
+    assert {"broadcast", "copy", "transpose", "concatenate"}.isdisjoint(stacks)
+    ordinary = layerwise.compiled("ordinary", tx, model, 128, jnp.float32).as_text()
+    assert "broadcast" in re.findall(r"%\S+ = f32\[11,64,176\]\S* ([\w-]+)\(", ordinary)
+
+
+def test_the_step_is_that_of_the_ordinary_step():
+    model = SMALL._replace(layers=2)
+    tx = go.galore_muon(1e-2, 8, 2)
+    key = jax.random.key(0)
+    shapes = layerwise.shapes_of(model, jnp.float32)
+    leaves, treedef = jax.tree.flatten(shapes)
+    keys = jax.random.split(key, len(leaves))
+    start = treedef.unflatten(
+        [jax.random.normal(k, x.shape) * x.shape[-1] ** -0.5 for k, x in zip(keys, leaves, strict=True)]
+    )
+    tokens = jax.random.randint(key, (1, 33), 0, model.vocabulary)
+    results = []
+    for step in layerwise.STEPS.values():
+        params, state = start, tx.init(start)
+        one = jax.jit(step(tx, model))
+        for _ in range(3):
+            params, state, _ = one(params, state, tokens)
+        results.append(params)
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        assert float(jnp.abs(a - b).max() / jnp.abs(a).max()) < 1e-5
+
+
+def test_the_script_adds_to_what_was_measured(tmp_path):
+    for name in ("optax.sgd", "optax.adamw"):
+        layerwise.main(["--width", "64", "--optimizers", name, "--out", str(tmp_path)])
+    (found,) = json.loads((tmp_path / "layerwise.json").read_text())["settings"].values()
+    assert len(found["rows"]) == 4
+    for name in ("optax.sgd", "optax.adamw"):
+        ordinary, by_layer = (found["rows"][f"`{name}`, {kind}"]["temporaries"] for kind in layerwise.STEPS)
+        assert by_layer < ordinary
+    assert (tmp_path / "layerwise.md").read_text().count("layer by layer |") == 2
+
+
+GPU_BUDGETS = {"512": 0.3, "2048": 0.2}
+INSTALL = "needs XLA's CUDA plugin: nox -s gpu, or pip install --no-deps jax-cuda12-pjrt jax-cuda12-plugin"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason=INSTALL)
+@pytest.mark.parametrize("width", GPU_BUDGETS)
+def test_a_fraction_of_the_gradients_on_a_gpu(width, tmp_path):
+    """In a process of its own: a plugin of CUDA changes which devices JAX looks for."""
+    command = [sys.executable, "benchmarks/layerwise.py", "--chip", "h200", "--width", width]
+    command += ["--optimizers", "gum", "--steps", "layer by layer", "--out", str(tmp_path)]
+    env = os.environ | {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "XLA_FLAGS": ""}
+    subprocess.run(command, cwd=ROOT, env=env, check=True)
+    (found,) = json.loads((tmp_path / "layerwise.json").read_text())["settings"].values()
+    (row,) = found["rows"].values()
+    assert row["temporaries"] <= GPU_BUDGETS[width] * row["gradients"]
