@@ -49,7 +49,7 @@ def scale_as_inside() -> optax.GradientTransformationExtraArgs:
     """
 
     def update(updates, state, params=None, **extra_args):
-        del params
+        del state, params
         if "steps" not in extra_args:
             raise ValueError(
                 "scale_as_inside is a rule for low_rank(residual=...), which passes it the steps."
@@ -58,7 +58,9 @@ def scale_as_inside() -> optax.GradientTransformationExtraArgs:
         def scaled(x, r, s):
             return x * (norm(s, -2) * safe_reciprocal(norm(r, -2)))
 
-        return jax.tree.map(scaled, updates, extra_args["coordinates"], extra_args["steps"]), state
+        return jax.tree.map(
+            scaled, updates, extra_args["coordinates"], extra_args["steps"]
+        ), optax.EmptyState()
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 

@@ -51,11 +51,11 @@ def _stateless(
     """Map the leaves; sharded ones are not stacked, for their shardings may differ."""
 
     def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
-        del params, extra_args
+        del state, params, extra_args
         if context.turn.is_probe:
-            return updates, state
+            return updates, optax.EmptyState()
         is_sharded = any(view.sharding for view in jax.tree.leaves(context.views))
         map_all = map_sharded if is_sharded else map_leaves
-        return map_all(lambda g: method(g.astype(jnp.float32)), updates), state
+        return map_all(lambda g: method(g.astype(jnp.float32)), updates), optax.EmptyState()
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)

@@ -38,13 +38,15 @@ def orthogonalize(
     jitted = jax.jit(method)  # all leaves of one shape share one trace
 
     def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
-        del params, extra_args
+        del state, params, extra_args
         if context.turn.is_probe:
-            return updates, state
+            return updates, optax.EmptyState()
         views = views_beside(updates, context.views)
         if not any(view.sharding for view in jax.tree.leaves(views)):
-            return map_leaves(jitted, updates), state
+            return map_leaves(jitted, updates), optax.EmptyState()
         # Do not stack leaves that have different shardings.
-        return map_sequentially(lambda view, x: distribute(jitted, x, view.sharding), views, updates), state
+        return map_sequentially(
+            lambda view, x: distribute(jitted, x, view.sharding), views, updates
+        ), optax.EmptyState()
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)

@@ -340,9 +340,9 @@ def test_what_gum_sends_on_eight_devices_is_within_its_budget(tmp_path):
     )
     check_budgets(found)
     counts = exchanges(printed)
-    # A Gram matrix for each of the 8 blocks (on n and 2 × 4), the slots' Gram matrices, their transfers, and
-    # the coordinates where the projected side is sharded.
-    assert [counts["gum", layout] for layout in found["gum"]] == [10, 5, 16, 10]
+    # A Gram matrix for each of the 8 blocks where the projected side is whole (on n), the slots' Gram
+    # matrices, their transfers, and the coordinates where the projected side is sharded.
+    assert [counts["gum", layout] for layout in found["gum"]] == [10, 5, 9, 10]
     assert max(counts["sinkgd", layout] for layout in found["gum"]) <= 12
     # The cost to bring every matrix to one device and back; 2-D along one mesh axis after the other.
     assert [found["muon"][layout][0] for layout in found["gum"]] == [28, 28, 40, 32]
