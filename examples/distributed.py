@@ -5,8 +5,9 @@
 
 There are three ways to share the work, all with the same loss. `--parallel fsdp` splits every matrix and its
 state over all devices. `data` keeps them whole on each device. `projected` keeps them whole, too, but sends
-and accumulates projected gradients (`--microbatches`). The same command continues from the newest checkpoint,
-on any number of devices.
+and accumulates projected gradients (`--microbatches`). With `--layerwise`, `fsdp` and `data` take the step of
+one layer after the other, and never hold the gradients of all. The same command continues from the newest
+checkpoint, on any number of devices.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 import gum_optax as go
 
 from corpus import Corpus
-from llama import SIZES, Llama, next_token_loss
+from llama import SIZES, Layered, Llama, next_token_loss
 from options import positive, rate, seed
 from training import RunError, StopSignal, check_settings
 
@@ -47,7 +48,12 @@ def parser() -> argparse.ArgumentParser:
         "--microbatches",
         type=positive,
         default=1,
-        help="microbatches in a step, with --parallel projected (default: 1)",
+        help="microbatches in a step, with --parallel projected or --layerwise (default: 1)",
+    )
+    p.add_argument(
+        "--layerwise",
+        action="store_true",
+        help="step one layer after the other, with --parallel fsdp or data",
     )
     p.add_argument("--seq", type=positive, default=128, help="tokens in a window (default: 128)")
     p.add_argument("--lr", type=rate, default=3e-3, help="learning rate of the matrices (default: 3e-3)")
@@ -114,16 +120,21 @@ class Run:
         # The matrix units of accelerators want bfloat16; a CPU has no such units.
         dtype = jnp.float32 if mesh.devices.flat[0].platform == "cpu" else jnp.bfloat16
         make = functools.partial(Llama, SIZES[options.model], dtype=dtype)
-        self.graph, _ = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))), nnx.Param)
-        self.weights = lambda: nnx.split(make(rngs=nnx.Rngs(options.seed)), nnx.Param)[1]
+        model = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
+        self.graph, _ = nnx.split(model, nnx.Param)
+        self.layered = Layered(model)
+        divide = Layered.divide if options.layerwise else lambda params: params
+        self.weights = lambda: divide(nnx.split(make(rngs=nnx.Rngs(options.seed)), nnx.Param)[1])
         shapes = jax.eval_shape(self.weights)
         shardings = shardings_of(shapes, mesh, options.parallel)
         self.tx = optimizer(options, shardings)
         self.shapes = shapes, jax.eval_shape(self.tx.init, shapes)
         self.shardings = shardings, go.state_shardings(self.tx, shapes, shardings)
         self.split, whole = NamedSharding(mesh, P(None, "data")), NamedSharding(mesh, P())
+        kind = "layerwise" if options.layerwise else options.parallel
+        steps = {"layerwise": self.layerwise_step, "projected": self.projected_step}
         self.step = jax.jit(
-            self.projected_step if options.parallel == "projected" else self.plain_step,
+            steps.get(kind, self.plain_step),
             donate_argnums=0,
             in_shardings=(self.shardings, self.split),
             out_shardings=(self.shardings, whole),
@@ -146,6 +157,16 @@ class Run:
         loss, gradients = jax.value_and_grad(self.loss)(params, batches[0])
         updates, opt_state = self.tx.update(gradients, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), loss
+
+    def layerwise_step(self, state: Any, batches: jax.Array) -> tuple[Any, jax.Array]:
+        """The same step, one layer after the other."""
+        params, opt_state = state
+        count, own = self.options.microbatches, self.layered
+        tokens = batches if count > 1 else batches[0]
+        loss, params, opt_state = go.layerwise_update(
+            self.tx, own.embed, own.layer, own.head, tokens, opt_state, params, microbatches=count
+        )
+        return (params, opt_state), loss
 
     def projected_step(self, state: Any, batches: jax.Array) -> tuple[Any, jax.Array]:
         """The same step from gradients that are projected before the devices average them."""
@@ -173,7 +194,9 @@ SETTINGS = ("model", "steps", "batch", "seq", "lr", "others_lr", "period", "seed
 
 
 def settings_of(options: argparse.Namespace, corpus: Corpus) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in SETTINGS} | {"text": corpus.name}
+    found = {name: getattr(options, name) for name in SETTINGS} | {"text": corpus.name}
+    # Such a run has its parameters in another tree; checkpoints made before the option existed have none.
+    return found | {"layerwise": options.layerwise or None}
 
 
 def restored(
@@ -217,8 +240,10 @@ def check(options: argparse.Namespace) -> None:
             f"--batch {options.batch} must be a multiple of {windows}: {jax.device_count()} devices with"
             f" {options.microbatches} microbatches each."
         )
-    if options.microbatches > 1 and options.parallel != "projected":
-        raise RunError(f"--microbatches is for --parallel projected, not {options.parallel}.")
+    if options.layerwise and options.parallel == "projected":
+        raise RunError("--layerwise is for --parallel fsdp or data, not projected.")
+    if options.microbatches > 1 and options.parallel != "projected" and not options.layerwise:
+        raise RunError(f"--microbatches is for --parallel projected or --layerwise, not {options.parallel}.")
     if "://" not in options.out and Path(options.out).exists() and not Path(options.out).is_dir():
         raise RunError(f"{options.out} is a file; give a new directory as --out.")
 

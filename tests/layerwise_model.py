@@ -12,21 +12,21 @@ import gum_optax as go
 LAYERS, WIDTH, WIDE, VOCABULARY = 4, 6, 9, 11
 
 
-def params(*, stacked=True, dtype=jnp.float32, shapes=None):
+def params(*, stacked=True, dtype=jnp.float32, shapes=None, width=WIDTH, wide=WIDE):
     """Layers with two shapes of matrices, a norm, and a matrix no larger than the rank."""
     rng = np.random.default_rng(0)
 
     def array(*shape):
         return jnp.asarray(rng.normal(size=shape) / 2, dtype)
 
-    kernels = {"q": (WIDTH, WIDTH), "k": (WIDTH, WIDTH), "up": (WIDTH, WIDE), "down": (WIDE, WIDTH)}
-    kernels |= {"few": (2, WIDTH)} | (shapes or {})
+    kernels = {"q": (width, width), "k": (width, width), "up": (width, wide), "down": (wide, width)}
+    kernels |= {"few": (2, width)} | (shapes or {})
     layers = {name: {"kernel": array(LAYERS, *shape)} for name, shape in kernels.items()}
-    layers["norm"] = {"scale": jnp.ones((LAYERS, WIDTH), dtype)}
+    layers["norm"] = {"scale": jnp.ones((LAYERS, width), dtype)}
     if not stacked:
         layers = [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(LAYERS)]
-    head = {"norm": {"scale": jnp.ones(WIDTH, dtype)}, "lm_head": {"kernel": array(WIDTH, VOCABULARY)}}
-    return {"embed": {"embedding": array(VOCABULARY, WIDTH)}, "layers": layers, "head": head}
+    head = {"norm": {"scale": jnp.ones(width, dtype)}, "lm_head": {"kernel": array(width, VOCABULARY)}}
+    return {"embed": {"embedding": array(VOCABULARY, width)}, "layers": layers, "head": head}
 
 
 def embed(own, batch):
@@ -55,9 +55,9 @@ def loss(params, batch, layer=layer):
     return head(params["head"], x, batch)
 
 
-def batch(step):
+def batch(step, windows=3):
     rng = np.random.default_rng(step)
-    return tuple(jnp.asarray(rng.integers(0, VOCABULARY, (3, 5))) for _ in range(2))
+    return tuple(jnp.asarray(rng.integers(0, VOCABULARY, (windows, 5))) for _ in range(2))
 
 
 def ordinary(tx, loss=loss):

@@ -421,7 +421,8 @@ def test_a_stopped_run_of_the_comparison_goes_on_to_the_bit(text, tmp_path, monk
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--microbatches", "2"], "--microbatches is for --parallel projected, not fsdp"),
+        (["--microbatches", "2"], "--microbatches is for --parallel projected or --layerwise, not fsdp"),
+        (["--parallel", "projected", "--layerwise"], "--layerwise is for --parallel fsdp or data"),
         (
             ["--parallel", "projected", "--batch", "3", "--microbatches", "2"],
             "must be a multiple of 2",

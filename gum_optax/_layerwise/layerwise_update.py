@@ -1,18 +1,17 @@
 """A training step that never holds the gradients of all layers."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from .._core.checks import check_function, check_rule
+from .._core.checks import check_function, check_integer, check_rule
 from .._core.context import MatrixContext
-from .._core.xla import depend_on
 from .division import Division
+from .layers import Layers
+from .microbatches import Microbatches
 from .refusals import check_uncoupled
 from .turns import Step
 
@@ -33,6 +32,8 @@ def layerwise_update(
     *,
     tied: bool = False,
     per_layer: bool = False,
+    keep_every: int = 1,
+    microbatches: int = 1,
     apply: Callable[..., Any] = _apply,
     **extra_args: Any,
 ) -> tuple[Float[Array, ""], Any, Any]:
@@ -71,6 +72,13 @@ def layerwise_update(
       per_layer: whether a rule that combines several gradients, such as `optax.clip_by_global_norm`, may see
         those of one layer at a time. By default such a rule is refused, for the result would not be that of
         `tx.update`.
+      keep_every: the forward pass keeps the input of every `keep_every`-th layer, and the backward pass
+        computes the others again from it. With k of L layers, L/k + k inputs are in memory, and every layer
+        but one of k runs once more. It must divide the number of layers.
+      microbatches: how many there are. If more than one, the first axis of every array of `batch` counts
+        them, as for `projected_update`. The loss and the gradients are means over them. One microbatch at a
+        time goes through a layer, and adds to the gradient of that layer alone, in float32. In memory are the
+        inputs of the layers in all microbatches.
       apply: `(params, updates, context) -> params` in place of `optax.apply_updates`, for trees in which the
         leaves of other turns are zeros: see `MatrixContext.turn`.
       extra_args: for `tx.update`.
@@ -91,66 +99,33 @@ def layerwise_update(
     for name, function in (("embed", embed), ("layer", layer), ("head", head)):
         check_function(name, function, "a function of the parameters")
     division = Division(params)
+    keep_every = check_integer("keep_every", keep_every, at_least=1)
+    if division.count % keep_every:
+        raise ValueError(f"keep_every must divide the {division.count} layers, got {keep_every}.")
     if not per_layer:
         check_uncoupled(tx, division, params, state, extra_args)
+    each = Microbatches(batch, check_integer("microbatches", microbatches, at_least=1))
+    layers = Layers(division, each, layer, keep_every)
     parts = {kind: division.divide(params).of_kind(kind)[0] for kind in ("embed", "layers", "head")}
-    x = embed(parts["embed"], batch)
-    x, inputs = _forward(division, layer, parts["layers"], x)
 
-    def loss_of(own, table, x):
+    def embed_part(own, x, batch):
+        del x
+        return embed(own, batch)
+
+    def head_part(own_and_table, x, batch):
+        own, table = own_and_table
         return head(own, x, batch, table) if tied else head(own, x, batch)
 
-    loss, pull = jax.vjp(loss_of, parts["head"], parts["embed"] if tied else None, x)
-    gradient, of_table, dx = pull(jnp.ones_like(loss))
+    x = each.outputs(embed_part, parts["embed"], None)
+    x, inputs = layers.forward(parts["layers"], x)
+    own_and_table = parts["head"], parts["embed"] if tied else None
+    losses, (gradient, of_table), dx = each.pulled_back(head_part, own_and_table, x)
+    if jnp.shape(losses) != ((microbatches,) if microbatches > 1 else ()):
+        raise ValueError(f"head must return the loss, a scalar; got shape {jnp.shape(losses)}.")
+    loss = jnp.mean(losses)
     step = Step(tx, division, params, state, jnp.isfinite(loss), apply, extra_args)
     step.take("head", gradient)
-    dx = _backward(step, division, layer, inputs, dx)
-    _, pull = jax.vjp(lambda own: embed(own, batch), parts["embed"])
-    (gradient,) = pull(dx)
+    dx = layers.backward(step, inputs, dx)
+    _, gradient, _ = each.pulled_back(embed_part, parts["embed"], None, dx)
     step.take("embed", optax.tree.add(gradient, of_table) if tied else gradient)
     return loss, *step.finished()
-
-
-def _forward(division: Division, layer: Callable[..., Any], layers: Any, x: Any) -> tuple[Any, Any]:
-    """The output of the last layer, and the input of each layer."""
-    if division.is_stacked:
-        return jax.lax.scan(lambda x, own: (layer(own, x), x), x, layers)
-    inputs = []
-    for number in range(division.count):
-        inputs.append(x)
-        x = layer(division.one_layer(division.layer(layers, number)), x)
-    return x, inputs
-
-
-def _pulled_back(layer: Any, own: Any, x: Any, dx: Any) -> tuple[Any, Any]:
-    """The gradients of one layer's parameters and of its input.
-
-    On a CPU the former wait for the latter, which reads the parameters: if they were overwritten before, XLA
-    would copy the whole stack for it.
-    """
-    _, pull = jax.vjp(layer, own, x)
-    gradient, dx = pull(dx)
-    last = [leaf for leaf in jax.tree.leaves(dx) if leaf.size][-1:]
-    return jax.tree.map(lambda g: functools.reduce(depend_on, last, g), gradient), dx
-
-
-def _backward(step: Step, division: Division, layer: Any, inputs: Any, dx: Any) -> Any:
-    """Takes the step of every layer, from the last to the first; the gradient of the first layer's input."""
-    if division.is_stacked:
-
-        def turn(i, carried):
-            dx, carry = carried
-            number = division.count - 1 - i
-            x = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False), inputs)
-            gradient, dx = _pulled_back(layer, step.layer_of(carry, number), x, dx)
-            return dx, step.with_layer(carry, number, gradient)
-
-        dx, carry = jax.lax.fori_loop(0, division.count, turn, (dx, step.carry()))
-        step.carried(carry)
-        return dx
-
-    for number in reversed(range(division.count)):
-        gradient, dx = _pulled_back(layer, step.layer_of(step.carry(), number), inputs[number], dx)
-        step.carried(step.with_layer(step.carry(), number, gradient))
-        dx = step.after(dx, number)
-    return dx

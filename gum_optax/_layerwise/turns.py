@@ -74,10 +74,6 @@ class Step:
         self._state = self._state.with_pieces({"layers": carry.state})
         self._ledger = carry.ledger
 
-    def layer_of(self, carry: Carry, number: Int[Array, ""] | int) -> Any:
-        """The parameters of one layer."""
-        return self._division.one_layer(self._division.layer(carry.params, number))
-
     def with_layer(self, carry: Carry, number: Int[Array, ""] | int, gradient: Any) -> Carry:
         """The turn of one layer, given the gradient of its parameters."""
         division, ledger = self._division, Ledger(carry.ledger)
@@ -96,9 +92,9 @@ class Step:
             )
         )
 
-    def after(self, x: Any, number: int) -> Any:
+    def after(self, carry: Carry, x: Any, number: int) -> Any:
         """`x`, computed only after the step of a layer."""
-        own = jax.tree.leaves(self._division.layer(self._params.of_kind("layers")[0], number))
+        own = jax.tree.leaves(self._division.layer(carry.params, number))
         x, own = jax.lax.optimization_barrier((x, own))
         for leaf in own:
             x = jax.tree.map(lambda x, leaf=leaf: depend_on(x, leaf) if leaf.size else x, x)

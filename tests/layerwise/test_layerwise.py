@@ -123,6 +123,50 @@ def test_other_optimizers_take_separate_trees_too(name):
     check_equal(tx, params(stacked=False), steps=7)
 
 
+@pytest.mark.parametrize(("stacked", "keep_every"), [(True, 2), (False, LAYERS)])
+def test_inputs_that_are_not_kept_are_computed_again(stacked, keep_every):
+    tx, start, data = small_gum(weight_decay=0.1), params(stacked=stacked), [batch(i) for i in range(4)]
+    expected, state, losses = run(layer_by_layer(tx), tx, start, data)
+    found, other, values = run(layer_by_layer(tx, keep_every=keep_every), tx, start, data)
+    assert gap(found, expected) < 1e-6
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), other, state)
+    np.testing.assert_allclose(values, losses, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("stacked", "keep_every"), [(True, 1), (False, 2)])
+def test_microbatches_give_the_step_of_their_mean_gradient(stacked, keep_every):
+    """Three microbatches of one window are a batch of three windows, over two periods with a refresh each."""
+    tx, start = small_gum(weight_decay=0.1), params(stacked=stacked)
+    data = [batch(i) for i in range(5)]
+    in_three = [jax.tree.map(lambda x: x[:, None], each) for each in data]
+    expected, state, losses = run(ordinary(tx), tx, start, data)
+    step = layer_by_layer(tx, microbatches=3, keep_every=keep_every)
+    found, other, values = run(step, tx, start, in_three)
+    assert gap(found, expected) < 1e-5
+    np.testing.assert_allclose(values, losses, rtol=1e-5)
+    assert go.metrics(other).keys() == go.metrics(state).keys()
+
+
+def test_sums_over_microbatches_are_float32():
+    """Of 512 equal microbatches: in bfloat16 the sum would stop at 256 of them."""
+    count, tx, start = 512, optax.sgd(1.0), params(dtype=jnp.bfloat16)
+    one = jax.tree.map(lambda x: x[:1], batch(0))
+    many = jax.tree.map(lambda x: jnp.repeat(x[None], count, 0), one)
+    expected, _, _ = run(layer_by_layer(tx), tx, start, [one])
+    found, _, _ = run(layer_by_layer(tx, microbatches=count), tx, start, [many])
+    assert gap(found["layers"]["norm"], expected["layers"]["norm"]) < 2**-7
+    assert gap(expected["layers"]["norm"], start["layers"]["norm"]) > 2**-5
+
+
+def test_a_microbatch_that_is_not_finite_skips_the_step():
+    tx = small_gum()
+    data = jax.tree.map(lambda x: x[:, None], (*batch(0), jnp.ones(3).at[1].set(jnp.nan)))
+    step = layer_by_layer(tx, head=lambda own, x, data: head(own, x, data) * data[2][0], microbatches=3)
+    found, state, _ = run(step, tx, params(), [data])
+    assert int(state.skipped) == 1
+    jax.tree.map(np.testing.assert_array_equal, found, params())
+
+
 def test_blocks_of_several_shapes_parts_of_kernels_and_experts():
     """A fused kernel of two parts, three experts in each layer, and a sampled matrix in the head."""
     start = params(shapes={"fused": (WIDTH, 2 * WIDTH), "experts": (3, WIDTH, WIDTH)})
@@ -294,6 +338,11 @@ def test_arguments_that_do_not_fit_are_refused():
     ragged["layers"]["q"]["kernel"] = jnp.ones((LAYERS + 1, WIDTH, WIDTH))
     refused(tx, "whose first axis counts the layers", ragged)
     refused(tx, "layer", error=TypeError, functions=(embed, None, head))
+    refused(tx, f"keep_every must divide the {LAYERS} layers, got 3", keep_every=3)
+    refused(tx, "keep_every must be at least 1", keep_every=0)
+    refused(tx, "with microbatches=2, the first axis of every array of batch", microbatches=2)
+    several = functools.partial(refused, tx, "head must return the loss, a scalar; got shape (3, 5)")
+    several(functions=(embed, layer, lambda own, x, data: x[..., 0]))
     numbers = {"layers/q/kernel": optax.contrib.MuonDimensionNumbers(0, 1)}
     refused(small_gum(weight_dimension_numbers=numbers), "count the layers of a stack among the axes")
     differently = {"layers/0/q/*": None}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import layerwise_model
 import optax
 import pytest
 
@@ -94,3 +95,28 @@ def test_a_fraction_of_the_gradients_on_a_gpu(width, tmp_path):
     (found,) = json.loads((tmp_path / "layerwise.json").read_text())["settings"].values()
     (row,) = found["rows"].values()
     assert row["temporaries"] <= GPU_BUDGETS[width] * row["gradients"]
+
+
+def test_inputs_are_kept_of_every_fourth_layer_and_activations_of_one_microbatch():
+    """Sixteen layers and 512 windows, whose inputs are most of the temporaries."""
+    layers, windows = 16, 512
+    start = layerwise_model.params()
+    times = layers // layerwise_model.LAYERS
+    start["layers"] = jax.tree.map(lambda x: jnp.concatenate([x] * times), start["layers"])
+    tx = optax.sgd(1e-2)
+
+    def inputs(**options):
+        """Temporaries over the size of one layer's input."""
+        data = layerwise_model.batch(0, windows)
+        if count := options.get("microbatches"):
+            data = jax.tree.map(lambda x: x.reshape(count, windows // count, -1), data)
+        step = layerwise_model.layer_by_layer(tx, **options)
+        memory = step.lower(start, tx.init(start), data).compile().memory_analysis()
+        return memory.temp_size_in_bytes / (4 * data[0].size * layerwise_model.WIDTH)
+
+    all_of_them = inputs()
+    assert layers < all_of_them
+    assert all_of_them - inputs(keep_every=4) == pytest.approx(layers - (4 + 4), abs=0.2)
+    in_eight = inputs(microbatches=8)
+    assert in_eight < layers + 6
+    assert in_eight - inputs(microbatches=8, keep_every=4) == pytest.approx(layers - (4 + 4), abs=0.2)

@@ -61,6 +61,20 @@ for name, *way in (["fsdp"], *projected, ["stopped"]):
 assert distributed.main([*common, "--seed", "1", "--out", f"{folder}/fsdp"]) == 2
 """
 
+# An ordinary run, one layer by layer, and what follows its checkpoint in the middle.
+LAYERWISE = """
+import shutil, sys
+sys.path.insert(0, "../examples")
+import distributed
+folder, *common = sys.argv[1:]
+by_layer = [*common, "--layerwise", "--out", folder + "/by_layer"]
+assert distributed.main([*common, "--out", folder + "/whole"]) == 0
+assert distributed.main(by_layer) == 0
+shutil.rmtree(folder + "/by_layer/50")
+assert distributed.main(by_layer) == 0
+assert distributed.main([*common, "--out", folder + "/by_layer"]) == 2
+"""
+
 
 def python(*arguments, devices, env=os.environ):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
@@ -147,3 +161,19 @@ def test_a_run_of_two_processes_is_that_of_one_each_way_and_outlives_a_preemptio
         np.testing.assert_allclose([*found.values()], [*whole.values()], rtol=1e-5)
     assert not before.keys() & after.keys()
     assert whole[30] < whole[1] - 0.5
+
+
+@pytest.mark.long
+def test_a_run_layer_by_layer_has_the_losses_of_the_ordinary_run_and_resumes_to_the_bit(tmp_path):
+    """FSDP over eight devices, 50 steps; and from the checkpoint of its step 25."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"The {i}th sentence is about {i * i}.\n\n" for i in range(2000)))
+    common = ["--model", "tiny", "--batch", "8", "--seq", "16", "--steps", "50", "--period", "20"]
+    common += ["--save-every", "25", "--text", str(text)]
+    run = python("-c", LAYERWISE, str(tmp_path), *common, devices=8, env=os.environ | {"NPROC": "32"})
+    out, error = run.communicate(timeout=300)
+    assert "holds another run, with layerwise=True (asked None)" in error
+    whole, by_layer, after, _ = losses_of(out)
+    np.testing.assert_allclose([*by_layer.values()], [*whole.values()], rtol=1e-4)
+    assert len(by_layer) == 50
+    assert after == {step: loss for step, loss in by_layer.items() if step > 25}
