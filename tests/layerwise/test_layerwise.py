@@ -408,7 +408,7 @@ def test_apply_takes_the_place_of_apply_updates():
     """It sees whole trees, in which the leaves of other turns are zeros, and the turn."""
     tx = optax.sgd(1.0)
 
-    def halved(params, updates, context):
+    def halved(params, updates, *, context):
         whole = context.turn.whole(params)
         assert whole["layers"]["q"]["kernel"].shape == (LAYERS, WIDTH, WIDTH)
         assert params["layers"]["q"]["kernel"].shape == (1, WIDTH, WIDTH)
