@@ -64,8 +64,8 @@ def check_equal(tx, start=None, steps=STEPS, **options):
 
 def optimizer(name):
     make, keywords = OPTIMIZERS[name]
-    # Scion's steps are signs: at a large rate a rounding decides which way a small run goes.
-    return make(2**-12 if name == "scion" else 1e-2, weight_decay=0.1, **keywords)
+    # Scion's and FRUGAL's steps are signs: at a large rate a rounding decides which way a small run goes.
+    return make(2**-12 if name in ("scion", "frugal") else 1e-2, weight_decay=0.1, **keywords)
 
 
 @pytest.mark.parametrize(
