@@ -164,7 +164,8 @@ def predicted(
     kind: str, update: Update, model: report.Architecture, tokens: int, dtype: Any, platform: str
 ) -> float:
     """MiB of the whole step, as `python -m gum_optax.report --chip` predicts them."""
-    return report.steps(model, update, 1, tokens, dtype, platform)[kind].peak / 2**20
+    needed = report.activations(model, 1, tokens, dtype)
+    return report.steps(model, update, needed, tokens + 1, dtype, platform)[kind].peak / 2**20
 
 
 def table(rows: dict[str, dict[str, float]]) -> list[str]:
@@ -173,7 +174,7 @@ def table(rows: dict[str, dict[str, float]]) -> list[str]:
         " | predicted MiB | off by | compile s |",
         "|---" * 9 + "|",
     ]
-    for name, row in rows.items():
+    for name, row in sorted(rows.items()):
         share = row["temporaries"] / row["gradients"]
         sizes = f"{row['arguments']:.0f} | {row['gradients']:.0f} | {row['temporaries']:.0f}"
         total = row["arguments"] + row["temporaries"]

@@ -122,21 +122,29 @@ def in_parts(params: dict[str, Any]) -> dict[str, Any]:
     return {"embed": params["embed"], "layers": params["layers"], "head": head}
 
 
-def activations(a: Architecture, batch: int, seq: int, dtype: Any) -> Activations:
-    """What the backward pass needs of the forward pass, if the loss takes all tokens at once.
+def activations(
+    a: Architecture, batch: int, seq: int, dtype: Any, logits_at_once: int | None = None
+) -> Activations:
+    """What the backward pass needs of the forward pass.
 
-    A layer holds the inputs and the results of its products and their gradients; of each score of the
-    attention it holds the probability and a gradient, in float32.
+    A layer holds the inputs and the results of its products, and their gradients; of each score of the
+    attention it holds the probability and a gradient, in float32. A loss that takes the tokens in chunks
+    holds the head's gradient of one chunk beside the sum of those before.
+
+    Args:
+      a: the model.
+      batch, seq: the tokens.
+      dtype: of the activations.
+      logits_at_once: about how many logits the loss takes at once; by default those of all tokens.
     """
     tokens, size = batch * seq, jnp.dtype(dtype).itemsize
     queries, keys = a.heads * a.head_dim, a.kv_heads * a.head_dim
     numbers = tokens * (3 * a.hidden + 3 * queries + 3 * keys + 6 * a.feed_forward)
     scores = 2 * batch * a.heads * seq**2
-    return Activations(
-        inputs=a.layers * tokens * a.hidden * size,
-        layer=numbers * size + 4 * scores,
-        logits=4 * tokens * a.vocabulary,
-    )
+    logits = 4 * tokens * a.vocabulary
+    if logits_at_once is not None and logits_at_once < tokens * a.vocabulary:
+        logits = 4 * logits_at_once + size * a.hidden * a.vocabulary
+    return Activations(a.layers * tokens * a.hidden * size, numbers * size + 4 * scores, logits)
 
 
 def optax_muon() -> optax.GradientTransformation:
@@ -175,14 +183,13 @@ def updates(rank: int, fraction: float, dtype: Any, platform: str) -> dict[str, 
 
 
 def steps(
-    a: Architecture, update: Update, batch: int, seq: int, dtype: Any, platform: str
+    a: Architecture, update: Update, needed: Activations, tokens: int, dtype: Any, platform: str
 ) -> dict[str, StepMemory]:
     """The memory of a training step with one optimizer, ordinary and layer by layer."""
-    params, needed = in_parts(shapes(a, dtype)), activations(a, batch, seq, dtype)
-    tokens = 4 * batch * (seq + 1)
+    params, batch = in_parts(shapes(a, dtype)), 4 * tokens
     return {
-        "ordinary": ordinary_step(update, params, tokens, needed),
-        "layer by layer": layerwise_step(update, params, tokens, needed, platform),
+        "ordinary": ordinary_step(update, params, batch, needed),
+        "layer by layer": layerwise_step(update, params, batch, needed, platform),
     }
 
 
@@ -194,6 +201,8 @@ def fits(peak: int, chip: Chip) -> str:
 def _print_chip(model: str, chip: str, options: argparse.Namespace) -> None:
     """What fits on a chip, a row for each optimizer."""
     dtype, hardware = jnp.dtype(options.dtype), CHIPS[chip]
+    tokens = options.batch * (options.seq + 1)
+    needed = activations(MODELS[model], options.batch, options.seq, dtype, options.logits_at_once)
     print(
         f"{model} on {chip}: {hardware.memory / GIB:.1f} GiB, of which a step can plan for"
         f" {hardware.usable / GIB:.1f}; {options.dtype}, {options.batch} × {options.seq} tokens,"
@@ -201,7 +210,7 @@ def _print_chip(model: str, chip: str, options: argparse.Namespace) -> None:
     )
     print(f"  {'optimizer':<24} {'held':>7} {'ordinary':>14}   {'layer by layer':>14}   GiB")
     for name, update in updates(options.rank, options.full_rank_fraction, dtype, hardware.platform).items():
-        found = steps(MODELS[model], update, options.batch, options.seq, dtype, hardware.platform)
+        found = steps(MODELS[model], update, needed, tokens, dtype, hardware.platform)
         cells = [f"{step.peak / GIB:8.2f} {fits(step.peak, hardware):>5}" for step in found.values()]
         print(f"  {name:<24} {found['ordinary'].held / GIB:7.2f} {'   '.join(cells)}")
 
@@ -253,6 +262,11 @@ def main(arguments: list[str] | None = None) -> None:
     p.add_argument("--chip", choices=CHIPS, help="what fits on this chip, in place of parameters and state")
     p.add_argument("--batch", type=_at_least_one, default=1, help="with --chip (default: %(default)s)")
     p.add_argument("--seq", type=_at_least_one, default=1024, help="with --chip (default: %(default)s)")
+    p.add_argument(
+        "--logits-at-once",
+        type=_at_least_one,
+        help="of a loss that takes tokens in chunks; default: all tokens",
+    )
     options = p.parse_args(arguments)
     if not 0 <= options.full_rank_fraction <= 1:
         p.error(f"--full-rank-fraction must be between 0 and 1, got {options.full_rank_fraction}")

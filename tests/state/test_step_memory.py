@@ -29,7 +29,8 @@ def test_the_prediction_is_within_a_tenth_of_the_compiled_step(name, kind):
     row = layerwise.measure(kind, update.tx, SMALL, TOKENS, jnp.float32)
     predicted = layerwise.predicted(kind, update, SMALL, TOKENS, jnp.float32, "cpu")
     assert predicted == pytest.approx(row["arguments"] + row["temporaries"], rel=0.1)
-    held = report.steps(SMALL, update, 1, TOKENS, jnp.float32, "cpu")[kind].held
+    needed = report.activations(SMALL, 1, TOKENS, jnp.float32)
+    held = report.steps(SMALL, update, needed, TOKENS + 1, jnp.float32, "cpu")[kind].held
     assert held / 2**20 == pytest.approx(row["arguments"], rel=1e-3)
 
 
@@ -103,14 +104,22 @@ def test_the_program_says_what_fits_on_a_chip(chip, capsys):
     assert (rows["optax.adamw"][2], rows["gum, factored others"][4]) == expected[chip]
 
 
-def test_more_tokens_need_more_memory():
-    update = report.updates(128, 1 / 16, "bfloat16", "gpu")["gum"]
+def test_the_page_shows_what_the_program_prints(capsys):
+    report.main(["--model", "llama-3-8b", "--chip", "24gb"])
+    assert capsys.readouterr().out.strip() in (ROOT / "docs" / "gpu.md").read_text()
+
+
+def test_inputs_and_logits_grow_with_the_tokens_and_a_loss_in_chunks_holds_a_second_gradient_of_the_head():
     model = report.MODELS["llama-3-8b"]
-    few, many = (
-        report.steps(model, update, batch, 1024, "bfloat16", "gpu")["layer by layer"] for batch in (1, 4)
+    few, many, chunked = (
+        report.activations(model, batch, 1024, "bfloat16", at_once)
+        for batch, at_once in ((1, None), (4, None), (4, 2**25))
     )
-    assert many.held - few.held == 4 * 3 * 1025
-    assert many.phases["head"] - few.phases["head"] == 3 * 1024 * (32 * 4096 * 2 + 128256 * 4)
+    assert few.inputs == 32 * 1024 * 4096 * 2
+    assert few.logits == 1024 * 128256 * 4
+    assert many == Activations(*(4 * x for x in few))
+    assert chunked == many._replace(logits=4 * 2**25 + 4096 * 128256 * 2)
+    assert report.activations(model, 1, 1024, "bfloat16", 2**30) == few
 
 
 @pytest.mark.parametrize(
