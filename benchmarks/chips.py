@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from gum_optax._core.chips import CHIPS as MEMORY
+from gum_optax._core import chips as described
 
 # NVIDIA's data sheets and the tuning guides for compute capability 9.0 and 8.9. What both chips share: 1024
 # threads a block, warps of 32, 65536 registers.
@@ -41,10 +41,11 @@ _GPUS = {
 # A machine with each kind of TPU.
 _TPUS = {"tpu": "v5e:2x4", "v5e": "v5e:2x4", "v6e": "v6e:2x4"}
 CHIPS = ("cpu", *_TPUS, *_GPUS)
-PLATFORMS = {"cpu": "cpu"} | dict.fromkeys(_TPUS, "tpu") | dict.fromkeys(_GPUS, "gpu")
+# What the package says of them.
+KNOWN = {"cpu": described.CPU, "tpu": described.CHIPS["v5e"], **described.CHIPS}
 # The packages that compile for a chip, for the record of versions.
 _COMPILERS = {"cpu": [], "tpu": ["libtpu"], "gpu": ["jax-cuda12-pjrt"]}
-PACKAGES = {chip: _COMPILERS[platform] for chip, platform in PLATFORMS.items()}
+PACKAGES = {name: _COMPILERS[chip.platform] for name, chip in KNOWN.items()}
 
 
 def device_of(chip: str) -> Any:
@@ -82,7 +83,7 @@ def _target_config(chip: str) -> str:
     numbers = dict(_GPUS[chip])
     major, minor = numbers.pop("capability")
     numbers |= {
-        "device_memory_size": MEMORY[chip].memory,
+        "device_memory_size": described.CHIPS[chip].memory,
         "threads_per_block_limit": 1024,
         "threads_per_warp": 32,
         "shared_memory_per_block": 49152,

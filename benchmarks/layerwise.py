@@ -20,11 +20,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from chips import CHIPS, PACKAGES, PLATFORMS, device_of, on_chip
+from chips import CHIPS, KNOWN, PACKAGES, device_of, on_chip
 from results import RESULTS, Results
 
 import gum_optax as go
 from gum_optax import report
+from gum_optax._core.chips import CPU, Chip
 from gum_optax._state.step_memory import Update
 
 
@@ -149,9 +150,9 @@ def measure(
     }
 
 
-def updates(rank: int, dtype: Any, platform: str = "cpu") -> dict[str, Update]:
+def updates(rank: int, dtype: Any, chip: Chip = CPU) -> dict[str, Update]:
     """The optimizers of the table, with what the prediction says of them."""
-    found = report.updates(rank, 1 / 12, dtype, platform)
+    found = report.updates(rank, 1 / 12, dtype, chip)
     return found | {"optax.sgd": found["optax.adamw"]._replace(tx=optax.sgd(1.0))}
 
 
@@ -207,8 +208,8 @@ def main(argv: list[str] | None = None) -> None:
     print(setting, flush=True)
     results = Results(options.out / "layerwise.json", table)
     rows = results.rows(setting)
-    platform = PLATFORMS[options.chip]
-    known = updates(rank, dtype, platform)
+    chip = KNOWN[options.chip]
+    known = updates(rank, dtype, chip)
     for optimizer in options.optimizers.split(";"):
         for kind in options.steps.split(","):
             row = measure(kind, known[optimizer].tx, model, tokens, dtype, device_of(options.chip))
@@ -216,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"  {optimizer}, {kind}: " + " ".join(f"{k} {v:.0f}" for k, v in row.items()), flush=True)
             for name, found in rows.items():  # of older rows too, for the prediction may have changed
                 name, step = name[1:].split("`, ")
-                found["predicted"] = predicted(step, known[name], model, tokens, dtype, platform)
+                found["predicted"] = predicted(step, known[name], model, tokens, dtype, chip.platform)
             results.add(setting, rows, *PACKAGES[options.chip])
     print(results.text())
 

@@ -156,7 +156,7 @@ def optax_muon() -> optax.GradientTransformation:
     return optax.contrib.muon(1.0, muon_weight_dimension_numbers=stacks)
 
 
-def updates(rank: int, fraction: float, dtype: Any, platform: str) -> dict[str, Update]:
+def updates(rank: int, fraction: float, dtype: Any, chip: Chip) -> dict[str, Update]:
     """The optimizers of the table of a chip, with momenta in the dtype of the parameters."""
     name, fused = jnp.dtype(dtype).name, temporaries.of_fused
     stored = name if name == "bfloat16" else "float32"
@@ -165,19 +165,21 @@ def updates(rank: int, fraction: float, dtype: Any, platform: str) -> dict[str, 
 
     def of_gum(others: Any, of_others: temporaries.Temporaries) -> Update:
         tx = gum(1.0, rank, full_rank_fraction=fraction, momentum_dtype=stored, others=others)
-        return Update(tx, temporaries.of_gum(rank, fraction, platform), of_others)
+        return Update(tx, temporaries.of_gum(rank, fraction, chip.platform), of_others)
 
     low_rank = galore_muon(1.0, rank, momentum_dtype=stored)
     return {
         "optax.adamw": Update(optax.adamw(1.0), fused, fused),
-        "optax.contrib.muon": Update(optax_muon(), temporaries.of_optax_muon, fused),
-        "muon": Update(muon(1.0, momentum_dtype=stored), temporaries.of_muon(platform), fused),
+        "optax.contrib.muon": Update(
+            optax_muon(), temporaries.of_optax_muon(chip.computes_in_bfloat16), fused
+        ),
+        "muon": Update(muon(1.0, momentum_dtype=stored), temporaries.of_muon(chip.platform), fused),
         "galore_muon": Update(low_rank, temporaries.of_galore_muon(rank), fused),
         "gum": of_gum(None, fused),
         "gum, factored others": of_gum(factored, temporaries.of_factored),
-        "sinkgd": Update(sinkgd(1.0), temporaries.of_sinkgd(platform), fused),
+        "sinkgd": Update(sinkgd(1.0), temporaries.of_sinkgd(chip.platform), fused),
         "sinkgd, factored others": Update(
-            sinkgd(1.0, others=factored), temporaries.of_sinkgd(platform), temporaries.of_factored
+            sinkgd(1.0, others=factored), temporaries.of_sinkgd(chip.platform), temporaries.of_factored
         ),
     }
 
@@ -209,7 +211,7 @@ def _print_chip(model: str, chip: str, options: argparse.Namespace) -> None:
         f" rank {options.rank}"
     )
     print(f"  {'optimizer':<24} {'held':>7} {'ordinary':>14}   {'layer by layer':>14}   GiB")
-    for name, update in updates(options.rank, options.full_rank_fraction, dtype, hardware.platform).items():
+    for name, update in updates(options.rank, options.full_rank_fraction, dtype, hardware).items():
         found = steps(MODELS[model], update, needed, tokens, dtype, hardware.platform)
         cells = [f"{step.peak / GIB:8.2f} {fits(step.peak, hardware):>5}" for step in found.values()]
         print(f"  {name:<24} {found['ordinary'].held / GIB:7.2f} {'   '.join(cells)}")

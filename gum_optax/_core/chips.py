@@ -8,6 +8,7 @@ class Chip(NamedTuple):
 
     platform: str  # cpu, gpu or tpu, whose compilers differ in what they copy
     memory: int
+    computes_in_bfloat16: bool = True  # if not, XLA computes sums of bfloat16 arrays in float32
 
     @property
     def usable(self) -> int:
@@ -22,8 +23,10 @@ class Chip(NamedTuple):
 CHIPS = {
     # What the drivers of these cards report: 141 and 24 GiB.
     "h200": Chip("gpu", 151397597184),
-    "24gb": Chip("gpu", 25769803776),
+    "24gb": Chip("gpu", 25769803776, computes_in_bfloat16=False),  # compute capability 8.9
     # https://cloud.google.com/tpu/docs/v5e and https://cloud.google.com/tpu/docs/v6e
     "v5e": Chip("tpu", 16 * 2**30),
     "v6e": Chip("tpu", 32 * 2**30),
 }
+# Of unknown memory.
+CPU = Chip("cpu", 0, computes_in_bfloat16=False)

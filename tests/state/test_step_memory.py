@@ -78,7 +78,8 @@ def test_temporaries_are_those_of_the_equations():
     assert temporaries.of_gum(2, 1 / 8, "gpu")(shapes) == 4 * (2 * 12 * 2 * 20 + 3 * 160)
     assert temporaries.of_gum(8, 1 / 8, "gpu")(shapes) == 0  # nothing is projected
     assert temporaries.of_muon("tpu")(shapes) == 2 * matrices
-    assert temporaries.of_optax_muon(shapes) == 10 * matrices
+    assert temporaries.of_optax_muon(True)(shapes) == 2 * matrices
+    assert temporaries.of_optax_muon(False)(shapes) == 10 * matrices
     wide = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in shapes]
     assert temporaries.of_sinkgd("gpu")(wide) == 2 * 4 * 12 * 160
     assert temporaries.of_sinkgd("tpu")(wide) == 0
