@@ -53,7 +53,7 @@ def gpu(session: nox.Session) -> None:
     """The tests that compile for a GPU ahead of time, with jax's wheels alone and no CUDA toolkit."""
     session.install("-e", ".[test]", "jax==0.10.2", "jaxlib==0.10.2")
     session.install("--no-deps", "jax-cuda12-pjrt==0.10.2", "jax-cuda12-plugin==0.10.2")
-    session.run("python", "-m", "pytest", "-k", "gpu", *session.posargs)
+    session.run("python", "-m", "pytest", "-k", "gpu", "-m", "long or not long", *session.posargs)
 
 
 # Each with what it was tested with; they do not share an environment.

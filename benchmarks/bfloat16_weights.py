@@ -29,8 +29,8 @@ class ToNearest(Trainer):
     """A trainer that adds steps as optax does."""
 
     @staticmethod
-    def apply_updates(params: Any, updates: Any, key: Any, step: Any) -> Any:
-        del key, step
+    def apply_updates(params: Any, updates: Any, key: Any, step: Any, context: Any = None) -> Any:
+        del key, step, context
         return optax.apply_updates(params, updates)
 
 

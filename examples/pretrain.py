@@ -226,8 +226,6 @@ def run(options: argparse.Namespace) -> int:
         raise RunError(
             f"--momentum-dtype is for {', '.join(MOMENTUM_DTYPE)}; leave it out for {', '.join(without)}."
         )
-    if options.layerwise and options.weights_dtype != "float32":
-        raise RunError("--layerwise adds steps to float32 weights; leave out --weights-dtype.")
     corpus = Corpus(options.text, SIZES[options.model].vocabulary)
     corpus.require(options.seq, options.batch)
     out = options.out or free_directory("compare" if options.compare else options.optimizer)

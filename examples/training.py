@@ -1,6 +1,7 @@
 """One training run: a model, an optimizer, a compiled step, and a directory that it can resume from."""
 
 import dataclasses
+import functools
 import json
 import signal
 import time
@@ -64,16 +65,25 @@ class Trainer:
 
     def _step(self, state: Any, tokens: jax.Array, step: Any) -> tuple[Any, jax.Array, dict[str, jax.Array]]:
         params, opt_state = state
+        # Weights in bfloat16 are rounded stochastically, by bits of this step.
+        apply = functools.partial(self.apply_updates, key=self.settings.seed, step=step)
         if (own := self.layered) is not None:
             # Each layer is clipped by its own norm: nobody holds all gradients.
             loss, params, opt_state = gum_optax.layerwise_update(
-                self.tx, own.embed, own.layer, own.head, tokens, opt_state, params, per_layer=True
+                self.tx,
+                own.embed,
+                own.layer,
+                own.head,
+                tokens,
+                opt_state,
+                params,
+                per_layer=True,
+                apply=apply,
             )
-            return (params, opt_state), loss, gum_optax.metrics(opt_state)
-        loss, gradients = jax.value_and_grad(self._loss)(params, tokens)
-        updates, opt_state = self.tx.update(gradients, opt_state, params)
-        # Weights in bfloat16 are rounded stochastically, by bits of this step.
-        params = self.apply_updates(params, updates, self.settings.seed, step)
+        else:
+            loss, gradients = jax.value_and_grad(self._loss)(params, tokens)
+            updates, opt_state = self.tx.update(gradients, opt_state, params)
+            params = apply(params, updates)
         return (params, opt_state), loss, gum_optax.metrics(opt_state)
 
     def train_step(self) -> dict[str, Any]:

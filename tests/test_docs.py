@@ -70,17 +70,13 @@ def test_the_lines_that_project_before_the_reduce_take_a_step_of_several_microba
     assert all(float(jnp.ptp(x)) > 0 for x in jax.tree.leaves(names["params"]))
 
 
-def test_the_lines_about_bfloat16_weights_take_a_step_and_add_one_to_a_layer():
-    step, part, _ = blocks("python", page("running.md"))
+def test_the_lines_about_bfloat16_weights_take_a_step():
+    step, _ = blocks("python", page("running.md"))
     names: dict = {}
     exec(step, names)
     params = names["params"]["kernel"]
     assert params.dtype == jnp.bfloat16
     assert 0.5 < float(params.astype(jnp.float32).mean()) < 1
-    exec(part, names)
-    updates = {"kernel": jnp.zeros_like(params).at[3].set(1)}
-    whole = go.apply_updates(names["params"], updates, key=0, step=1)
-    np.testing.assert_array_equal(names["kernel"], whole["kernel"][3])
 
 
 def test_the_lines_about_embedding_and_head_hold_no_moments_of_their_size():

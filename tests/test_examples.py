@@ -220,7 +220,6 @@ MISTAKES = [
     (["--text", "damaged.txt.xz"], "The text file damaged.txt.xz can't be read as UTF-8"),
     (["--text", "cut.txt.xz"], "The text file cut.txt.xz can't be read as UTF-8"),
     (["--resume"], "--resume needs the directory of the run"),
-    (["--layerwise", "--weights-dtype", "bfloat16"], "--layerwise adds steps to float32 weights"),
     (["--resume", "--out", "new"], "There is no run in new to resume"),
     (["--out", "held"], "held holds other files; give a new directory as --out."),
     (["--out", "other"], "holds another run, with steps=7 (asked 30)"),
@@ -435,9 +434,15 @@ def test_the_script_for_many_devices_says_what_does_not_fit(arguments, message, 
     assert message in capsys.readouterr().err
 
 
-def test_layer_by_layer_the_losses_are_the_same_and_a_run_resumes_bit_for_bit(text, tmp_path):
-    """Without clipping, which sees one layer at a time there; over two refreshes, and a stop between."""
-    arguments = [*TINY, "--steps", "12", "--clip", "0", "--text", str(text)]
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.02)])
+def test_layer_by_layer_the_losses_are_the_same_and_a_run_resumes_bit_for_bit(
+    text, tmp_path, dtype, tolerance
+):
+    """Without clipping, which sees one layer at a time there; over two refreshes, and a stop between.
+
+    Of weights in bfloat16 a rounding of the step decides which way some are rounded.
+    """
+    arguments = [*TINY, "--steps", "12", "--clip", "0", "--text", str(text), "--weights-dtype", dtype]
     assert pretrain.main([*arguments, "--out", str(tmp_path / "whole")]) == 0
     by_layer = [*arguments, "--layerwise", "--save-every", "5", "--out", str(tmp_path / "by_layer")]
     assert pretrain.main(by_layer) == 0
@@ -445,7 +450,7 @@ def test_layer_by_layer_the_losses_are_the_same_and_a_run_resumes_bit_for_bit(te
     by_layer_losses, whole_losses = (
         [r["train_loss"] for r in records(tmp_path / name)] for name in ("by_layer", "whole")
     )
-    np.testing.assert_allclose(by_layer_losses, whole_losses, rtol=1e-4)
+    np.testing.assert_allclose(by_layer_losses, whole_losses, rtol=tolerance)
     shutil.rmtree(tmp_path / "by_layer" / "checkpoints" / "12")
     assert pretrain.main([*by_layer, "--resume"]) == 0
     assert losses(tmp_path / "by_layer") == found

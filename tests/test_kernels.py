@@ -98,7 +98,9 @@ def test_the_lines_of_the_page_compile_for_a_gpu():
 
 
 @needs_plugin
-@pytest.mark.parametrize("kind", BUDGETS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.long] * (kind == "separate")) for kind in BUDGETS]
+)
 def test_an_ordinary_step_on_a_gpu(kind, tmp_path):
     """In a process of its own: a plugin of CUDA changes which devices JAX looks for."""
     budgets = BUDGETS[kind]

@@ -43,6 +43,14 @@ class WholeStep:
         """The key of each leaf in one period, by its index among all leaves."""
         return streams(key, period, len(jax.tree.leaves(tree)))
 
+    def leaf_indices(self, tree: Any) -> list[Any]:
+        """The index of each leaf among the leaves of the whole tree."""
+        return list(range(len(jax.tree.leaves(tree))))
+
+    def rows(self, tree: Any) -> list[Any]:
+        """Which row of its stack each leaf is; 0 for a leaf that is no row."""
+        return [0] * len(jax.tree.leaves(tree))
+
     def row_key(self, key: Any) -> Any:
         """The key of a draw that has a number for every number of a leaf."""
         return key
@@ -176,8 +184,10 @@ class Turn(WholeStep):
         by_leaf = dict(zip(leaf_indices_of(own.shapes), numbers, strict=True))
         return [place.of_layer(by_leaf, self.layer) for place in jax.tree.leaves(own.places)]
 
+    def leaf_indices(self, tree: Any) -> list[Any]:
+        return self.entries(tree, range(len(jax.tree.leaves(self.beside(tree).shapes))))
+
     def rows(self, tree: Any) -> list[Any]:
-        """Which row of its stack each leaf is; 0 for a leaf that is no row."""
         return [self.layer if place.is_row else 0 for place in jax.tree.leaves(self.beside(tree).places)]
 
     def inside(self, shapes: Any, places: Any, row: Any, rows: int) -> "Turn":
@@ -185,9 +195,7 @@ class Turn(WholeStep):
         return dataclasses.replace(self, shapes=shapes, places=places, layer=row, layers=rows, is_last=False)
 
     def keys(self, tree: Any, key: UInt32[Array, "2"], period: Int[Array, ""]) -> Key[Array, "leaves"]:
-        count = len(jax.tree.leaves(self.beside(tree).shapes))
-        numbers = self.entries(tree, range(count))
-        return streams_at(key, period, jnp.asarray(numbers, jnp.int32))
+        return streams_at(key, period, jnp.asarray(self.leaf_indices(tree), jnp.int32))
 
     @property
     def is_of_rows(self) -> bool:

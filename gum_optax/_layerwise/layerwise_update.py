@@ -16,7 +16,7 @@ from .refusals import check_uncoupled
 from .turns import Step
 
 
-def _apply(params: Any, updates: Any, context: MatrixContext) -> Any:
+def _apply(params: Any, updates: Any, *, context: MatrixContext) -> Any:
     del context
     return optax.apply_updates(params, updates)
 
@@ -79,8 +79,9 @@ def layerwise_update(
         them, as for `projected_update`. The loss and the gradients are means over them. One microbatch at a
         time goes through a layer, and adds to the gradient of that layer alone, in float32. In memory are the
         inputs of the layers in all microbatches.
-      apply: `(params, updates, context) -> params` in place of `optax.apply_updates`, for trees in which the
-        leaves of other turns are zeros: see `MatrixContext.turn`.
+      apply: `(params, updates, *, context) -> params` in place of `optax.apply_updates`, for trees in which
+        the leaves of other turns are zeros: see `MatrixContext.turn`. For weights in bfloat16:
+        `functools.partial(gum_optax.apply_updates, key=0, step=step)`.
       extra_args: for `tx.update`.
 
     Returns:

@@ -33,7 +33,7 @@ class Step:
       params: before the step.
       state: before the step.
       is_accepted: whether the loss is finite.
-      apply: `(params, updates, context) -> params`.
+      apply: `(params, updates, *, context) -> params`.
       extra_args: for `tx.update`.
     """
 
@@ -141,7 +141,7 @@ class Step:
         divided = self._division.divide(after)
         if kind is None:
             return None, [], divided
-        (new,) = self._division.divide(self._apply(params, updates, context)).of_kind(kind)
+        (new,) = self._division.divide(self._apply(params, updates, context=context)).of_kind(kind)
         return self._unless_rejected(new, own), self._unless_rejected(divided.of_kind(kind), state), divided
 
     def _unless_rejected(self, new: Any, old: Any) -> Any:

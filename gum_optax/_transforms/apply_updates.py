@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._core.checks import check_rule
-from .._core.context import NO_CONTEXT
+from .._core.context import NO_CONTEXT, MatrixContext
 from .._core.keys import check_key, key_data, stream, typed
 from .._linalg.rounding import ROUNDED, fused_bits, round_by
 from .._mesh.explicit import on_auto_axes
@@ -25,8 +25,7 @@ def apply_updates(
     key: Any,
     step: Any,
     *,
-    leaf_indices: Any = None,
-    layer: Any = None,
+    context: MatrixContext = NO_CONTEXT,
 ) -> optax.Params:
     """`optax.apply_updates` that rounds weights in bfloat16 or float16 stochastically.
 
@@ -40,7 +39,11 @@ def apply_updates(
         updates, state = tx.update(gradients, state, params)
         params = gum_optax.apply_updates(params, updates, key=0, step=step)
 
-    Wrap `tx` in `float32_steps`, so that the updates of bfloat16 weights are not rounded on the way.
+    Wrap `tx` in `float32_steps`, so that the updates of bfloat16 weights are not rounded on the way. For a
+    step layer by layer:
+
+        apply = functools.partial(gum_optax.apply_updates, key=0, step=step)
+        gum_optax.layerwise_update(tx, embed, layer, head, batch, state, params, apply=apply)
 
     The bits are a function of key, step, leaf and position: a resumed run, a sharded one, and one that takes
     a layer at a time draw the same. Inside `jax.shard_map`, positions are those in a device's shard: fold
@@ -51,10 +54,8 @@ def apply_updates(
       updates: the steps, a tree like `params`; of any dtype.
       key: an integer seed or a JAX key. One key serves a whole run.
       step: the number of the step, an integer; may be traced.
-      leaf_indices: if `params` is a part of the model, a tree like it with the index of each leaf among the
-        leaves of the whole model. Integers, which may be traced. Default: `params` is the whole model.
-      layer: if `params` is one layer of a stack, its index along the first axis of every leaf of the stack;
-        may be traced. Default: every leaf is whole.
+      context: what `layerwise_update` passes to the function `apply`, so that each layer draws the bits that
+        the whole model would. By default `params` is the whole model.
 
     Returns:
       The new weights, with the structure, shapes and dtypes of `params`.
@@ -67,18 +68,18 @@ def apply_updates(
         raise TypeError(f"step must be an integer, the number of the step; got {step!r}.")
     step = jnp.asarray(step, jnp.int32)
     own = jax.random.key_data(jax.random.fold_in(typed(key_data(key)), _STREAM))
-    if leaf_indices is None:
-        treedef = jax.tree.structure(params)
-        leaf_indices = treedef.unflatten(range(treedef.num_leaves))
+    treedef = jax.tree.structure(params)
+    leaf_indices = treedef.unflatten(context.turn.leaf_indices(params))
+    rows = treedef.unflatten(context.turn.rows(params))
 
-    def added(p: Any, u: Any, leaf_index: Any) -> Any:
+    def added(p: Any, u: Any, leaf_index: Any, row: Any) -> Any:
         if p is None:
             return None
         if jnp.result_type(p) not in ROUNDED:
             return optax.apply_updates(p, u)
-        return _rounded_sum(jnp.asarray(p), jnp.asarray(u), stream(own, step, leaf_index), layer)
+        return _rounded_sum(jnp.asarray(p), jnp.asarray(u), stream(own, step, leaf_index), row)
 
-    return jax.tree.map(added, params, updates, leaf_indices, is_leaf=lambda x: x is None)
+    return jax.tree.map(added, params, updates, leaf_indices, rows, is_leaf=lambda x: x is None)
 
 
 def float32_steps(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -119,18 +120,17 @@ def float32_steps(inner: optax.GradientTransformation) -> optax.GradientTransfor
     return optax.GradientTransformationExtraArgs(lambda params: inner.init(wide(params)), update)
 
 
-def _rounded_sum(p: Array, u: Array, leaf_key: PRNGKeyArray, layer: Any) -> Array:
-    """`p + u` of one leaf, on a mesh of any kind of axes."""
+def _rounded_sum(p: Array, u: Array, leaf_key: PRNGKeyArray, first: Any) -> Array:
+    """`p + u` of one leaf, or of the row `first` of a stack, on a mesh of any kind of axes."""
 
     def inside(p, state, u, context, extra_args):
         del context
         # Every leaf becomes `(layers, *rows, n)`.
-        shape = p.shape if layer is None else (1, *p.shape)
-        shape = (*shape, *(1,) * (2 - len(shape)))
+        shape = (*p.shape, *(1,) * (2 - p.ndim))
         u = jnp.broadcast_to(u, p.shape).reshape(shape)
         return _add(p.reshape(shape), u, **extra_args).reshape(p.shape), state
 
-    extra_args = {"leaf_key": leaf_key, "first": jnp.asarray(0 if layer is None else layer, jnp.int32)}
+    extra_args = {"leaf_key": leaf_key, "first": jnp.asarray(first, jnp.int32)}
     return on_auto_axes(inside)(p, (), u, NO_CONTEXT, extra_args)[0]
 
 

@@ -64,8 +64,8 @@ def check_equal(tx, start=None, steps=STEPS, **options):
 
 def optimizer(name):
     make, keywords = OPTIMIZERS[name]
-    # Scion's steps are signs: at a large rate a rounding decides which way a small run goes.
-    return make(2**-12 if name == "scion" else 1e-2, weight_decay=0.1, **keywords)
+    # Scion's and FRUGAL's steps are signs: at a large rate a rounding decides which way a small run goes.
+    return make(2**-12 if name in ("scion", "frugal") else 1e-2, weight_decay=0.1, **keywords)
 
 
 @pytest.mark.parametrize(
@@ -408,7 +408,7 @@ def test_apply_takes_the_place_of_apply_updates():
     """It sees whole trees, in which the leaves of other turns are zeros, and the turn."""
     tx = optax.sgd(1.0)
 
-    def halved(params, updates, context):
+    def halved(params, updates, *, context):
         whole = context.turn.whole(params)
         assert whole["layers"]["q"]["kernel"].shape == (LAYERS, WIDTH, WIDTH)
         assert params["layers"]["q"]["kernel"].shape == (1, WIDTH, WIDTH)

@@ -176,28 +176,36 @@ def test_compiled_op_by_op_resumed_and_vmapped_runs_draw_the_same_bits():
         jax.tree.map(np.testing.assert_array_equal, new, other)
 
 
-def test_a_layer_at_a_time_gives_the_bits_of_the_stack():
+@pytest.mark.parametrize("stacked", [True, False])
+def test_a_step_layer_by_layer_draws_the_bits_of_the_whole_model(stacked):
+    """Equal updates for every layer, whatever its gradient."""
     rng = np.random.default_rng(0)
     shapes = {"scale": (4,), "norm": (4, 6), "kernel": (4, 6, 5), "heads": (4, 6, 2, 3)}
     layers = {name: jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for name, shape in shapes.items()}
-    params = {"embed": layers["kernel"][0], "layers": layers, "list": [layers["norm"][0], layers["norm"][1]]}
-    updates = jax.tree.map(lambda x: jnp.full_like(x, 1e-3, jnp.float32), params)
-    whole = apply_updates(params, updates, 3, 11)
-    treedef = jax.tree.structure(params)
-    indices = treedef.unflatten(range(treedef.num_leaves))
+    if not stacked:
+        layers = [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(4)]
+    params = {"embed": jnp.ones(6, jnp.bfloat16), "layers": layers, "head": jnp.ones((6, 5), jnp.bfloat16)}
+
+    def equal(tree):
+        return jax.tree.map(lambda x: jnp.full_like(x, 1e-3, jnp.float32), tree)
+
+    tx = optax.stateless(lambda updates, _: equal(updates))
+    apply = functools.partial(go.apply_updates, key=3, step=11)
 
     @jax.jit
-    def in_turn(params, updates):
-        def one(_, row):
-            layer, p, u = row
-            return None, go.apply_updates(p, u, 3, 11, leaf_indices=indices["layers"], layer=layer)
+    def by_layer(params):
+        return go.layerwise_update(
+            tx,
+            lambda own, batch: own * batch,
+            lambda own, x: x + sum(jnp.sum(leaf) for leaf in jax.tree.leaves(own)),
+            lambda own, x, batch: jnp.sum(x @ own) * batch,
+            jnp.bfloat16(2),
+            optax.EmptyState(),
+            params,
+            apply=apply,
+        )[1]
 
-        return jax.lax.scan(one, None, (jnp.arange(4), params["layers"], updates["layers"]))[1]
-
-    jax.tree.map(np.testing.assert_array_equal, in_turn(params, updates), whole["layers"])
-    for name in ("embed", "list"):
-        part = go.apply_updates(params[name], updates[name], 3, jnp.int32(11), leaf_indices=indices[name])
-        jax.tree.map(np.testing.assert_array_equal, part, whole[name])
+    jax.tree.map(np.testing.assert_array_equal, by_layer(params), jax.jit(apply)(params, equal(params)))
 
 
 def test_no_float32_copy_of_the_weights_is_made():
