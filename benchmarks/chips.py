@@ -12,6 +12,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from gum_optax._core import chips as described
+
 # NVIDIA's data sheets and the tuning guides for compute capability 9.0 and 8.9. What both chips share: 1024
 # threads a block, warps of 32, 65536 registers.
 _GPUS = {
@@ -22,7 +24,6 @@ _GPUS = {
         "shared_memory_per_block_optin": 232448,
         "l2_cache_size": 52428800,
         "memory_bandwidth": 4_800_000_000_000,
-        "device_memory_size": 151397597184,
         "clock_rate_ghz": 1.98,
         "capability": (9, 0),
     },
@@ -33,21 +34,25 @@ _GPUS = {
         "shared_memory_per_block_optin": 101376,
         "l2_cache_size": 75497472,
         "memory_bandwidth": 1_008_000_000_000,
-        "device_memory_size": 25769803776,
         "clock_rate_ghz": 2.52,
         "capability": (8, 9),
     },
 }
-CHIPS = ("cpu", "tpu", *_GPUS)
+# A machine with each kind of TPU.
+_TPUS = {"tpu": "v5e:2x4", "v5e": "v5e:2x4", "v6e": "v6e:2x4"}
+CHIPS = ("cpu", *_TPUS, *_GPUS)
+# What the package says of them.
+KNOWN = {"cpu": described.CPU, "tpu": described.CHIPS["v5e"], **described.CHIPS}
 # The packages that compile for a chip, for the record of versions.
-PACKAGES = {"tpu": ["libtpu"], "h200": ["jax-cuda12-pjrt"], "24gb": ["jax-cuda12-pjrt"]}
+_COMPILERS = {"cpu": [], "tpu": ["libtpu"], "gpu": ["jax-cuda12-pjrt"]}
+PACKAGES = {name: _COMPILERS[chip.platform] for name, chip in KNOWN.items()}
 
 
 def device_of(chip: str) -> Any:
     """The description of one chip, or True for the CPU at hand, as `memory_report(compiled=...)` takes it.
 
     Args:
-      chip: `cpu`, `tpu` (v5e), `h200`, or `24gb`, a card of compute capability 8.9.
+      chip: `cpu`, `v5e` or `tpu`, `v6e`, `h200`, or `24gb`, a card of compute capability 8.9.
     """
     return True if chip == "cpu" else devices_of(chip, 1)[0]
 
@@ -56,8 +61,8 @@ def devices_of(chip: str, count: int) -> list[Any]:
     """The descriptions of several chips of one machine; of the CPU, the devices that JAX has."""
     if chip == "cpu":
         return jax.devices("cpu")[:count]
-    if chip == "tpu":
-        return list(topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices)[:count]
+    if chip in _TPUS:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=_TPUS[chip]).devices)[:count]
     # Slices, hosts, and devices of a host.
     described = topologies.get_topology_desc(
         chip, platform="cuda", topology=f"1x1x{count}", target_config=_target_config(chip)
@@ -78,6 +83,7 @@ def _target_config(chip: str) -> str:
     numbers = dict(_GPUS[chip])
     major, minor = numbers.pop("capability")
     numbers |= {
+        "device_memory_size": described.CHIPS[chip].memory,
         "threads_per_block_limit": 1024,
         "threads_per_warp": 32,
         "shared_memory_per_block": 49152,

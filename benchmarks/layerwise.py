@@ -2,7 +2,7 @@
 
     python benchmarks/layerwise.py                                   # CPU
     python benchmarks/layerwise.py --chip h200 --width 2048          # ahead of time: chips.py says how
-    python benchmarks/layerwise.py --chip 24gb --llama3-8b
+    python benchmarks/layerwise.py --chip 24gb --model LLaMA-3-8B
 
 The model is a LLaMA-style decoder of scanned layers, 1 × 128 tokens, and the rank is an eighth of the width.
 The ordinary step recomputes each layer in its backward pass, as the step layer by layer does. Parameters and
@@ -15,56 +15,43 @@ import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import memory
 import optax
-from chips import CHIPS, PACKAGES, device_of, on_chip
+from chips import CHIPS, KNOWN, PACKAGES, device_of, on_chip
 from results import RESULTS, Results
 
 import gum_optax as go
+from gum_optax import report
+from gum_optax._core.chips import CPU, Chip
+from gum_optax._state.step_memory import Update
 
 
-class Model(NamedTuple):
-    """The shape of a decoder; `key_width` is the width of keys and values."""
-
-    width: int
-    feed_forward: int
-    heads: int
-    key_width: int
-    layers: int
-    vocabulary: int
+def model_of(width: int, feed_forward: int, heads: int, vocabulary: int = 4096) -> report.Architecture:
+    """Twelve layers whose queries, keys and values are as wide as the model."""
+    return report.Architecture(
+        12, width, feed_forward, heads, heads, width // heads, vocabulary, 2, biases=False, tied=False
+    )
 
 
 MODELS = {
-    "64": Model(64, 176, 4, 64, 12, 512),
-    "512": Model(512, 1376, 8, 512, 12, 4096),
-    "1024": Model(1024, 2752, 16, 1024, 12, 4096),
-    "2048": Model(2048, 5504, 32, 2048, 12, 4096),
+    "64": model_of(64, 176, 4, 512),
+    "512": model_of(512, 1376, 8),
+    "1024": model_of(1024, 2752, 16),
+    "2048": model_of(2048, 5504, 32),
 }
-LLAMA3_8B = Model(4096, 14336, 32, 1024, 32, 128256)
+# The 7B is LLaMA 2's, by its published configuration.
+PUBLISHED = {
+    "LLaMA-3-8B": report.MODELS["llama-3-8b"],
+    "LLaMA-2-7B": report.Architecture(32, 4096, 11008, 32, 32, 128, 32000, 2, biases=False, tied=False),
+}
 
 
-def shapes_of(model: Model, dtype: Any) -> dict[str, Any]:
+def shapes_of(model: report.Architecture, dtype: Any) -> dict[str, Any]:
     """The parameters, as shapes; layers are stacked."""
-
-    def leaf(*shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    def kernel(fan_in: int, fan_out: int) -> Any:
-        return {"kernel": leaf(model.layers, fan_in, fan_out)}
-
-    d, k, f = model.width, model.key_width, model.feed_forward
-    layers = {"q": kernel(d, d), "k": kernel(d, k), "v": kernel(d, k), "o": kernel(d, d)}
-    layers |= {"gate": kernel(d, f), "up": kernel(d, f), "down": kernel(f, d)}
-    norms = {name: {"scale": leaf(model.layers, d)} for name in ("attention_norm", "mlp_norm")}
-    return {
-        "embed": {"embedding": leaf(model.vocabulary, d)},
-        "layers": layers | norms,
-        "head": {"norm": {"scale": leaf(d)}, "lm_head": {"kernel": leaf(d, model.vocabulary)}},
-    }
+    return report.in_parts(report.shapes(model, dtype))
 
 
 def rms_norm(x: Any, scale: Any) -> Any:
@@ -85,18 +72,18 @@ def embed(own: Any, tokens: Any) -> Any:
     return own["embedding"][tokens[:, :-1]]
 
 
-def layer(model: Model, own: Any, x: Any) -> Any:
+def layer(model: report.Architecture, own: Any, x: Any) -> Any:
     """Attention and a gated feed-forward, each behind its norm."""
-    h = rms_norm(x, own["attention_norm"]["scale"])
-    head_dim = model.width // model.heads
-    q, k, v = (
-        (h @ own[name]["kernel"]).reshape(*h.shape[:2], own[name]["kernel"].shape[-1] // head_dim, head_dim)
-        for name in "qkv"
-    )
+
+    def linear(name: str, x: Any) -> Any:
+        return x @ own[f"{name}_proj"]["kernel"]
+
+    h = rms_norm(x, own["norm_0"]["scale"])
+    q, k, v = (linear(name, h).reshape(*h.shape[:2], -1, model.head_dim) for name in "qkv")
     mixed = jax.nn.dot_product_attention(rotated(q), rotated(k), v, is_causal=True)
-    x = x + mixed.reshape(h.shape) @ own["o"]["kernel"]
-    h = rms_norm(x, own["mlp_norm"]["scale"])
-    return x + (jax.nn.silu(h @ own["gate"]["kernel"]) * (h @ own["up"]["kernel"])) @ own["down"]["kernel"]
+    x = x + linear("o", mixed.reshape(*h.shape[:2], -1))
+    h = rms_norm(x, own["norm_1"]["scale"])
+    return x + linear("down", jax.nn.silu(linear("gate", h)) * linear("up", h))
 
 
 def head(own: Any, x: Any, tokens: Any) -> Any:
@@ -105,7 +92,7 @@ def head(own: Any, x: Any, tokens: Any) -> Any:
     return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels).mean()
 
 
-def ordinary(tx: Any, model: Model) -> Callable[..., Any]:
+def ordinary(tx: Any, model: report.Architecture) -> Callable[..., Any]:
     """The ordinary step, each layer rematerialized."""
     one = jax.checkpoint(functools.partial(layer, model))
 
@@ -122,7 +109,7 @@ def ordinary(tx: Any, model: Model) -> Callable[..., Any]:
     return step
 
 
-def layer_by_layer(tx: Any, model: Model) -> Callable[..., Any]:
+def layer_by_layer(tx: Any, model: report.Architecture) -> Callable[..., Any]:
     """The same step by `layerwise_update`."""
 
     def step(params: Any, state: Any, tokens: Any) -> Any:
@@ -137,7 +124,9 @@ def layer_by_layer(tx: Any, model: Model) -> Callable[..., Any]:
 STEPS = {"ordinary": ordinary, "layer by layer": layer_by_layer}
 
 
-def compiled(kind: str, tx: Any, model: Model, tokens: int, dtype: Any, device: Any = True) -> Any:
+def compiled(
+    kind: str, tx: Any, model: report.Architecture, tokens: int, dtype: Any, device: Any = True
+) -> Any:
     """The compiled, donated step."""
     params = shapes_of(model, dtype)
     arguments = params, jax.eval_shape(tx.init, params), jax.ShapeDtypeStruct((1, tokens + 1), jnp.int32)
@@ -146,7 +135,7 @@ def compiled(kind: str, tx: Any, model: Model, tokens: int, dtype: Any, device: 
 
 
 def measure(
-    kind: str, tx: Any, model: Model, tokens: int, dtype: Any, device: Any = True
+    kind: str, tx: Any, model: report.Architecture, tokens: int, dtype: Any, device: Any = True
 ) -> dict[str, float]:
     """MiB of arguments, gradients and temporaries, and seconds to compile."""
     start = time.perf_counter()
@@ -161,36 +150,39 @@ def measure(
     }
 
 
+def updates(rank: int, dtype: Any, chip: Chip = CPU) -> dict[str, Update]:
+    """The optimizers of the table, with what the prediction says of them."""
+    found = report.updates(rank, 1 / 12, dtype, chip)
+    return found | {"optax.sgd": found["optax.adamw"]._replace(tx=optax.sgd(1.0))}
+
+
 def optimizers(rank: int, dtype: Any) -> dict[str, Callable[[], Any]]:
     """The optimizers of the table."""
-    stored = jnp.dtype(dtype).name
+    return {name: lambda update=update: update.tx for name, update in updates(rank, dtype).items()}
 
-    def gum(**others: Any) -> Any:
-        return go.gum(1e-3, rank, full_rank_fraction=1 / 12, momentum_dtype=stored, **others)
 
-    # A second moment by row and column for embedding and head, in place of AdamW's two moments.
-    factored = optax.chain(optax.scale_by_factored_rms(), optax.scale_by_learning_rate(1e-3))
-    return {
-        "gum": gum,
-        "gum, factored others": lambda: gum(others=factored),
-        "galore_muon": lambda: go.galore_muon(1e-3, rank, momentum_dtype=stored),
-        "muon": lambda: go.muon(1e-3, momentum_dtype=stored),
-        "sinkgd": lambda: go.sinkgd(1e-3),
-        "optax.sgd": lambda: optax.sgd(1e-3),
-        "optax.adamw": lambda: optax.adamw(1e-3),
-        "optax.contrib.muon": memory.optax_muon,
-    }
+def predicted(
+    kind: str, update: Update, model: report.Architecture, tokens: int, dtype: Any, platform: str
+) -> float:
+    """MiB of the whole step, as `python -m gum_optax.report --chip` predicts them."""
+    needed = report.activations(model, 1, tokens, dtype)
+    return report.steps(model, update, needed, tokens + 1, dtype, platform)[kind].peak / 2**20
 
 
 def table(rows: dict[str, dict[str, float]]) -> list[str]:
     lines = [
-        "| optimizer, step | arguments MiB | gradients MiB | temporaries MiB | over gradients | compile s |",
-        "|---" * 6 + "|",
+        "| optimizer, step | arguments MiB | gradients MiB | temporaries MiB | over gradients | in all MiB"
+        " | predicted MiB | off by | compile s |",
+        "|---" * 9 + "|",
     ]
-    for name, row in rows.items():
+    for name, row in sorted(rows.items()):
         share = row["temporaries"] / row["gradients"]
         sizes = f"{row['arguments']:.0f} | {row['gradients']:.0f} | {row['temporaries']:.0f}"
-        lines.append(f"| {name} | {sizes} | {share:.2f} | {row['seconds']:.0f} |")
+        total = row["arguments"] + row["temporaries"]
+        beside = f"{total:.0f} | | "
+        if "predicted" in row:
+            beside = f"{total:.0f} | {row['predicted']:.0f} | {100 * (row['predicted'] / total - 1):+.1f} %"
+        lines.append(f"| {name} | {sizes} | {share:.2f} | {beside} | {row['seconds']:.0f} |")
     return lines
 
 
@@ -198,30 +190,35 @@ def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--chip", choices=CHIPS, default="cpu")
     p.add_argument("--width", choices=MODELS, default="512")
-    p.add_argument("--llama3-8b", action="store_true", help="the shapes of LLaMA-3-8B, bfloat16, rank 128")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    p.add_argument("--tokens", type=int, help="default: 128; with --llama3-8b 1024")
+    p.add_argument("--model", choices=PUBLISHED, help="in place of a width: bfloat16, 1024 tokens")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="with --width")
+    p.add_argument("--rank", type=int, help="default: an eighth of the width; with --model 128")
     p.add_argument("--optimizers", default="gum;galore_muon;muon;optax.sgd;optax.adamw", help="by ;")
     p.add_argument("--steps", default=",".join(STEPS))
     p.add_argument("--out", type=Path, default=RESULTS)
     options = p.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")
-    model = LLAMA3_8B if options.llama3_8b else MODELS[options.width]
-    dtype = "bfloat16" if options.llama3_8b else options.dtype
-    tokens = options.tokens or (1024 if options.llama3_8b else 128)
-    rank = 128 if options.llama3_8b else model.width // 8
-    name = "LLaMA-3-8B" if options.llama3_8b else f"width {model.width}, {model.layers} layers"
-    setting = f"{options.chip}, {name}, {dtype}, 1 × {tokens} tokens, rank {rank}"
+    if options.model:
+        model, described, dtype, tokens = PUBLISHED[options.model], options.model, "bfloat16", 1024
+        rank = options.rank or 128
+    else:
+        model, dtype, tokens = MODELS[options.width], options.dtype, 128
+        described, rank = f"width {model.hidden}, {model.layers} layers", options.rank or model.hidden // 8
+    setting = f"{options.chip}, {described}, {dtype}, 1 × {tokens} tokens, rank {rank}"
     print(setting, flush=True)
     results = Results(options.out / "layerwise.json", table)
     rows = results.rows(setting)
+    chip = KNOWN[options.chip]
+    known = updates(rank, dtype, chip)
     for optimizer in options.optimizers.split(";"):
         for kind in options.steps.split(","):
-            tx = optimizers(rank, dtype)[optimizer]()
-            row = measure(kind, tx, model, tokens, jnp.dtype(dtype), device_of(options.chip))
+            row = measure(kind, known[optimizer].tx, model, tokens, dtype, device_of(options.chip))
             rows[f"`{optimizer}`, {kind}"] = row
             print(f"  {optimizer}, {kind}: " + " ".join(f"{k} {v:.0f}" for k, v in row.items()), flush=True)
-            results.add(setting, rows, *PACKAGES.get(options.chip, []))
+            for name, found in rows.items():  # of older rows too, for the prediction may have changed
+                name, step = name[1:].split("`, ")
+                found["predicted"] = predicted(step, known[name], model, tokens, dtype, chip.platform)
+            results.add(setting, rows, *PACKAGES[options.chip])
     print(results.text())
 
 

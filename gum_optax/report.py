@@ -2,6 +2,7 @@
 
 python -m gum_optax.report
 python -m gum_optax.report --model qwen-2.5-7b --budget 40 --leaves
+python -m gum_optax.report --chip 24gb --batch 1 --seq 1024     # whole training steps, and what fits
 """
 
 import argparse
@@ -14,10 +15,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ._core.chips import CHIPS, Chip
 from ._optimizers.galore import galore, galore_muon
 from ._optimizers.gum import gum
 from ._optimizers.muon import muon
+from ._optimizers.sinkgd import sinkgd
+from ._state import update_temporaries as temporaries
 from ._state.memory import MemoryReport, memory_report
+from ._state.step_memory import Activations, StepMemory, Update, bytes_of, layerwise_step, ordinary_step
 
 GIB = 2**30
 RANK_STEP = 64  # multiples of this rank fill the tiles of a matrix unit
@@ -111,38 +116,167 @@ def _row(name: str, report: MemoryReport) -> str:
     return f"  {name:<12} {sum(state.values()) / GIB:8.2f} {report.total / GIB:9.2f}   {kinds}"
 
 
+def in_parts(params: dict[str, Any]) -> dict[str, Any]:
+    """The shapes of an architecture as `layerwise_update` takes them."""
+    head = {name: params[name] for name in ("norm", "lm_head") if name in params}
+    return {"embed": params["embed"], "layers": params["layers"], "head": head}
+
+
+def activations(
+    a: Architecture, batch: int, seq: int, dtype: Any, logits_at_once: int | None = None
+) -> Activations:
+    """What the backward pass needs of the forward pass.
+
+    A layer holds the inputs and the results of its products, and their gradients; of each score of the
+    attention it holds the probability and a gradient, in float32. A loss that takes the tokens in chunks
+    holds the head's gradient of one chunk beside the sum of those before.
+
+    Args:
+      a: the model.
+      batch, seq: the tokens.
+      dtype: of the activations.
+      logits_at_once: about how many logits the loss takes at once; by default those of all tokens.
+    """
+    tokens, size = batch * seq, jnp.dtype(dtype).itemsize
+    queries, keys = a.heads * a.head_dim, a.kv_heads * a.head_dim
+    numbers = tokens * (3 * a.hidden + 3 * queries + 3 * keys + 6 * a.feed_forward)
+    scores = 2 * batch * a.heads * seq**2
+    logits = 4 * tokens * a.vocabulary
+    if logits_at_once is not None and logits_at_once < tokens * a.vocabulary:
+        logits = 4 * logits_at_once + size * a.hidden * a.vocabulary
+    return Activations(a.layers * tokens * a.hidden * size, numbers * size + 4 * scores, logits)
+
+
+def optax_muon() -> optax.GradientTransformation:
+    """`optax.contrib.muon` for the matrices of stacked layers, and AdamW for all other leaves."""
+
+    def stacks(tree: Any) -> Any:
+        return jax.tree.map(lambda x: optax.contrib.MuonDimensionNumbers(1, 2) if x.ndim == 3 else None, tree)
+
+    return optax.contrib.muon(1.0, muon_weight_dimension_numbers=stacks)
+
+
+def updates(rank: int, fraction: float, dtype: Any, chip: Chip) -> dict[str, Update]:
+    """The optimizers of the table of a chip, with momenta in the dtype of the parameters."""
+    name, fused = jnp.dtype(dtype).name, temporaries.of_fused
+    stored = name if name == "bfloat16" else "float32"
+    # A second moment by row and column for embedding, head and norms, in place of AdamW's two moments.
+    factored = optax.chain(optax.scale_by_factored_rms(), optax.scale_by_learning_rate(1.0))
+
+    def of_gum(others: Any, of_others: temporaries.Temporaries) -> Update:
+        tx = gum(1.0, rank, full_rank_fraction=fraction, momentum_dtype=stored, others=others)
+        return Update(tx, temporaries.of_gum(rank, fraction, chip.platform), of_others)
+
+    low_rank = galore_muon(1.0, rank, momentum_dtype=stored)
+    return {
+        "optax.adamw": Update(optax.adamw(1.0), fused, fused),
+        "optax.contrib.muon": Update(
+            optax_muon(), temporaries.of_optax_muon(chip.computes_in_bfloat16), fused
+        ),
+        "muon": Update(muon(1.0, momentum_dtype=stored), temporaries.of_muon(chip.platform), fused),
+        "galore_muon": Update(low_rank, temporaries.of_galore_muon(rank), fused),
+        "gum": of_gum(None, fused),
+        "gum, factored others": of_gum(factored, temporaries.of_factored),
+        "sinkgd": Update(sinkgd(1.0), temporaries.of_sinkgd(chip.platform), fused),
+        "sinkgd, factored others": Update(
+            sinkgd(1.0, others=factored), temporaries.of_sinkgd(chip.platform), temporaries.of_factored
+        ),
+    }
+
+
+def steps(
+    a: Architecture, update: Update, needed: Activations, tokens: int, dtype: Any, platform: str
+) -> dict[str, StepMemory]:
+    """The memory of a training step with one optimizer, ordinary and layer by layer."""
+    params, batch = in_parts(shapes(a, dtype)), 4 * tokens
+    return {
+        "ordinary": ordinary_step(update, params, batch, needed),
+        "layer by layer": layerwise_step(update, params, batch, needed, platform),
+    }
+
+
+def fits(peak: int, chip: Chip) -> str:
+    """Whether a step fits; `close` is within the error of the prediction, 10 %."""
+    return "fits" if 1.1 * peak <= chip.usable else "close" if 0.9 * peak <= chip.usable else "no"
+
+
+def _print_chip(model: str, chip: str, options: argparse.Namespace) -> None:
+    """What fits on a chip, a row for each optimizer."""
+    dtype, hardware = jnp.dtype(options.dtype), CHIPS[chip]
+    tokens = options.batch * (options.seq + 1)
+    needed = activations(MODELS[model], options.batch, options.seq, dtype, options.logits_at_once)
+    print(
+        f"{model} on {chip}: {hardware.memory / GIB:.1f} GiB, of which a step can plan for"
+        f" {hardware.usable / GIB:.1f}; {options.dtype}, {options.batch} × {options.seq} tokens,"
+        f" rank {options.rank}"
+    )
+    print(f"  {'optimizer':<24} {'held':>7} {'ordinary':>14}   {'layer by layer':>14}   GiB")
+    for name, update in updates(options.rank, options.full_rank_fraction, dtype, hardware).items():
+        found = steps(MODELS[model], update, needed, tokens, dtype, hardware.platform)
+        cells = [f"{step.peak / GIB:8.2f} {fits(step.peak, hardware):>5}" for step in found.values()]
+        print(f"  {name:<24} {found['ordinary'].held / GIB:7.2f} {'   '.join(cells)}")
+
+
+def _print_state(model: str, options: argparse.Namespace) -> None:
+    """Parameters, gradients and state, a row for each optimizer."""
+    params = shapes(MODELS[model], jnp.dtype(options.dtype))
+    count = sum(x.size for x in jax.tree.leaves(params))
+    weights = bytes_of(params) / GIB
+    print(f"{model}: {count / 1e9:.2f}B parameters, {weights:.2f} GiB as {options.dtype}, gradients as much")
+    print(f"  {'optimizer':<12} {'state':>8} {'in all':>9}   GiB; rank {options.rank}")
+    for name, tx in optimizers(options.rank, options.full_rank_fraction).items():
+        report = memory_report(tx, params)
+        print(_row(name, report))
+    for name in ("galore_muon", "gum"):
+        rank = largest_rank(
+            params,
+            int(options.budget * GIB),
+            lambda rank, name=name: optimizers(rank, options.full_rank_fraction)[name],
+        )
+        print(f"  {name}: largest rank within {options.budget:g} GiB: {rank or 'none'}")
+    if options.leaves:
+        print(memory_report(optimizers(options.rank, options.full_rank_fraction)["gum"], params))
+
+
+def _at_least_one(text: str) -> int:
+    """An integer above zero, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Print the requested tables."""
     p = argparse.ArgumentParser(prog="python -m gum_optax.report", description=(__doc__ or "").split("\n")[0])
     p.add_argument("--model", choices=MODELS, action="append", help="default: all")
-    p.add_argument("--rank", type=int, default=128, help="default: %(default)s")
+    p.add_argument("--rank", type=_at_least_one, default=128, help="default: %(default)s")
     p.add_argument("--full-rank-fraction", type=float, default=1 / 16, help="GUM's q (default: 1/16)")
-    p.add_argument("--dtype", default="bfloat16", help="of parameters and gradients (default: %(default)s)")
+    p.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16",
+        help="of parameters and gradients (default: %(default)s)",
+    )
     p.add_argument(
         "--budget", type=float, default=48, help="GiB, for the largest rank (default: %(default)s)"
     )
     p.add_argument("--leaves", action="store_true", help="also GUM's table, leaf by leaf")
+    p.add_argument("--chip", choices=CHIPS, help="what fits on this chip, in place of parameters and state")
+    p.add_argument("--batch", type=_at_least_one, default=1, help="with --chip (default: %(default)s)")
+    p.add_argument("--seq", type=_at_least_one, default=1024, help="with --chip (default: %(default)s)")
+    p.add_argument(
+        "--logits-at-once",
+        type=_at_least_one,
+        help="of a loss that takes tokens in chunks; default: all tokens",
+    )
     options = p.parse_args(arguments)
+    if not 0 <= options.full_rank_fraction <= 1:
+        p.error(f"--full-rank-fraction must be between 0 and 1, got {options.full_rank_fraction}")
     for model in options.model or MODELS:
-        params = shapes(MODELS[model], jnp.dtype(options.dtype))
-        count = sum(x.size for x in jax.tree.leaves(params))
-        weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params)) / GIB
-        print(
-            f"{model}: {count / 1e9:.2f}B parameters, {weights:.2f} GiB as {options.dtype}, gradients as much"
-        )
-        print(f"  {'optimizer':<12} {'state':>8} {'in all':>9}   GiB; rank {options.rank}")
-        for name, tx in optimizers(options.rank, options.full_rank_fraction).items():
-            report = memory_report(tx, params)
-            print(_row(name, report))
-        for name in ("galore_muon", "gum"):
-            rank = largest_rank(
-                params,
-                int(options.budget * GIB),
-                lambda rank, name=name: optimizers(rank, options.full_rank_fraction)[name],
-            )
-            print(f"  {name}: largest rank within {options.budget:g} GiB: {rank or 'none'}")
-        if options.leaves:
-            print(memory_report(optimizers(options.rank, options.full_rank_fraction)["gum"], params))
+        if options.chip:
+            _print_chip(model, options.chip, options)
+        else:
+            _print_state(model, options)
         print()
 
 
