@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         for kind in options.kinds.split(","):
             rows = in_rounds(options.platform, layers, kind, options.rounds)
             results.add(
-                f"{options.platform}, {layers} {kind} layers", rows, *PACKAGES.get(options.platform, [])
+                f"{options.platform}, {layers} {kind} layers", rows, *PACKAGES[options.platform]
             )
     print(results.text())
 
