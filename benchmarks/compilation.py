@@ -81,9 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     for layers in options.layers.split(","):
         for kind in options.kinds.split(","):
             rows = in_rounds(options.platform, layers, kind, options.rounds)
-            results.add(
-                f"{options.platform}, {layers} {kind} layers", rows, *PACKAGES[options.platform]
-            )
+            results.add(f"{options.platform}, {layers} {kind} layers", rows, *PACKAGES[options.platform])
     print(results.text())
 
 
