@@ -109,12 +109,12 @@ def ordinary(tx: Any, model: report.Architecture) -> Callable[..., Any]:
     return step
 
 
-def layer_by_layer(tx: Any, model: report.Architecture) -> Callable[..., Any]:
+def layer_by_layer(tx: Any, model: report.Architecture, **options: Any) -> Callable[..., Any]:
     """The same step by `layerwise_update`."""
 
     def step(params: Any, state: Any, tokens: Any) -> Any:
         value, params, state = go.layerwise_update(
-            tx, embed, functools.partial(layer, model), head, tokens, state, params
+            tx, embed, functools.partial(layer, model), head, tokens, state, params, **options
         )
         return params, state, value
 
