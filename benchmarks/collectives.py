@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
             for c in found if options.verbose else ():
                 print("   ", "refresh" * c.refresh, c.kind, c.shapes, f"{c.times} × {c.wire / 2**20:.3f}")
     Results(options.out / "collectives.json", table).add(
-        f"{options.platform}, 8 devices", rows, *PACKAGES.get(options.platform, [])
+        f"{options.platform}, 8 devices", rows, *PACKAGES[options.platform]
     )
 
 

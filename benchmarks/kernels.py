@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
         for name in options.optimizers.split(",") if options.optimizers else NAMES:
             rows[name] = measure(name, options.chip, options.width, kind)
             print(setting, name, rows[name], flush=True)
-            results.add(setting, rows, *PACKAGES.get(options.chip, []))
+            results.add(setting, rows, *PACKAGES[options.chip])
 
 
 if __name__ == "__main__":

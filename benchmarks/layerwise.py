@@ -156,11 +156,6 @@ def updates(rank: int, dtype: Any, chip: Chip = CPU) -> dict[str, Update]:
     return found | {"optax.sgd": found["optax.adamw"]._replace(tx=optax.sgd(1.0))}
 
 
-def optimizers(rank: int, dtype: Any) -> dict[str, Callable[[], Any]]:
-    """The optimizers of the table."""
-    return {name: lambda update=update: update.tx for name, update in updates(rank, dtype).items()}
-
-
 def predicted(
     kind: str, update: Update, model: report.Architecture, tokens: int, dtype: Any, platform: str
 ) -> float:

@@ -64,7 +64,7 @@ def initial(model: report.Architecture) -> Any:
 
 def measure(model: report.Architecture, name: str, batch: int, seq: int, keep_every: int, rounds: int) -> Any:
     """Medians of both steps, and of the ratio of steps that follow each other."""
-    tx = layerwise.optimizers(model.hidden // 4, jnp.float32)[name]()
+    tx = layerwise.updates(model.hidden // 4, jnp.float32)[name].tx
     tokens = jax.random.randint(jax.random.key(1), (batch, seq + 1), 0, model.vocabulary)
     params = initial(model)
     by_layer = functools.partial(layerwise.layer_by_layer, keep_every=keep_every)

@@ -71,6 +71,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--full-rank-fraction", type=fraction, default=1 / 16, help="GUM's q (default: 1/16)")
     p.add_argument("--weight-decay", type=decay, default=0.1, help="decoupled (default: 0.1)")
     p.add_argument(
+        "--clip", type=decay, default=1.0, help="largest norm of the gradient; 0: any (default: 1)"
+    )
+    _add_memory(p)
+    _add_files(p)
+    return p
+
+
+def _add_memory(p: argparse.ArgumentParser) -> None:
+    """What saves memory."""
+    p.add_argument(
         "--momentum-dtype",
         choices=("float32", "bfloat16"),
         default="float32",
@@ -83,13 +93,14 @@ def parser() -> argparse.ArgumentParser:
         help="the dtype of the weights; bfloat16 is rounded stochastically (default: float32)",
     )
     p.add_argument(
-        "--clip", type=decay, default=1.0, help="largest norm of the gradient; 0: any (default: 1)"
-    )
-    p.add_argument(
         "--layerwise",
         action="store_true",
         help="use up each layer's gradient before the next is made, and clip each by its own norm",
     )
+
+
+def _add_files(p: argparse.ArgumentParser) -> None:
+    """What a run starts from, what it reads, and what it writes."""
     p.add_argument("--seed", type=seed, default=0)
     p.add_argument("--out", type=Path, metavar="DIR", help="default: the next free runs/NAME-N")
     p.add_argument("--resume", action="store_true", help="continue the run in --out")
@@ -102,7 +113,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--save-every", type=positive, default=200, help="steps between checkpoints (default: 200)"
     )
-    return p
 
 
 def settings_of(options: argparse.Namespace, optimizer: str, corpus: Corpus) -> Settings:

@@ -12,6 +12,8 @@ os.environ.setdefault("NPROC", "32")  # see on_eight_devices.py
 
 import functools
 import json
+import sys
+from pathlib import Path
 
 import jax
 from jax.sharding import AxisType, NamedSharding
@@ -19,6 +21,10 @@ from jax.sharding import PartitionSpec as P
 from layerwise_model import batch, embed, gap, head, layer, params, run, small_gum
 
 import gum_optax as go
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+from distributed import shardings_of
 
 WINDOWS, STEPS = 8, 4  # two periods
 MESH = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
@@ -29,25 +35,10 @@ def start_of():
     return jax.tree.map(lambda x: x / 2, params(width=16, wide=24))
 
 
-def whole(tree):
-    return jax.tree.map(lambda _: NamedSharding(MESH, P()), tree)
-
-
-def split(tree):
-    """FSDP: the longer side of each matrix over all devices, if they divide it."""
-
-    def of(x):
-        axis = max(range(x.ndim), key=lambda axis: (x.shape[axis], axis))
-        is_split = x.ndim > 1 and x.shape[axis] % MESH.size == 0
-        return NamedSharding(MESH, P(*("data" if is_split and i == axis else None for i in range(x.ndim))))
-
-    return jax.tree.map(of, tree)
-
-
-def on_mesh(place, options):
+def on_mesh(parallel, options):
     """The last parameters and the losses on the mesh."""
     start = start_of()
-    shardings = place(start)
+    shardings = shardings_of(start, MESH, parallel)
     tx = small_gum(weight_decay=0.1, weight_dimension_numbers=go.with_shardings(shardings))
     of_state = go.state_shardings(tx, start, shardings)
     axis = P(None, "data") if options["microbatches"] > 1 else P("data")
@@ -88,12 +79,12 @@ def alone(microbatches):
 
 def main():
     found = {}
-    for name, place, options in (
-        ("fsdp", split, {"microbatches": 1}),
-        ("fsdp, microbatches", split, {"microbatches": 2, "keep_every": 2}),
-        ("data", whole, {"microbatches": 1}),
+    for name, parallel, options in (
+        ("fsdp", "fsdp", {"microbatches": 1}),
+        ("fsdp, microbatches", "fsdp", {"microbatches": 2, "keep_every": 2}),
+        ("data", "data", {"microbatches": 1}),
     ):
-        own, losses = on_mesh(place, options)
+        own, losses = on_mesh(parallel, options)
         expected, values = alone(options["microbatches"])
         found[name] = {
             "gap": gap(own, expected),

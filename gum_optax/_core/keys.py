@@ -78,12 +78,7 @@ def stream(key: UInt32[Array, "2"], period: Int[Array, ""], number: int | Int[Ar
     return jax.random.fold_in(jax.random.fold_in(typed(key), period), number)
 
 
-def streams(key: UInt32[Array, "2"], period: Int[Array, ""], count: int) -> Key[Array, "count"]:
-    """The keys of `count` leaves in one period, `stream(key, period, leaf_index)` for each."""
-    return streams_at(key, period, jnp.arange(count))
-
-
-def streams_at(
+def streams(
     key: UInt32[Array, "2"], period: Int[Array, ""], numbers: Int[Array, "count"]
 ) -> Key[Array, "count"]:
     """`stream(key, period, number)` for each number."""

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Key, UInt32
 
-from .keys import RowKey, streams, streams_at
+from .keys import RowKey, streams
 from .measurements import get_opaque_trace_state
 from .trees import is_masked, leaf_indices_of, masked_where
 
@@ -41,7 +41,7 @@ class WholeStep:
 
     def keys(self, tree: Any, key: UInt32[Array, "2"], period: Int[Array, ""]) -> Key[Array, "leaves"]:
         """The key of each leaf in one period, by its index among all leaves."""
-        return streams(key, period, len(jax.tree.leaves(tree)))
+        return streams(key, period, jnp.asarray(self.leaf_indices(tree), jnp.int32))
 
     def leaf_indices(self, tree: Any) -> list[Any]:
         """The index of each leaf among the leaves of the whole tree."""
@@ -193,9 +193,6 @@ class Turn(WholeStep):
     def inside(self, shapes: Any, places: Any, row: Any, rows: int) -> "Turn":
         """This turn for a rule that a rule runs on stacks of its own, for one row of them."""
         return dataclasses.replace(self, shapes=shapes, places=places, layer=row, layers=rows, is_last=False)
-
-    def keys(self, tree: Any, key: UInt32[Array, "2"], period: Int[Array, ""]) -> Key[Array, "leaves"]:
-        return streams_at(key, period, jnp.asarray(self.leaf_indices(tree), jnp.int32))
 
     @property
     def is_of_rows(self) -> bool:

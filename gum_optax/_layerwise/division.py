@@ -93,7 +93,7 @@ class Division:
         Where layers are a sequence, `number` is an integer of Python.
         """
         if not self.is_stacked:
-            return _sequence_like(piece, [list((_children(piece) or {}).values())[number]])
+            return _sequence_like(piece, [_sequence(piece)[number]])
         return jax.tree.map(
             lambda x: jax.lax.dynamic_slice_in_dim(x, number, 1) if self._is_stack(x) else x, piece
         )
@@ -101,8 +101,8 @@ class Division:
     def with_layer(self, piece: Any, number: Int[Array, ""] | int, new: Any) -> Any:
         """The piece of layers with one of them replaced: `new` is as `layer` returns it."""
         if not self.is_stacked:
-            layers = list((_children(piece) or {}).values())
-            (layers[number],) = (_children(new) or {}).values()
+            layers = _sequence(piece)
+            (layers[number],) = _sequence(new)
             return _sequence_like(piece, layers)
 
         def put(x, row):
@@ -113,7 +113,7 @@ class Division:
     def one_layer(self, piece: Any) -> Any:
         """One layer of a piece as `layer` returns it, without the axis or the sequence around it."""
         if not self.is_stacked:
-            (own,) = (_children(piece) or {}).values()
+            (own,) = _sequence(piece)
             return own
         return jax.tree.map(lambda x: x[0], piece)
 
@@ -125,7 +125,7 @@ class Division:
         """One layer as `layer` returns it, made by `f` from all layers, or from the stack of them."""
         if self.is_stacked:
             return f([piece])
-        return _sequence_like(piece, [f(list((_children(piece) or {}).values()))])
+        return _sequence_like(piece, [f(_sequence(piece))])
 
     def owned(self, piece: Any, of_layer: Callable[[int], Any], of_stack: Any, of_shared: Any) -> Any:
         """A piece of layers with something else at each leaf: for its layer, or for a stack of them.
@@ -134,10 +134,8 @@ class Division:
         """
         if self.is_stacked:
             return jax.tree.map(lambda x: of_stack if self._is_stack(x) else of_shared, piece)
-        layers = (_children(piece) or {}).values()
-        return _sequence_like(
-            piece, [jax.tree.map(lambda _, i=i: of_layer(i), own) for i, own in enumerate(layers)]
-        )
+        layers = enumerate(_sequence(piece))
+        return _sequence_like(piece, [jax.tree.map(lambda _, i=i: of_layer(i), own) for i, own in layers])
 
     def rest(self, piece: Any, new: Any) -> Any:
         """The piece of layers, with arrays of `new` in place of those that have no row for each layer."""
@@ -155,6 +153,11 @@ def _is_sequence(layers: Any) -> bool:
         return True
     children = _children(layers) or {}
     return bool(children) and list(children) == list(range(len(children)))
+
+
+def _sequence(layers: Any) -> list[Any]:
+    """The layers of a sequence."""
+    return list((_children(layers) or {}).values())
 
 
 def _sequence_like(layers: Any, own: list[Any]) -> Any:
@@ -176,7 +179,7 @@ def _count_of_stack(layers: Any) -> int:
 
 
 def _count_of_sequence(layers: Any) -> int:
-    children = list((_children(layers) or {}).values())
+    children = _sequence(layers)
     kinds = {
         (jax.tree.structure(x), tuple((jnp.shape(y), jnp.result_type(y)) for y in jax.tree.leaves(x)))
         for x in children

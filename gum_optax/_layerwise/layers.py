@@ -33,7 +33,6 @@ class Layers(NamedTuple):
             return y, x
 
         starts = range(0, self.division.count, self.keep_every)
-
         if self.division.is_stacked:
             return jax.lax.scan(through_group, x, jnp.asarray(starts))
         inputs = []
@@ -69,8 +68,7 @@ class Layers(NamedTuple):
 
     def _turn(self, step: Step, number: Any, x: Any, dx: Any, carry: Carry) -> tuple[Any, Carry]:
         """The step of one layer, and the gradient of its input."""
-        own = self.division.one_layer(self.division.layer(carry.params, number))
-        _, gradient, dx = self.microbatches.pulled_back(self._part, own, x, dx)
+        _, gradient, dx = self.microbatches.pulled_back(self._part, self._own(carry.params, number), x, dx)
         # On a CPU the gradients of the parameters wait for that of the input, which reads the parameters: if
         # they were overwritten before, XLA would copy the whole stack for it.
         last = [leaf for leaf in jax.tree.leaves(dx) if leaf.size][-1:]
@@ -82,9 +80,12 @@ class Layers(NamedTuple):
         del batch
         return self.layer(own, x)
 
+    def _own(self, layers: Any, number: Any) -> Any:
+        """The parameters of one layer."""
+        return self.division.one_layer(self.division.layer(layers, number))
+
     def _through(self, layers: Any, number: Any, x: Any) -> Any:
-        own = self.division.one_layer(self.division.layer(layers, number))
-        return self.microbatches.outputs(self._part, own, x)
+        return self.microbatches.outputs(self._part, self._own(layers, number), x)
 
     def _inputs(self, layers: Any, start: Any, x: Any) -> Any:
         """The input of each layer of a group, from that of its first layer."""

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from .._core.checks import check_function, check_integer, check_rule
 from .._core.context import MatrixContext
-from .division import Division
+from .division import KINDS, Division
 from .layers import Layers
 from .microbatches import Microbatches
 from .refusals import check_uncoupled
@@ -107,7 +107,8 @@ def layerwise_update(
         check_uncoupled(tx, division, params, state, extra_args)
     each = Microbatches(batch, check_integer("microbatches", microbatches, at_least=1))
     layers = Layers(division, each, layer, keep_every)
-    parts = {kind: division.divide(params).of_kind(kind)[0] for kind in ("embed", "layers", "head")}
+    divided = division.divide(params)
+    parts = {kind: divided.of_kind(kind)[0] for kind in KINDS}
 
     def embed_part(own, x, batch):
         del x

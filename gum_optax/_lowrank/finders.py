@@ -40,6 +40,11 @@ def with_linear_form(form: LinearForm) -> Callable[[Any], Any]:
     return mark
 
 
+def _of_the_gradient(find: Any, mean_of: MeanOf, keys: Any, previous: Any, **keywords: Any) -> list[Any]:
+    """What a finder makes of each leaf's mean gradient, which then exists."""
+    return [find(*leaf, **keywords) for leaf in zip(keys, mean_of(lambda g: g), previous, strict=True)]
+
+
 def linear_form(find: SubspaceFinder) -> functools.partial[Any]:
     """The linear form of a finder, which may be a `functools.partial`.
 
@@ -50,9 +55,7 @@ def linear_form(find: SubspaceFinder) -> functools.partial[Any]:
     def of_the_whole(mean_of, keys, previous, **keywords):
         # A finder that draws knows nothing of rows: a row has a key of its own.
         own = [key.own() if isinstance(key, RowKey) else key for key in keys]
-        return [
-            bound.func(*leaf, **keywords) for leaf in zip(own, mean_of(lambda g: g), previous, strict=True)
-        ]
+        return _of_the_gradient(bound.func, mean_of, own, previous, **keywords)
 
     form = getattr(bound.func, "linear_form", of_the_whole)
     return functools.partial(form, **bound.keywords)
@@ -195,9 +198,7 @@ def count_sketch(key: PRNGKeyArray, n: int, r: int) -> Float[Array, "n r"]:
 
 def _from_svd(mean_of: MeanOf, keys: Any, previous: Any, **keywords: Any) -> Any:
     """`randomized_svd` of all leaves; a row draws what its stack would."""
-    return [
-        randomized_svd(*leaf, **keywords) for leaf in zip(keys, mean_of(lambda g: g), previous, strict=True)
-    ]
+    return _of_the_gradient(randomized_svd, mean_of, keys, previous, **keywords)
 
 
 @with_linear_form(_from_svd)

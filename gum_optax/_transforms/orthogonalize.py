@@ -45,8 +45,7 @@ def orthogonalize(
         if not any(view.sharding for view in jax.tree.leaves(views)):
             return map_leaves(jitted, updates), optax.EmptyState()
         # Do not stack leaves that have different shardings.
-        return map_sequentially(
-            lambda view, x: distribute(jitted, x, view.sharding), views, updates
-        ), optax.EmptyState()
+        steps = map_sequentially(lambda view, x: distribute(jitted, x, view.sharding), views, updates)
+        return steps, optax.EmptyState()
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)

@@ -102,7 +102,7 @@ def test_no_stream_is_one_that_a_model_gets_from_the_same_seed():
     theirs = numbers(seed[None]) | numbers(of_model) | numbers(children(of_model, 50))
     for key in (0, seed, jax.random.PRNGKey(0)):
         own = key_data(key)
-        drawn = jax.vmap(functools.partial(streams, own, count=50))(jnp.arange(100))
+        drawn = jax.vmap(functools.partial(streams, own, numbers=jnp.arange(50)))(jnp.arange(100))
         ours = {tuple(own.tolist())} | numbers(drawn)
         assert len(ours) == 1 + 100 * 50
         assert not ours & theirs

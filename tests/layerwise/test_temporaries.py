@@ -31,7 +31,7 @@ def share_of(kind, tx, model=SMALL, dtype=jnp.float32):
 
 def test_half_of_the_gradients_on_a_cpu():
     """Twelve layers of width 512; the gradients alone are 1.0 in an ordinary step."""
-    tx = layerwise.optimizers(64, jnp.float32)["gum"]()
+    tx = layerwise.updates(64, jnp.float32)["gum"].tx
     assert share_of("layer by layer", tx, layerwise.MODELS["512"]) <= 0.5
 
 
