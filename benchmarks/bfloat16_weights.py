@@ -16,9 +16,9 @@ from typing import Any
 import optax
 from results import RESULTS, Results
 
-from corpus_comparison import run
+from runs import run
 
-# Importing `corpus_comparison` put the examples on the path.
+# Importing `runs` put the examples on the path.
 from corpus import Corpus  # isort: skip
 from llama import SIZES  # isort: skip
 from optimizers import OPTIMIZERS, Settings  # isort: skip

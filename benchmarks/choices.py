@@ -21,7 +21,8 @@ from results import RESULTS, Results
 
 import gum_optax as go
 
-from corpus_comparison import run, settings
+from corpus_comparison import settings
+from runs import run
 
 # Importing `corpus_comparison` put the examples on the path.
 from corpus import Corpus  # isort: skip

@@ -15,31 +15,28 @@ import dataclasses
 import json
 import math
 import platform
-import shutil
 import statistics
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import matplotlib
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from runs import ROOT, best_rate, next_rates, run
 
-from corpus import Corpus, replace_file  # noqa: E402
-from llama import SIZES  # noqa: E402
-from optimizers import OPTIMIZERS, OTHERS_LR, Settings  # noqa: E402
-from training import RunDirectory, StopSignal, Trainer, train  # noqa: E402
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+# Importing `runs` put the examples on the path.
+from corpus import Corpus, replace_file  # isort: skip
+from llama import SIZES  # isort: skip
+from optimizers import OPTIMIZERS, OTHERS_LR, Settings  # isort: skip
+from training import StopSignal, Trainer  # isort: skip
 
 GRID_UNIT = 1.5e-3
 SEEDS = (0, 1, 2)
 MODEL, STEPS, BATCH, SEQ, PERIOD = "3m", 300, 8, 128, 50
-EVALUATE_EVERY = 100
 SPEED_ROUNDS, SPEED_STEPS = 9, 5
 
 
@@ -59,36 +56,6 @@ def settings(corpus: Corpus, optimizer: str, lr: float, seed: int) -> Settings:
         seed=seed,
         text=corpus.name,
     )
-
-
-def run(
-    corpus: Corpus,
-    chosen: Settings,
-    place: Path,
-    stop: StopSignal,
-    make_trainer: Callable[[Settings, Corpus], Trainer] = Trainer,
-) -> dict[str, Any] | None:
-    """The losses of one run, resumed if it was stopped before; `None` if it is stopped again."""
-    directory = RunDirectory(place, chosen, resume=place.exists())
-    trainer = make_trainer(chosen, corpus)
-    directory.open()
-    directory.restore(trainer)
-    for _ in train(trainer, directory, stop, evaluate_every=EVALUATE_EVERY, save_every=EVALUATE_EVERY):
-        pass
-    if trainer.step < chosen.steps:
-        return None
-    records = directory.records()
-    shutil.rmtree(place)
-    validation = {r["step"]: r["val_loss"] for r in records if "val_loss" in r}
-    losses = [r["train_loss"] for r in records]
-    return {
-        "optimizer": chosen.optimizer,
-        "lr": chosen.lr,
-        "seed": chosen.seed,
-        "val_loss": validation[chosen.steps],
-        "validation": validation,
-        "train_loss": [round(statistics.fmean(losses[i : i + 10]), 4) for i in range(0, len(losses), 10)],
-    }
 
 
 class Results:
@@ -114,16 +81,12 @@ class Results:
 
     def next_rate(self, optimizer: str) -> float | None:
         """The learning rate to try next; `None` when the best one has two worse neighbours."""
-        tried = self.tried(optimizer)
-        if not tried:
-            return GRID_UNIT * 2 ** round(math.log2(OPTIMIZERS[optimizer][1] / GRID_UNIT))
-        best = min(tried, key=tried.__getitem__)
-        return next((lr for lr in (2 * best, best / 2) if lr not in tried), None)
+        start = GRID_UNIT * 2 ** round(math.log2(OPTIMIZERS[optimizer][1] / GRID_UNIT))
+        return next(iter(next_rates(self.tried(optimizer), start)), None)
 
     def best_rate(self, optimizer: str) -> float | None:
         """The best learning rate at the first seed, once the search is done."""
-        tried = self.tried(optimizer)
-        return None if self.next_rate(optimizer) else min(tried, key=tried.__getitem__)
+        return None if self.next_rate(optimizer) else best_rate(self.tried(optimizer))
 
     def add(self, record: dict[str, Any]) -> None:
         self.data["runs"].append(record)

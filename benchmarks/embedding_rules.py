@@ -23,9 +23,9 @@ from results import RESULTS, Results
 
 import gum_optax as go
 
-from corpus_comparison import run
+from runs import best_rate, next_rates, run
 
-# Importing `corpus_comparison` put the examples on the path.
+# Importing `runs` put the examples on the path.
 from corpus import Corpus  # isort: skip
 from llama import SIZES, Llama  # isort: skip
 from optimizers import OPTIMIZERS, OTHERS, Settings  # isort: skip
@@ -123,16 +123,9 @@ def state_share(name: str, model: str) -> float:
     return size(name) / size("adamw")
 
 
-def best_rate(tried: dict[str, float]) -> float:
-    return float(min(tried, key=tried.__getitem__))
-
-
-def next_rate(tried: dict[str, float]) -> float | None:
-    """The rate to try next; `None` when the best one has two worse neighbours."""
-    if not tried:
-        return START
-    best = best_rate(tried)
-    return next((rate for rate in (2 * best, best / 2) if f"{rate:g}" not in tried), None)
+def tried(row: dict[str, Any]) -> dict[float, float]:
+    """The loss at each rate that was tried."""
+    return {float(rate): loss for rate, loss in row["rates"].items()}
 
 
 def table(rows: dict[str, dict[str, Any]]) -> list[str]:
@@ -153,7 +146,7 @@ def table(rows: dict[str, dict[str, Any]]) -> list[str]:
         # Paired by seed.
         gap = statistics.fmean(a - b for a, b in zip(found, beside, strict=False))
         lines.append(
-            f"| {name} | {best_rate(row['rates']):g} | {statistics.fmean(found):.4f}{spread} | {gap:+.4f}"
+            f"| {name} | {best_rate(tried(row)):g} | {statistics.fmean(found):.4f}{spread} | {gap:+.4f}"
             f" | {100 * row['state']:.2f} % |"
         )
     return lines
@@ -205,14 +198,15 @@ def main(argv: list[str] | None = None) -> None:
     for name in options.rules.split(";") if options.rules else OTHERS:
         rows = results.rows(protocol)
         row = rows.setdefault(name, {"rates": {}, "seeds": {}, "state": state_share(name, options.model)})
-        while (rate := next_rate(row["rates"])) is not None:
+        while rates := next_rates(tried(row), START):
+            rate = rates[0]
             row["rates"][f"{rate:g}"] = loss_of(name, rate, first)
             results.add(protocol, rows, "flax")
         row["seeds"][str(first)] = min(row["rates"].values())
         results.add(protocol, rows, "flax")
         for seed in more:
             if str(seed) not in row["seeds"]:
-                row["seeds"][str(seed)] = loss_of(name, best_rate(row["rates"]), seed)
+                row["seeds"][str(seed)] = loss_of(name, best_rate(tried(row)), seed)
             results.add(protocol, rows, "flax")
     print(results.text())
 

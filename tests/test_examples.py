@@ -31,6 +31,7 @@ import linear_regression  # noqa: E402
 import llama  # noqa: E402
 import optimizers  # noqa: E402
 import pretrain  # noqa: E402
+import runs  # noqa: E402
 import training  # noqa: E402
 
 TINY = [
@@ -390,8 +391,7 @@ def test_the_comparison_searches_the_best_rate_and_does_only_what_is_missing(tmp
         corpus_comparison.main()
 
 
-def test_a_stopped_run_of_the_comparison_goes_on_to_the_bit(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus_comparison, "EVALUATE_EVERY", 5)
+def test_a_stopped_run_of_a_benchmark_goes_on_to_the_bit(text, tmp_path):
     words = corpus.Corpus(text, 512)
     options = pretrain.parser().parse_args([*TINY, "--steps", "12"])
     # Bits of the rounding are among what a resumed run draws again.
@@ -410,9 +410,9 @@ def test_a_stopped_run_of_the_comparison_goes_on_to_the_bit(text, tmp_path, monk
             self.after -= 1
             return self.after < 0
 
-    whole = corpus_comparison.run(words, chosen, tmp_path / "whole", Stop(100))
-    assert corpus_comparison.run(words, chosen, tmp_path / "cut", Stop(7)) is None
-    assert corpus_comparison.run(words, chosen, tmp_path / "cut", Stop(100)) == whole
+    whole = runs.run(words, chosen, tmp_path / "whole", Stop(100), evaluate_every=5)
+    assert runs.run(words, chosen, tmp_path / "cut", Stop(7), evaluate_every=5) is None
+    assert runs.run(words, chosen, tmp_path / "cut", Stop(100), evaluate_every=5) == whole
     assert sorted(whole["validation"]) == [5, 10, 12]
     assert not list(tmp_path.iterdir())
 

@@ -1,0 +1,183 @@
+"""Pretraining over five million tokens, and an ablation of GUM's parts over one million.
+
+    python benchmarks/pretraining.py --text corpus.txt.xz
+
+Does, one after the other, all runs that `docs/results/pretraining.json` lacks: the search of the embedding's
+rate with AdamW, then of the matrices' rate for each optimizer, over one million tokens; the ablation; then
+three seeds of each optimizer over five million tokens. Stopped (Ctrl-C, SIGTERM) and started again, it
+continues an interrupted run bit for bit. Several processes may work at once, say one on each core.
+
+The directories of the runs, with their metrics and last weights, stay in `--runs`.
+"""
+
+import argparse
+import functools
+import itertools
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from results import RESULTS
+
+import gum_optax as go
+
+from runs import ROOT, Runs, Search, locked, run
+
+# Importing `runs` put the examples on the path.
+from corpus import Corpus  # isort: skip
+from llama import SIZES  # isort: skip
+from optimizers import OPTIMIZERS, OTHERS_LR, Settings  # isort: skip
+from training import StopSignal  # isort: skip
+
+MODEL, BATCH, SEQ = "3m", 8, 128
+SHORT, LONG = 977, 4883  # steps: one and five million tokens
+PERIOD, FRACTION = 50, 1 / 16
+EVALUATIONS = 20  # of each run
+SEEDS = (0, 1, 2)  # the first one searches; the ablation has the first two
+
+
+def _low_rank_muon(s: Settings, lr: Any, *, on_refresh: Any, others: Any, weight_decay: float) -> Any:
+    """`galore_muon` with another fate of the momentum at a refresh."""
+    rule = go.low_rank(
+        go.scale_by_muon(batched=True),
+        s.rank,
+        s.period,
+        find_subspace=go.track_subspace,
+        on_refresh=on_refresh,
+    )
+    return go.matrix_optimizer(rule, lr, go.shape_factor(0.2), others=others, weight_decay=weight_decay)
+
+
+def _register(name: str, of: str, **changed: Any) -> None:
+    make, rate = OPTIMIZERS[of]
+    OPTIMIZERS[name] = functools.partial(make, **changed), rate
+
+
+_register("gum, low variance", "gum", compensation=go.low_variance)
+_register("gum, exact SVD", "gum", find_subspace=go.svd_subspace)
+_register("gum, random subspace", "gum", find_subspace=go.random_subspace)
+for _name, _fate in (("restarted", go.restart), ("rotated", go.rotate)):
+    OPTIMIZERS[f"galore_muon, {_name}"] = (
+        functools.partial(_low_rank_muon, on_refresh=_fate),
+        OPTIMIZERS["galore_muon"][1],
+    )
+
+COMPARED = ("adamw", "muon", "galore_muon", "gum", "gum, low variance")
+RANKS = (4, 12, 48)
+FRACTIONS = (0.0, 1 / 16, 1 / 4)
+PERIODS = (10, 50, 200)
+
+
+def start(text: str, model: str = MODEL, steps: int = SHORT) -> Settings:
+    """AdamW's settings over the short length, where the searches start."""
+    return Settings(
+        optimizer="adamw",
+        model=model,
+        steps=steps,
+        batch=BATCH,
+        seq=SEQ,
+        lr=OPTIMIZERS["adamw"][1],
+        others_lr=OTHERS_LR / 2,  # a longer run than that of `OTHERS_LR` wants less
+        rank=SIZES[model].rank,
+        period=PERIOD,
+        full_rank_fraction=FRACTION,
+        weight_decay=0.1,
+        seed=SEEDS[0],
+        text=text,
+    )
+
+
+def searches(base: Settings) -> list[Search]:
+    """The searches of the matrices' rate: for each optimizer, and for GUM at each rank and fraction."""
+
+    def search(optimizer: str, **changed: Any) -> Search:
+        return Search(replace(base, optimizer=optimizer, lr=OPTIMIZERS[optimizer][1], **changed), "lr")
+
+    plane = itertools.product(RANKS, FRACTIONS)
+    cells = [search("gum", rank=rank, full_rank_fraction=fraction) for rank, fraction in plane]
+    return [*map(search, COMPARED), *(s for s in cells if s != search("gum"))]
+
+
+def factors(best: dict[str, Settings]) -> Iterator[Settings]:
+    """GUM and GaLore-Muon, at the best rate of each, with one thing changed."""
+    for period in PERIODS:
+        yield replace(best["gum"], period=period)
+        yield replace(best["galore_muon"], period=period)
+    for name in OPTIMIZERS:
+        optimizer, _, change = name.partition(", ")
+        if change and name not in COMPARED:
+            yield replace(best[optimizer], optimizer=name)
+
+
+def study(runs: Runs, base: Settings, long: int) -> Iterator[Settings]:
+    """The runs that can be done now, the most urgent first; some are done already."""
+    others = Search(base, "others_lr")
+    yield from others.wanted(runs)
+    if (tuned := others.best(runs)) is None:
+        return
+    all_searches = searches(replace(tuned, lr=base.lr))
+    compared, cells = all_searches[: len(COMPARED)], all_searches[len(COMPARED) :]
+    yield from in_turns(search.wanted(runs) for search in compared)
+    yield from in_turns(search.wanted(runs) for search in cells)
+    best = {s.start.optimizer: found for s in compared if (found := s.best(runs))}
+    if len(best) == len(COMPARED):
+        for seed in SEEDS[:2]:
+            yield from (replace(chosen, seed=seed) for chosen in factors(best))
+    for search in all_searches:
+        if found := search.best(runs):
+            yield replace(found, seed=SEEDS[1])
+    for seed, chosen in itertools.product(SEEDS, best.values()):
+        yield replace(chosen, seed=seed, steps=long)
+
+
+def in_turns(lists: Iterable[list[Settings]]) -> Iterator[Settings]:
+    """The first of each list, then the second of each."""
+    return (x for row in itertools.zip_longest(*lists) for x in row if x is not None)
+
+
+def name_of(s: Settings) -> str:
+    """The name of a run's directory."""
+    parts = [s.optimizer, f"{s.steps} steps", f"rate {s.lr:g}", f"others {s.others_lr:g}", f"rank {s.rank}"]
+    return ", ".join([*parts, f"period {s.period}", f"fraction {s.full_rank_fraction:g}", f"seed {s.seed}"])
+
+
+def work(corpus: Corpus, runs: Runs, base: Settings, long: int, places: Path, stop: StopSignal) -> None:
+    """Do every run that is not done, beside other processes that do the same."""
+    while not stop.came:
+        missing = [chosen for chosen in study(runs, base, long) if runs.find(chosen) is None]
+        if not missing:
+            return
+        for chosen in missing:
+            place = places / name_of(chosen)
+            with locked(place) as mine:
+                if not mine or runs.find(chosen):
+                    continue
+                every = max(1, chosen.steps // EVALUATIONS)
+                record = run(corpus, chosen, place, stop, evaluate_every=every, keep=True)
+                if record is None:
+                    return
+                runs.add(chosen, record)
+                print(f"{place.name}: {record['val_loss']:.4f}", flush=True)
+                break
+        else:
+            time.sleep(10)  # all that can be done now is being done
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--text", type=Path, help="default: chitchat-dataset")
+    p.add_argument("--model", choices=SIZES, default=MODEL)
+    p.add_argument("--short", type=int, default=SHORT, help="steps of searches and ablation")
+    p.add_argument("--long", type=int, default=LONG, help="steps of the final runs")
+    p.add_argument("--runs", type=Path, default=ROOT / "runs" / "pretraining")
+    p.add_argument("--out", type=Path, default=RESULTS)
+    options = p.parse_args(argv)
+    corpus, stop = Corpus(options.text, SIZES[options.model].vocabulary), StopSignal()
+    base = start(corpus.name, options.model, options.short)
+    work(corpus, Runs(options.out / "pretraining.json"), base, options.long, options.runs, stop)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Training runs of a benchmark, continued where they stopped and kept in a file that processes share."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+from corpus import Corpus, replace_file  # noqa: E402
+from optimizers import Settings  # noqa: E402
+from training import RunDirectory, StopSignal, Trainer, train  # noqa: E402
+
+Record = dict[str, Any]
+
+
+def run(
+    corpus: Corpus,
+    chosen: Settings,
+    place: Path,
+    stop: StopSignal,
+    make_trainer: Callable[[Settings, Corpus], Trainer] = Trainer,
+    *,
+    evaluate_every: int = 100,
+    keep: bool = False,
+) -> Record | None:
+    """The losses of the run in the directory `place`, resumed if it was stopped before.
+
+    `None` if it is stopped again. A finished run's directory is removed, or kept on request.
+    """
+    directory = RunDirectory(place, chosen, resume=place.exists())
+    trainer = make_trainer(chosen, corpus)
+    directory.open()
+    directory.restore(trainer)
+    for _ in train(trainer, directory, stop, evaluate_every=evaluate_every, save_every=evaluate_every):
+        pass
+    if trainer.step < chosen.steps:
+        return None
+    records = directory.records()
+    if not keep:
+        shutil.rmtree(place)
+    validation = {r["step"]: r["val_loss"] for r in records if "val_loss" in r}
+    losses = [r["train_loss"] for r in records]
+    return {
+        "optimizer": chosen.optimizer,
+        "lr": chosen.lr,
+        "seed": chosen.seed,
+        "val_loss": validation[chosen.steps],
+        "validation": validation,
+        "train_loss": [round(statistics.fmean(losses[i : i + 10]), 4) for i in range(0, len(losses), 10)],
+    }
+
+
+def best_rate(tried: dict[float, float]) -> float:
+    return min(tried, key=tried.__getitem__)
+
+
+def next_rates(tried: dict[float, float], start: float) -> list[float]:
+    """The rates to try next, from `{rate: loss}`; none when the best rate has two worse neighbours.
+
+    The grid is `start` times the powers of two, without bounds.
+    """
+    best = best_rate(tried) if tried else None
+    return [start] if best is None else [rate for rate in (2 * best, best / 2) if rate not in tried]
+
+
+def commit() -> str:
+    """The commit of this code, with `+` if tracked files differ from it."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", ROOT, *arguments], check=True, capture_output=True, text=True
+        ).stdout
+
+    return git("rev-parse", "--short", "HEAD").strip() + "+" * bool(
+        git("diff", "HEAD", "--stat", "--", "*.py")
+    )
+
+
+class Runs:
+    """The finished runs, in a JSON file that several processes may fill at once."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def all(self) -> list[Record]:
+        return json.loads(self.path.read_text())["runs"] if self.path.exists() else []
+
+    def find(self, chosen: Settings) -> Record | None:
+        wanted = dataclasses.asdict(chosen)
+        return next((r for r in self.all() if r["settings"] == wanted), None)
+
+    def add(self, chosen: Settings, record: Record) -> None:
+        """Keep the record of a run, one line of the file, with its settings and the commit."""
+        whole = {"settings": dataclasses.asdict(chosen), "commit": commit()} | record
+        with locked(self.path, wait=True):
+            lines = ",\n".join(json.dumps(r) for r in [*self.all(), whole])
+            replace_file(self.path, lambda part: part.write_text(f'{{"runs": [\n{lines}\n]}}\n'))
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Whether this process alone holds the lock beside `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (path.parent / f".{path.name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+class Search(NamedTuple):
+    """The search for the best value of one rate, by runs that differ in nothing else."""
+
+    start: Settings
+    rate: str  # the field of the settings
+
+    def tried(self, runs: Runs) -> dict[float, float]:
+        own = dataclasses.asdict(self.start)
+        found = [r for r in runs.all() if r["settings"] | {self.rate: own[self.rate]} == own]
+        return {r["settings"][self.rate]: r["val_loss"] for r in found}
+
+    def wanted(self, runs: Runs) -> list[Settings]:
+        """The runs to do next."""
+        rates = next_rates(self.tried(runs), getattr(self.start, self.rate))
+        return [dataclasses.replace(self.start, **{self.rate: rate}) for rate in rates]
+
+    def best(self, runs: Runs) -> Settings | None:
+        """The settings at the best rate, once the search is done."""
+        if self.wanted(runs):
+            return None
+        return dataclasses.replace(self.start, **{self.rate: best_rate(self.tried(runs))})
