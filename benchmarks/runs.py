@@ -3,19 +3,21 @@
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
-from corpus import Corpus, replace_file  # noqa: E402
+from corpus import replace_file  # noqa: E402
 from optimizers import Settings  # noqa: E402
 from training import RunDirectory, StopSignal, Trainer, train  # noqa: E402
 
@@ -23,18 +25,20 @@ Record = dict[str, Any]
 
 
 def run(
-    corpus: Corpus,
-    chosen: Settings,
+    corpus: Any,
+    chosen: Any,
     place: Path,
     stop: StopSignal,
-    make_trainer: Callable[[Settings, Corpus], Trainer] = Trainer,
+    make_trainer: Callable[[Any, Any], Trainer] = Trainer,
     *,
     evaluate_every: int = 100,
     keep: bool = False,
+    finish: Callable[[Any], Record] = lambda trainer: {},
 ) -> Record | None:
     """The losses of the run in the directory `place`, resumed if it was stopped before.
 
-    `None` if it is stopped again. A finished run's directory is removed, or kept on request.
+    `None` if it is stopped again. A finished run's directory is removed, or kept on request. `finish`
+    measures more on the trainer of a finished run.
     """
     directory = RunDirectory(place, chosen, resume=place.exists())
     trainer = make_trainer(chosen, corpus)
@@ -56,7 +60,7 @@ def run(
         "val_loss": validation[chosen.steps],
         "validation": validation,
         "train_loss": [round(statistics.fmean(losses[i : i + 10]), 4) for i in range(0, len(losses), 10)],
-    }
+    } | finish(trainer)
 
 
 def best_rate(tried: dict[float, float]) -> float:
@@ -72,8 +76,9 @@ def next_rates(tried: dict[float, float], start: float) -> list[float]:
     return [start] if best is None else [rate for rate in (2 * best, best / 2) if rate not in tried]
 
 
+@functools.cache
 def commit() -> str:
-    """The commit of this code, with `+` if tracked files differ from it."""
+    """The commit of the code when first asked, with `+` if tracked files differ from it."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -90,9 +95,17 @@ class Runs:
 
     def __init__(self, path: Path):
         self.path = path
+        self._read: tuple[Any, list[Record]] = None, []
 
     def all(self) -> list[Record]:
-        return json.loads(self.path.read_text())["runs"] if self.path.exists() else []
+        """All finished runs; reads the file again if another process has changed it."""
+        if not self.path.exists():
+            return []
+        stat = self.path.stat()
+        stamp = stat.st_mtime_ns, stat.st_ino
+        if stamp != self._read[0]:
+            self._read = stamp, json.loads(self.path.read_text())["runs"]
+        return self._read[1]
 
     def find(self, chosen: Settings) -> Record | None:
         wanted = dataclasses.asdict(chosen)
@@ -140,3 +153,43 @@ class Search(NamedTuple):
         if self.wanted(runs):
             return None
         return dataclasses.replace(self.start, **{self.rate: best_rate(self.tried(runs))})
+
+
+def name_of(s: Settings) -> str:
+    """The name of a run's directory."""
+    parts = [s.optimizer, f"{s.steps} steps", f"rate {s.lr:g}", f"others {s.others_lr:g}", f"rank {s.rank}"]
+    return ", ".join([*parts, f"period {s.period}", f"fraction {s.full_rank_fraction:g}", f"seed {s.seed}"])
+
+
+def work(
+    runs: Runs,
+    study: Callable[[], Iterable[Any]],
+    do: Callable[[Any, Path], Record | None],
+    places: Path,
+    stop: StopSignal,
+) -> None:
+    """Do every run of a study that is not done, beside other processes that do the same.
+
+    Args:
+      runs: the runs that are done.
+      study: the settings of the runs that can be done now, the most urgent first, also of done ones.
+      do: a run in its directory; `None` if it was stopped.
+      places: where the directories are.
+    """
+    while not stop.came:
+        missing = [chosen for chosen in study() if runs.find(chosen) is None]
+        if not missing:
+            return
+        for chosen in missing:
+            place = places / name_of(chosen)
+            with locked(place) as mine:
+                if not mine or runs.find(chosen):
+                    continue
+                record = do(chosen, place)
+                if record is None:
+                    return
+                runs.add(chosen, record)
+                print(f"{place.name}: {record['val_loss']:.4f}", flush=True)
+                break
+        else:
+            time.sleep(10)  # all that can be done now is being done

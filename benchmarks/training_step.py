@@ -25,7 +25,8 @@ from results import RESULTS, Results
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
-from llama import SIZES, Llama, next_token_loss
+from llama import SIZES, Llama
+from losses import next_token_loss
 
 
 def optimizers(rank: int) -> dict[str, Callable[[], optax.GradientTransformation]]:

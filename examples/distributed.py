@@ -29,7 +29,9 @@ from jax.sharding import PartitionSpec as P
 import gum_optax as go
 
 from corpus import Corpus
-from llama import SIZES, Layered, Llama, next_token_loss
+from layered import Layered
+from llama import SIZES, Llama
+from losses import following, next_token_loss
 from options import positive, rate, seed
 from training import RunError, StopSignal, check_settings
 
@@ -123,7 +125,7 @@ class Run:
         model = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
         self.graph, _ = nnx.split(model, nnx.Param)
         self.layered = Layered(model)
-        divide = Layered.divide if options.layerwise else lambda params: params
+        divide = self.layered.divide if options.layerwise else lambda params: params
         self.weights = lambda: divide(nnx.split(make(rngs=nnx.Rngs(options.seed)), nnx.Param)[1])
         shapes = jax.eval_shape(self.weights)
         shardings = shardings_of(shapes, mesh, options.parallel)
@@ -164,7 +166,7 @@ class Run:
         count, own = self.options.microbatches, self.layered
         tokens = batches if count > 1 else batches[0]
         loss, params, opt_state = go.layerwise_update(
-            self.tx, own.embed, own.layer, own.head, tokens, opt_state, params, microbatches=count
+            self.tx, own.embed, own.layer, own.head, following(tokens), opt_state, params, microbatches=count
         )
         return (params, opt_state), loss
 

