@@ -4,7 +4,7 @@
     from gradients  ∇f(X) + ξ σ C,   ξ = ±1,   C = diag(0, I_r)
 
 The noise is large and of rank r, so the top r singular vectors of a gradient are those of the noise, and
-GaLore-Muon never sees the signal. This is bias: no learning rate or period helps. The seeds are the blocks of
+GaLore-Muon never sees the signal. This is bias, which no learning rate removes. The seeds are the blocks of
 one stack, so that GUM can draw half of them.
 
     python examples/linear_regression.py

@@ -62,7 +62,7 @@ class Size:
 
     @property
     def rank(self) -> int:
-        """A quarter of the width: 128 at 60m, as in the GUM and GaLore papers."""
+        """A quarter of the width: 128 at 60m, as in GaLore's C4 runs."""
         return self.hidden // 4
 
 

@@ -62,7 +62,7 @@ Maker = Callable[..., optax.GradientTransformation]
 # (docs/results/losses.md). A larger model or a longer run wants less.
 OTHERS_LR = 9.6e-2
 
-# Each optimizer and its default learning rate; docs/results/comparison.json has the search.
+# Each optimizer and a default learning rate, within a factor of two of the best in docs/results/losses.md.
 OPTIMIZERS: dict[str, tuple[Maker, float]] = {
     "adamw": (lambda s, lr, **kw: _adamw_by_kind(lr, **kw), 1.5e-3),
     "muon": (lambda s, lr, **kw: go.muon(lr, momentum_dtype=s.momentum_dtype, **kw), 6e-3),

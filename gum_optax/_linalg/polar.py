@@ -27,9 +27,9 @@ def polar(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
 
         x = U Σ Vᵀ,   result = Σᵢ uᵢ vᵢᵀ [σᵢ > 8 ε σ₁]
 
-    Directions in the null space become zero, and so does a zero matrix. (SUMO, arXiv 2505.24749, needs an
-    exact factor up to condition 1e5 and beyond. The usual cut at `max(m, n) ε` would be at condition 2e3 for
-    n = 4096.)
+    Directions in the null space become zero, and so does a zero matrix. (SUMO, arXiv 2505.24749, asks for
+    an exact factor, for the error of Newton-Schulz grows with the condition number. The usual cut at
+    `max(m, n) ε` would be at condition 2e3 for n = 4096.)
 
     Args:
       x: matrices in the last two axes, of any floating dtype.
