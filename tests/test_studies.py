@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import finetuning  # noqa: E402
 import pretraining  # noqa: E402
+import pretraining_report  # noqa: E402
 import runs  # noqa: E402
 
 # The rate at which each optimizer of the fake runs is best.
@@ -33,7 +34,9 @@ def fake(done):
         done.append(chosen)
         wanted = BEST.get(chosen.optimizer, 3e-3) * OF_RANK[chosen.rank]
         loss = abs(math.log(chosen.lr / wanted)) + abs(math.log(chosen.others_lr / 0.024))
-        return {"val_loss": loss, "lr": chosen.lr}
+        seed = 0.01 * chosen.seed + 0.1 * (chosen.optimizer == "muon")
+        curve = {str(step): 1 + loss + seed + 1 - step / 4883 for step in range(500, 4884, 487)}
+        return {"val_loss": 1 + loss + seed, "lr": chosen.lr, "validation": curve}
 
     return do
 
@@ -108,6 +111,37 @@ def test_two_workers_do_each_run_once(stored, tmp_path):
     for worker in workers:
         worker.join()
     assert len(done) == len(set(map(dataclasses.astuple, done))) == len(stored.all())
+
+
+def test_the_report_has_intervals_tokens_and_changes(stored, tmp_path, capsys):
+    base = pretraining.start("words")
+    runs.work(stored, lambda: pretraining.study(stored, base, 4883), fake([]), tmp_path, Never())
+    stored.path.rename(tmp_path / "pretraining.json")
+    costs = {name: {"step_ms": 100.0, "state_mib": 2.0} for name in pretraining.COMPARED}
+    (tmp_path / "pretraining_costs.json").write_text(json.dumps(costs))
+    pretraining_report.main(["--out", str(tmp_path)])
+    table = (tmp_path / "pretraining.md").read_text().splitlines()
+    # Seeds 0.01 apart: t = 4.303, sd = 0.01, three seeds.
+    assert table[2] == "| `adamw` | 0.003 | 1.0100 ± 0.0248 (3) |  |  | 100 ms | 2.0 |"
+    assert "| +0.1000 ± 0.0000 | not reached | 100 ms |" in table[3]
+    # The curve of GUM is AdamW's, which reaches its own final loss at its end.
+    assert "| +0.0000 ± 0.0000 | 5.00M tokens |" in table[5]
+    ablation = (tmp_path / "ablation.md").read_text()
+    assert "| 4 of 192 | 1.0050 at 0.0001875 | 1.0050 at 0.0001875 | 1.0050 at 0.0001875 |" in ablation
+    assert "| `gum` | exact SVD | 1.0050 (2) | +0.0000 |" in ablation
+    assert "| `galore_muon` | restarted | 1.6981 (2) | +0.6931 |" in ablation
+    assert "| `gum` | period 200 |" in ablation
+    assert "| `gum` | period 50 |" not in ablation
+    assert (tmp_path / "pretraining.png").stat().st_size > 10_000
+
+
+def test_tokens_to_a_loss_lie_on_the_line_between_evaluations():
+    settings = pretraining.start("words")
+    curve = {"100": 3.0, "200": 2.0, "300": 1.0}
+    group = pretraining_report.Group("gum", settings, [{"val_loss": 1.0, "validation": curve}])
+    assert pretraining_report.reached(group, 1.5) == 250 * 1024
+    assert pretraining_report.reached(group, 3.5) == 100 * 1024
+    assert pretraining_report.reached(group, 0.5) is None
 
 
 def test_a_search_ends_between_two_worse_neighbours():

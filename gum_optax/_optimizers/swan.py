@@ -31,8 +31,8 @@ def swan(
       learning_rate: a number or a schedule; 0.02 in the paper.
       scale: `α`; 0.05 in the paper.
       orthogonalizer: the function for `msign`. Default: Newton-Schulz with `POLAR_EXPRESS`. The
-        paper's coupled iteration with β = 0.8 is not used: eigenvalues follow `s ← β² s (3 - s)²`, whose slope
-        at its fixed point 1.75 is -1.8, so that it does not settle. `polar` is exact.
+        paper's coupled iteration with β = 0.8 is not used: eigenvalues follow `s ← β² s (3 - s)²`, whose
+        slope at its fixed point 1.75 is -1.8, so that it does not settle. `polar` is exact.
       weight_decay, weight_decay_mask, weight_dimension_numbers, others: as in `muon`.
 
     Raises:
