@@ -26,7 +26,6 @@ import finetune  # isort: skip
 import smollm  # isort: skip
 from answers import answer, interval  # isort: skip
 from lora import matching_rank  # isort: skip
-from optimizers import OPTIMIZERS  # isort: skip
 from pretrained import read_config, size_of  # isort: skip
 from supervised import Chat, Windows, gsm_symbolic  # isort: skip
 from training import StopSignal  # isort: skip
@@ -39,7 +38,7 @@ ANSWERS = 64  # held-out items that a model answers
 EVALUATIONS = 3  # of each run
 # Where the searches start: AdamW's usual rate for fine-tuning, and for the others as many times smaller than
 # in pretraining as for AdamW.
-START = {name: OPTIMIZERS[name][1] / 16 for name in COMPARED} | {"lora": 1e-3}
+START = {name: finetune.KNOWN[name][1] / 16 for name in COMPARED} | {"lora": 1e-3}
 
 
 @functools.cache

@@ -27,8 +27,8 @@ from runs import ROOT, Record, Runs, Search, run, work
 # Importing `runs` put the examples on the path.
 from corpus import Corpus  # isort: skip
 from llama import SIZES  # isort: skip
-from optimizers import OPTIMIZERS, OTHERS_LR, Settings  # isort: skip
-from training import StopSignal  # isort: skip
+from optimizers import OPTIMIZERS, OTHERS_LR, Maker, Settings  # isort: skip
+from training import StopSignal, Trainer  # isort: skip
 
 MODEL, BATCH, SEQ = "3m", 8, 128
 SHORT, LONG = 977, 4883  # steps: one and five million tokens
@@ -49,19 +49,31 @@ def _low_rank_muon(s: Settings, lr: Any, *, on_refresh: Any, others: Any, weight
     return go.matrix_optimizer(rule, lr, go.shape_factor(0.2), others=others, weight_decay=weight_decay)
 
 
-def _register(name: str, of: str, **changed: Any) -> None:
+def _changed(of: str, **changed: Any) -> tuple[Maker, float]:
+    """An optimizer with other arguments."""
     make, rate = OPTIMIZERS[of]
-    OPTIMIZERS[name] = functools.partial(make, **changed), rate
+    return functools.partial(make, **changed), rate
 
 
-_register("gum, low variance", "gum", compensation=go.low_variance)
-_register("gum, exact SVD", "gum", find_subspace=go.svd_subspace)
-_register("gum, random subspace", "gum", find_subspace=go.random_subspace)
-for _name, _fate in (("restarted", go.restart), ("rotated", go.rotate)):
-    OPTIMIZERS[f"galore_muon, {_name}"] = (
-        functools.partial(_low_rank_muon, on_refresh=_fate),
-        OPTIMIZERS["galore_muon"][1],
-    )
+def _with_fate(on_refresh: Any) -> tuple[Maker, float]:
+    return functools.partial(_low_rank_muon, on_refresh=on_refresh), OPTIMIZERS["galore_muon"][1]
+
+
+VARIANTS = {
+    "gum, low variance": _changed("gum", compensation=go.low_variance),
+    "gum, exact SVD": _changed("gum", find_subspace=go.svd_subspace),
+    "gum, random subspace": _changed("gum", find_subspace=go.random_subspace),
+    "galore_muon, restarted": _with_fate(go.restart),
+    "galore_muon, rotated": _with_fate(go.rotate),
+}
+KNOWN = OPTIMIZERS | VARIANTS
+
+
+class StudyTrainer(Trainer):
+    """A trainer that knows the variants."""
+
+    makers = KNOWN
+
 
 COMPARED = ("adamw", "muon", "galore_muon", "gum", "gum, low variance")
 RANKS = (4, 12, 48)
@@ -92,7 +104,7 @@ def searches(base: Settings) -> list[Search]:
     """The searches of the matrices' rate: for each optimizer, and for GUM at each rank and fraction."""
 
     def search(optimizer: str, **changed: Any) -> Search:
-        return Search(replace(base, optimizer=optimizer, lr=OPTIMIZERS[optimizer][1], **changed), "lr")
+        return Search(replace(base, optimizer=optimizer, lr=KNOWN[optimizer][1], **changed), "lr")
 
     plane = itertools.product(RANKS, FRACTIONS)
     cells = [search("gum", rank=rank, full_rank_fraction=fraction) for rank, fraction in plane]
@@ -104,10 +116,9 @@ def factors(best: dict[str, Settings]) -> Iterator[Settings]:
     for period in PERIODS:
         yield replace(best["gum"], period=period)
         yield replace(best["galore_muon"], period=period)
-    for name in OPTIMIZERS:
-        optimizer, _, change = name.partition(", ")
-        if change and name not in COMPARED:
-            yield replace(best[optimizer], optimizer=name)
+    for name in VARIANTS:
+        if name not in COMPARED:
+            yield replace(best[name.partition(", ")[0]], optimizer=name)
 
 
 def study(runs: Runs, base: Settings, long: int) -> Iterator[Settings]:
@@ -150,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def do(chosen: Settings, place: Path) -> Record | None:
         every = max(1, chosen.steps // EVALUATIONS)
-        return run(corpus, chosen, place, stop, evaluate_every=every, keep=True)
+        return run(corpus, chosen, place, stop, StudyTrainer, evaluate_every=every, keep=True)
 
     work(runs, lambda: study(runs, base, options.long), do, options.runs, stop)
 

@@ -21,7 +21,19 @@ import matplotlib
 import numpy as np
 from results import RESULTS
 
-from pretraining import BATCH, COMPARED, FRACTIONS, LONG, RANKS, SEEDS, SEQ, factors, searches, start
+from pretraining import (
+    BATCH,
+    COMPARED,
+    FRACTIONS,
+    LONG,
+    RANKS,
+    SEEDS,
+    SEQ,
+    StudyTrainer,
+    factors,
+    searches,
+    start,
+)
 from runs import Record, Runs, Search
 
 matplotlib.use("Agg")
@@ -31,7 +43,6 @@ import matplotlib.pyplot as plt
 from corpus import Corpus  # isort: skip
 from llama import SIZES  # isort: skip
 from optimizers import Settings  # isort: skip
-from training import Trainer  # isort: skip
 
 ROUNDS, STEPS_A_ROUND = 9, 5
 # Student's t for a two-sided interval of 95 %, by degrees of freedom.
@@ -169,7 +180,7 @@ def factor_table(study: Study) -> Iterator[str]:
 def measure_costs(study: Study, corpus: Corpus) -> dict[str, Any]:
     """Time of a step and state: medians of rounds in which every optimizer takes a few steps in turn."""
     bests = {name: best for name in COMPARED if (best := study.best(optimizer=name))}
-    trainers = {name: Trainer(best, corpus) for name, best in bests.items()}
+    trainers = {name: StudyTrainer(best, corpus) for name, best in bests.items()}
     times: dict[str, list[float]] = {name: [] for name in trainers}
     for _ in range(ROUNDS):
         for name, trainer in trainers.items():

@@ -23,7 +23,7 @@ import smollm
 from answers import answer
 from corpus import CorpusError, replace_file
 from llama import Llama
-from lora import add_adapters, matching_rank, merge_adapters
+from lora import LORA, add_adapters, matching_rank, merge_adapters
 from losses import Batch
 from optimizers import MOMENTUM_DTYPE, OPTIMIZERS, OTHERS, Settings
 from options import add_files, add_memory, decay, fraction, positive, rate
@@ -32,6 +32,7 @@ from reporting import free_directory, plot_losses, summary_of
 from supervised import Chat, Data, Item, Windows, from_file, gsm_symbolic
 from training import RunDirectory, RunError, StopSignal, Trainer, train
 
+KNOWN = OPTIMIZERS | {"lora": LORA}
 ITEMS = 4000  # of the default data
 VALIDATION_BATCHES = 16
 
@@ -47,6 +48,7 @@ class FinetuneSettings(Settings):
 class FineTuner(Trainer):
     """A trainer that starts from a checkpoint and may train a part of it."""
 
+    makers = KNOWN
     settings: FinetuneSettings
     corpus: Windows
 
@@ -97,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", type=Path, metavar="DIR", help="default: SmolLM2-135M-Instruct")
     p.add_argument("--data", type=Path, metavar="JSONL", help="default: reasoning-gym's gsm_symbolic")
-    p.add_argument("--optimizer", choices=OPTIMIZERS, default="gum", help="default: gum")
+    p.add_argument("--optimizer", choices=KNOWN, default="gum", help="default: gum")
     p.add_argument("--steps", type=positive, default=200)
     p.add_argument("--batch", type=positive, default=4, help="windows in a step (default: 4)")
     p.add_argument("--seq", type=positive, default=512, help="tokens in a window (default: 512)")
@@ -146,7 +148,7 @@ def settings_of(options: argparse.Namespace, checkpoint: Path, data: Data) -> Fi
         steps=options.steps,
         batch=options.batch,
         seq=options.seq,
-        lr=options.lr or RATES.get(name, OPTIMIZERS[name][1] / 16),
+        lr=options.lr or RATES.get(name, KNOWN[name][1] / 16),
         others_lr=options.others_lr,
         rank=options.rank or size_of(read_config(checkpoint)).rank,
         period=options.period,

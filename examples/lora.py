@@ -9,13 +9,13 @@ import optax
 from flax import nnx
 
 from llama import Llama, Size
-from optimizers import OPTIMIZERS, Settings, optimizer
+from optimizers import Maker, Settings, optimizer
 
 # The kernels of a layer that get adapters.
 KERNELS = ("query", "key", "value", "out", "gate", "up", "down")
 
 # LoRA (Hu et al., arXiv 2106.09685): AdamW for the factors of each kernel's change.
-OPTIMIZERS["lora"] = (
+LORA: tuple[Maker, float] = (
     lambda s, lr, others, weight_decay: optax.adamw(lr, weight_decay=weight_decay),
     1e-3,
 )

@@ -1,7 +1,7 @@
 """The optimizers of `pretrain.py`, made from the settings of a run."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -125,12 +125,14 @@ OTHERS: dict[str, Callable[[Any, float], optax.GradientTransformation]] = {
 MOMENTUM_DTYPE = ("muon", "galore_muon", "gum", "sumo")
 
 
-def optimizer(s: Settings) -> optax.GradientTransformation:
-    """The optimizer of a run, with clipped gradients and `others_lr` for the other leaves.
+def optimizer(
+    s: Settings, makers: Mapping[str, tuple[Maker, float]] = OPTIMIZERS
+) -> optax.GradientTransformation:
+    """The optimizer of a run, out of `makers`, with clipped gradients and `others_lr` for the other leaves.
 
     Its updates and its state are float32 whatever the weights are.
     """
-    make, _ = OPTIMIZERS[s.optimizer]
+    make, _ = makers[s.optimizer]
     others = OTHERS[s.others](schedule(s, s.others_lr), s.weight_decay)
     made = make(s, schedule(s, s.lr), others=others, weight_decay=s.weight_decay)
     clipped = optax.chain(optax.clip_by_global_norm(s.clip), made) if s.clip else made

@@ -23,7 +23,7 @@ from corpus import replace_file
 from layered import Layered
 from llama import SIZES, Llama
 from losses import Batch, following, model_loss
-from optimizers import Settings, optimizer
+from optimizers import OPTIMIZERS, Settings, optimizer
 
 VALIDATION_BATCHES = 32
 
@@ -36,6 +36,7 @@ class Trainer:
     """The compiled step of one run and the state it moves."""
 
     apply_updates = staticmethod(gum_optax.apply_updates)
+    makers = OPTIMIZERS
 
     def __init__(self, settings: Settings, corpus: Any):
         """`corpus` is what `batch` and `validation_batches` draw from, here a `Corpus`."""
@@ -47,7 +48,7 @@ class Trainer:
         self.layered = Layered(model) if settings.layerwise else None
         if self.layered is not None:
             params = self.layered.divide(params)
-        self.tx = optimizer(settings)
+        self.tx = optimizer(settings, self.makers)
         self.state = (params, jax.jit(self.tx.init)(params))
         self.step = 0
         self.seconds = 0.0

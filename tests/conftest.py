@@ -1,5 +1,6 @@
 import importlib.metadata
 import os
+import signal
 from pathlib import Path
 
 # Tests are tiny and compilation dominates, so LLVM's optimizations are off. XLA's own optimizations are on:
@@ -60,3 +61,20 @@ def _programs_are_let_go():
     """Drop compiled programs: thousands would exhaust the memory maps of a Linux process (65,530)."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A separate cache for the examples' runs."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def example_environment(cache, monkeypatch):
+    """The separate cache and no progress bar; restores the signal handlers afterwards."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -34,6 +34,8 @@ import pretrain  # noqa: E402
 import runs  # noqa: E402
 import training  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("example_environment")
+
 TINY = [
     "--model",
     "tiny",
@@ -50,26 +52,9 @@ TINY = [
 ]
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """A separate cache for these tests."""
-    return tmp_path_factory.mktemp("cache")
-
-
 def environment_of(cache):
     """The environment of a separate process with this cache."""
     return os.environ | {"XDG_CACHE_HOME": str(cache)}
-
-
-@pytest.fixture(autouse=True)
-def _environment(cache, monkeypatch):
-    """A separate cache for these tests; restores the signal handlers afterwards."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    monkeypatch.setenv("TQDM_DISABLE", "1")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import shutil
-import signal
 import sys
 from decimal import Decimal
 from pathlib import Path
@@ -33,6 +32,8 @@ import pretrained  # noqa: E402
 import smollm  # noqa: E402
 import supervised  # noqa: E402
 from corpus import CorpusError, train_tokenizer  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("example_environment")
 
 COMMON = {
     "hidden_size": 32,
@@ -102,15 +103,6 @@ def sums(tmp_path_factory):
     ]
     file.write_text("\n".join(map(json.dumps, items)) + "\n")
     return file
-
-
-@pytest.fixture(autouse=True)
-def _environment(monkeypatch):
-    monkeypatch.setenv("TQDM_DISABLE", "1")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
