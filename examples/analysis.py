@@ -1,6 +1,6 @@
 """Look into finished training runs: what projection loses, spectra of weights, tails of activations.
 
-    python examples/analysis.py runs/compare/*
+    python examples/analysis.py runs/compare/*/
     python examples/analysis.py runs/mine --text my_book.txt --out runs/analysis
 
 Writes `analysis.json`, with all numbers, and pictures. Runs that differ in their seed alone are averaged.
