@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import matplotlib
 
-from runs import ROOT, best_rate, next_rates, run
+from runs import ROOT, best_rate, next_rates, run, step_seconds
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -104,19 +104,13 @@ def costs(corpus: Corpus, results: Results, optimizers: list[str]) -> None:
     """Memory and time of a step: medians of rounds in which every optimizer takes a few steps in turn."""
     rates = {name: results.best_rate(name) or OPTIMIZERS[name][1] for name in optimizers}
     trainers = {name: Trainer(settings(corpus, name, rates[name], 0), corpus) for name in optimizers}
-    times: dict[str, list[float]] = {name: [] for name in optimizers}
-    for _ in range(SPEED_ROUNDS):
-        for name, trainer in trainers.items():
-            start = time.perf_counter()
-            for _ in range(SPEED_STEPS):
-                trainer.train_step()
-            times[name].append((time.perf_counter() - start) / SPEED_STEPS)
+    seconds = step_seconds(trainers, SPEED_ROUNDS, SPEED_STEPS)
     results.data["costs"] |= {
         name: {
             "state_mib": trainer.optimizer_bytes() / 2**20,
             "peak_step_mib": (trainer.peak_bytes() or 0) / 2**20,
-            "step_ms": 1000 * statistics.median(times[name]),
-            "tokens_per_second": BATCH * SEQ / statistics.median(times[name]),
+            "step_ms": 1000 * seconds[name],
+            "tokens_per_second": BATCH * SEQ / seconds[name],
         }
         for name, trainer in trainers.items()
     }
@@ -184,7 +178,7 @@ def compare(corpus: Corpus, results: Results, name: str, stop: StopSignal) -> No
         record = run(corpus, settings(corpus, name, lr, seed), place, stop)
         if record is None:
             raise SystemExit("Stopped and saved; the same command goes on.")
-        results.add(record)
+        results.add({"optimizer": name, "lr": lr, "seed": seed} | record)
         took = time.perf_counter() - start
         print(f"{name} lr={lr:g} seed={seed}: {record['val_loss']:.4f} ({took:.0f} s)", flush=True)
 

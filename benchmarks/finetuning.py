@@ -36,9 +36,8 @@ RANK, PERIOD, FRACTION = 32, 20, 1 / 8
 SEEDS = (0, 1, 2)  # the first one searches; the others answer questions too
 ANSWERS = 64  # held-out items that a model answers
 EVALUATIONS = 3  # of each run
-# Where the searches start: AdamW's usual rate for fine-tuning, and for the others as many times smaller than
-# in pretraining as for AdamW.
-START = {name: finetune.KNOWN[name][1] / 16 for name in COMPARED} | {"lora": 1e-3}
+# Where the searches start.
+START = {name: finetune.default_rate(name) for name in COMPARED}
 
 
 @functools.cache
@@ -84,7 +83,7 @@ def table(runs: Runs, model: Path, text: str) -> str:
     for name in COMPARED:
         best = Search(settings(model, text, name), "lr").best(runs)
         found = [r for seed in SEEDS if best and (r := runs.find(replace(best, seed=seed)))]
-        if not found:
+        if best is None or not found:
             continue
         losses = [r["val_loss"] for r in found]
         spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
@@ -92,7 +91,7 @@ def table(runs: Runs, model: Path, text: str) -> str:
         low, high = interval(right, of) if of else (0.0, 0.0)
         share = f"{right} of {of} ({100 * low:.1f} to {100 * high:.1f} %)" if of else ""
         lines.append(
-            f"| `{name}` | {found[0]['lr']:.3g} | {statistics.fmean(losses):.4f}{spread} ({len(losses)})"
+            f"| `{name}` | {best.lr:.3g} | {statistics.fmean(losses):.4f}{spread} ({len(losses)})"
             f" | {share} | {found[0]['state_mib']:.1f} | {found[0]['peak_step_mib']:.0f} |"
         )
     return "\n".join(lines) + "\n"
@@ -106,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     model, data, stop = smollm.checkpoint(), gsm_symbolic(finetune.ITEMS), StopSignal()
     chat, runs = Chat(model), Runs(options.out / "finetuning.json")
     windows = Windows(data, chat, SEQ)
-    items = finetune.fitting(chat, data, SEQ)[:ANSWERS]
+    items = windows.questions[:ANSWERS]
 
     def measured(trainer: finetune.FineTuner) -> Record:
         """What a finished run holds, and how it answers."""

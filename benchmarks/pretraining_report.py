@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import statistics
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +33,7 @@ from pretraining import (
     searches,
     start,
 )
-from runs import Record, Runs, Search
+from runs import Record, Runs, Search, step_seconds
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -122,9 +121,9 @@ def study_of(runs: Runs, text: str) -> Study:
     return Study(runs, searches(replace(others, lr=start(text).lr)) if others else [])
 
 
-def long_groups(study: Study, steps: int = LONG) -> list[Group]:
+def long_groups(study: Study) -> list[Group]:
     bests = ((name, study.best(optimizer=name)) for name in COMPARED)
-    groups = (found(study.runs, name, replace(best, steps=steps), SEEDS) for name, best in bests if best)
+    groups = (found(study.runs, name, replace(best, steps=LONG), SEEDS) for name, best in bests if best)
     return [group for group in groups if group]
 
 
@@ -178,19 +177,13 @@ def factor_table(study: Study) -> Iterator[str]:
 
 
 def measure_costs(study: Study, corpus: Corpus) -> dict[str, Any]:
-    """Time of a step and state: medians of rounds in which every optimizer takes a few steps in turn."""
+    """Time of a step, and state."""
     bests = {name: best for name in COMPARED if (best := study.best(optimizer=name))}
     trainers = {name: StudyTrainer(best, corpus) for name, best in bests.items()}
-    times: dict[str, list[float]] = {name: [] for name in trainers}
-    for _ in range(ROUNDS):
-        for name, trainer in trainers.items():
-            begun = time.perf_counter()
-            for _ in range(STEPS_A_ROUND):
-                trainer.train_step()
-            times[name].append((time.perf_counter() - begun) / STEPS_A_ROUND)
+    seconds = step_seconds(trainers, ROUNDS, STEPS_A_ROUND)
     return {
         name: {
-            "step_ms": 1000 * statistics.median(times[name]),
+            "step_ms": 1000 * seconds[name],
             "state_mib": trainer.optimizer_bytes() / 2**20,
         }
         for name, trainer in trainers.items()

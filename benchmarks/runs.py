@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 from corpus import replace_file  # noqa: E402
 from optimizers import Settings  # noqa: E402
-from training import RunDirectory, StopSignal, Trainer, train  # noqa: E402
+from training import RunDirectory, StopSignal, Trainer, train_to_the_end  # noqa: E402
 
 Record = dict[str, Any]
 
@@ -42,25 +42,31 @@ def run(
     """
     directory = RunDirectory(place, chosen, resume=place.exists())
     trainer = make_trainer(chosen, corpus)
-    directory.open()
-    directory.restore(trainer)
-    for _ in train(trainer, directory, stop, evaluate_every=evaluate_every, save_every=evaluate_every):
-        pass
-    if trainer.step < chosen.steps:
+    every = evaluate_every
+    if not train_to_the_end(trainer, directory, stop, evaluate_every=every, save_every=every):
         return None
-    records = directory.records()
+    records, more = directory.records(), finish(trainer)
     if not keep:
         shutil.rmtree(place)
     validation = {r["step"]: r["val_loss"] for r in records if "val_loss" in r}
     losses = [r["train_loss"] for r in records]
     return {
-        "optimizer": chosen.optimizer,
-        "lr": chosen.lr,
-        "seed": chosen.seed,
         "val_loss": validation[chosen.steps],
         "validation": validation,
         "train_loss": [round(statistics.fmean(losses[i : i + 10]), 4) for i in range(0, len(losses), 10)],
-    } | finish(trainer)
+    } | more
+
+
+def step_seconds(trainers: Mapping[str, Trainer], rounds: int, steps: int) -> dict[str, float]:
+    """The seconds of a step: medians of rounds in which every trainer takes a few steps in turn."""
+    times: dict[str, list[float]] = {name: [] for name in trainers}
+    for _ in range(rounds):
+        for name, trainer in trainers.items():
+            begun = time.perf_counter()
+            for _ in range(steps):
+                trainer.train_step()
+            times[name].append((time.perf_counter() - begun) / steps)
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def best_rate(tried: dict[float, float]) -> float:

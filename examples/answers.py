@@ -4,8 +4,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from flax import nnx
-
 from generate import completions
 from llama import Llama
 from supervised import Chat, Item, final_answer
@@ -25,9 +23,8 @@ def interval(right: int, of: int) -> tuple[float, float]:
 def answer(model: Llama, chat: Chat, items: Sequence[Item]) -> dict[str, Any]:
     """How many items the model answers exactly, with an interval, and some of its answers."""
     tokens = [chat.ids(item) for item in items]
-    graph, weights = nnx.split(model)
     steps = max(len(ids) - start for ids, start in tokens)
-    found = completions(graph, (weights,), [ids[:start] for ids, start in tokens], chat.ends, steps)
+    found = completions(model, [ids[:start] for ids, start in tokens], chat.ends, steps)
     texts = [chat.tokenizer.decode(ids) for ids in found]
     right = [
         final_answer(text) == final_answer(item.completion) for text, item in zip(texts, items, strict=True)

@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,11 @@ from llama import Llama
 from lora import LORA, add_adapters, matching_rank, merge_adapters
 from losses import Batch
 from optimizers import MOMENTUM_DTYPE, OPTIMIZERS, OTHERS, Settings
-from options import add_files, add_memory, decay, fraction, positive, rate
+from options import add_files, add_memory, decay, exit_status, fraction, positive, rate
 from pretrained import PretrainedError, load, read_config, save, size_of
 from reporting import free_directory, plot_losses, summary_of
 from supervised import Chat, Data, Item, Windows, from_file, gsm_symbolic
-from training import RunDirectory, RunError, StopSignal, Trainer, train
+from training import RunDirectory, RunError, StopSignal, Trainer, train_to_the_end
 
 KNOWN = OPTIMIZERS | {"lora": LORA}
 ITEMS = 4000  # of the default data
@@ -60,20 +61,20 @@ class FineTuner(Trainer):
         s = self.settings
         model = load(self.checkpoint, dtype, s.weights_dtype)
         if s.optimizer == "lora":
-            add_adapters(model, s.lora_rank, self.first_layer(len(model.layers)), nnx.Rngs(s.seed))
+            add_adapters(model, s.lora_rank, self.first_layer(model), nnx.Rngs(s.seed))
         return model
 
-    def first_layer(self, layers: int) -> int:
+    def first_layer(self, model: Llama) -> int:
         """The first layer that is trained."""
-        return layers - self.settings.last_layers if self.settings.last_layers else 0
+        return len(model.layers) - self.settings.last_layers if self.settings.last_layers else 0
 
-    def trained(self) -> Any:
+    def trained(self, model: Llama) -> Any:
         s = self.settings
         if s.optimizer == "lora":
             return nnx.LoRAParam
         if not s.last_layers:
             return nnx.Param
-        first = self.first_layer(size_of(read_config(self.checkpoint)).layers)
+        first = self.first_layer(model)
 
         def in_last_layers(path: Any, _: Any) -> bool:
             return path[0] == "layers" and path[1] >= first
@@ -124,6 +125,11 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def default_rate(name: str) -> float:
+    """LoRA's own; of the others a sixteenth of that for pretraining, which is AdamW's usual one."""
+    return LORA[1] if name == "lora" else OPTIMIZERS[name][1] / 16
+
+
 def name_of(checkpoint: Path) -> str:
     """The name of a checkpoint and a digest of its settings and of parts of its weights."""
     digest = hashlib.sha256()
@@ -136,21 +142,17 @@ def name_of(checkpoint: Path) -> str:
     return f"{checkpoint.name}-{digest.hexdigest()[:16]}"
 
 
-# Peak rates of the matrices for SmolLM2-135M on gsm_symbolic; benchmarks/finetuning.py has the search.
-RATES: dict[str, float] = {}
-
-
 def settings_of(options: argparse.Namespace, checkpoint: Path, data: Data) -> FinetuneSettings:
-    name = options.optimizer
+    name, size = options.optimizer, size_of(read_config(checkpoint))
     found = FinetuneSettings(
         optimizer=name,
         model=name_of(checkpoint),
         steps=options.steps,
         batch=options.batch,
         seq=options.seq,
-        lr=options.lr or RATES.get(name, KNOWN[name][1] / 16),
+        lr=options.lr or default_rate(name),
         others_lr=options.others_lr,
-        rank=options.rank or size_of(read_config(checkpoint)).rank,
+        rank=options.rank or size.rank,
         period=options.period,
         full_rank_fraction=options.full_rank_fraction,
         weight_decay=options.weight_decay,
@@ -165,7 +167,6 @@ def settings_of(options: argparse.Namespace, checkpoint: Path, data: Data) -> Fi
     )
     if name != "lora":
         return found
-    size = size_of(read_config(checkpoint))
     rank = options.lora_rank or matching_rank(found, size, options.last_layers or size.layers)
     return dataclasses.replace(found, lora_rank=rank)
 
@@ -197,20 +198,16 @@ def run(options: argparse.Namespace) -> int:
     windows = Windows(data, chat, settings.seq)
     stop = StopSignal()
     print(f"{settings.optimizer}: compiling the step of {settings.model} ...", flush=True)
-    trainer = FineTuner(settings, windows, checkpoint)
-    directory.open()
-    before = measured_before(trainer, chat, data, options.answers, directory.path / "before.json")
-    directory.restore(trainer)
+    trainer, items = FineTuner(settings, windows, checkpoint), windows.questions[: options.answers]
+    before = measured_before(trainer, chat, items, directory.path / "before.json")
     every = options.eval_every or max(1, settings.steps // 10)
-    for _ in train(trainer, directory, stop, evaluate_every=every, save_every=options.save_every):
-        pass
-    if trainer.step < settings.steps:
+    if not train_to_the_end(trainer, directory, stop, evaluate_every=every, save_every=options.save_every):
         at = f"Stopped and saved at step {trainer.step} of {settings.steps}"
         print(f"{at}; go on with the same command and --resume --out {out}")
         return 0
     records = directory.records()
     plot_losses({settings.optimizer: records}, directory.path / "loss.png")
-    after = measured(trainer, chat, data, options.answers)
+    after = measured(trainer, chat, items)
     summary = summary_of(trainer, records) | {"before": before, "after": after}
     replace_file(directory.path / "summary.json", lambda part: part.write_text(json.dumps(summary, indent=1)))
     save(trainer.finished(), checkpoint, directory.path / "model")
@@ -218,25 +215,16 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def fitting(chat: Chat, data: Data, length: int) -> list[Item]:
-    """The held-out items that fit into a window."""
-    return [item for item in data.held_out if len(chat.ids(item)[0]) <= length + 1]
-
-
-def measured(trainer: FineTuner, chat: Chat, data: Data, answers: int) -> dict[str, Any]:
-    """Held-out loss, and exact answers if any are wanted."""
+def measured(trainer: FineTuner, chat: Chat, items: Sequence[Item]) -> dict[str, Any]:
+    """Held-out loss, and exact answers to the items."""
     found: dict[str, Any] = {"val_loss": trainer.validation_loss()}
-    return found | (
-        answer(trainer.finished(), chat, fitting(chat, data, trainer.settings.seq)[:answers])
-        if answers
-        else {}
-    )
+    return found | (answer(trainer.finished(), chat, items) if items else {})
 
 
-def measured_before(trainer: FineTuner, chat: Chat, data: Data, answers: int, file: Path) -> dict[str, Any]:
+def measured_before(trainer: FineTuner, chat: Chat, items: Sequence[Item], file: Path) -> dict[str, Any]:
     """What the model does before the first step; a resumed run reads it."""
     if not file.exists():
-        found = measured(trainer, chat, data, answers)
+        found = measured(trainer, chat, items)
         replace_file(file, lambda part: part.write_text(json.dumps(found, indent=1)))
     return json.loads(file.read_text())
 
@@ -263,14 +251,7 @@ def report(summary: dict[str, Any], out: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    try:
-        return run(options)
-    except (CorpusError, PretrainedError, RunError) as error:
-        print(f"finetune.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("finetune.py: Interrupted; what the last checkpoint holds can be resumed.", file=sys.stderr)
-        return 130
+    return exit_status("finetune.py", lambda: run(options), (CorpusError, PretrainedError, RunError))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import gum_optax
 from corpus import Corpus
 from llama import SIZES, Llama
 from measures import excess_kurtosis, max_over_rms
-from training import VALIDATION_BATCHES, RunError
+from training import VALIDATION_BATCHES, RunError, records_of
 
 Weights = dict[str, np.ndarray]  # by the name of the leaf, "layers/0/query/kernel"
 
@@ -61,7 +61,7 @@ def read_run(path: Path) -> FinishedRun:
         raise RunError(f"{path} is no run: it needs settings.json and metrics.jsonl, as pretrain.py writes.")
     try:
         settings = json.loads(files[0].read_text())
-        records = [json.loads(line) for line in files[1].read_text().splitlines(True) if line.endswith("\n")]
+        records = records_of(files[1])
         missing = [name for name in NEEDED if name not in settings]
         steps = [record["step"] for record in records]
     except (ValueError, KeyError, TypeError):

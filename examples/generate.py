@@ -40,7 +40,7 @@ def _next(
 def _greedy(
     graph: Any, weights: Any, prompts: jax.Array, starts: jax.Array, ends: jax.Array, steps: int
 ) -> jax.Array:
-    model = nnx.merge(graph, *weights)
+    model = nnx.merge(graph, weights)
     batch, width = prompts.shape
     token, caches = _next(model, prompts, starts, _empty_caches(model, batch, width + steps), 0)
     found = jnp.zeros((batch, steps), token.dtype).at[:, 0].set(token)
@@ -61,17 +61,18 @@ def _greedy(
 
 
 def completions(
-    graph: Any, weights: Any, prompts: Sequence[list[int]], ends: Sequence[int], steps: int, batch: int = 32
+    model: Llama, prompts: Sequence[list[int]], ends: Sequence[int], steps: int, batch: int = 32
 ) -> list[list[int]]:
     """The likeliest continuation of each prompt, token by token, without its end.
 
     Args:
-      graph, weights: of `nnx.split`; the weights are a tuple of all its states.
+      model: the model.
       prompts: the tokens of each.
       ends: the tokens that end a text.
       steps: the most new tokens.
       batch: prompts at once.
     """
+    graph, weights = nnx.split(model)
     width = max(map(len, prompts))
     found = []
     for first in range(0, len(prompts), batch):

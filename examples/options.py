@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,18 @@ seed = number(int, lambda x: 0 <= x < 2**32, "a whole number of at least 0")
 rate = number(float, lambda x: 0 < x < math.inf, "a positive number")
 decay = number(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
 fraction = number(float, lambda x: 0 <= x <= 1, "between 0 and 1")
+
+
+def exit_status(program: str, run: Callable[[], int], refusals: tuple[type[Exception], ...]) -> int:
+    """What `run` returns; 2 for a refusal, which is printed in a sentence, and 130 for Ctrl-C."""
+    try:
+        return run()
+    except refusals as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{program}: Interrupted; what the last checkpoint holds can be resumed.", file=sys.stderr)
+        return 130
 
 
 def add_memory(p: argparse.ArgumentParser) -> None:

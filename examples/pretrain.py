@@ -16,9 +16,9 @@ from typing import Any
 from corpus import Corpus, CorpusError
 from llama import SIZES
 from optimizers import MOMENTUM_DTYPE, OPTIMIZERS, OTHERS, OTHERS_LR, Settings
-from options import add_files, add_memory, decay, fraction, positive, rate
+from options import add_files, add_memory, decay, exit_status, fraction, positive, rate
 from reporting import free_directory, plot_losses, summary_of, table
-from training import RunDirectory, RunError, StopSignal, Trainer, train
+from training import RunDirectory, RunError, StopSignal, Trainer, train_to_the_end
 
 PROMPT = "- Hi! How are you today?\n-"
 
@@ -106,16 +106,12 @@ def run_one(
     """Train one optimizer; returns its row of the table, its records, and whether it reached the end."""
     print(f"{settings.optimizer}: compiling the step of {settings.model} ...", flush=True)
     trainer = Trainer(settings, corpus)
-    directory.open()
-    directory.restore(trainer)
     every = options.eval_every or max(1, settings.steps // 10)
-    for _ in train(trainer, directory, stop, evaluate_every=every, save_every=options.save_every):
-        pass
+    finished = train_to_the_end(trainer, directory, stop, evaluate_every=every, save_every=options.save_every)
     records = directory.records()
     row = summary_of(trainer, records)
     plot_losses({settings.optimizer: records}, directory.path / "loss.png")
     (directory.path / "summary.json").write_text(json.dumps(row, indent=1))
-    finished = trainer.step == settings.steps
     if finished:
         text = trainer.sample(PROMPT if options.text is None else corpus.opening())
         (directory.path / "sample.txt").write_text(text)
@@ -174,14 +170,7 @@ def run(options: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    try:
-        return run(options)
-    except (CorpusError, RunError) as error:
-        print(f"pretrain.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("pretrain.py: Interrupted; what the last checkpoint holds can be resumed.", file=sys.stderr)
-        return 130
+    return exit_status("pretrain.py", lambda: run(options), (CorpusError, RunError))
 
 
 if __name__ == "__main__":

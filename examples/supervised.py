@@ -161,14 +161,17 @@ class Windows:
 
     def __init__(self, data: Data, chat: Chat, length: int):
         self.name, self.length, self.pad = data.name, length, chat.ends[0]
-        self.train = self._fitting(map(chat.ids, data.train), len(data.train))
-        self.held_out = self._fitting(map(chat.ids, data.held_out), len(data.held_out))
+        self.train = list(self._fitting(chat, data.train).values())
+        fitting = self._fitting(chat, data.held_out)
+        self.questions, self.held_out = list(fitting), list(fitting.values())
         self._epochs: dict[tuple[int, int], list[Batch]] = {}
 
-    def _fitting(self, items: Iterator[tuple[list[int], int]], count: int) -> list[tuple[list[int], int]]:
-        found = [(ids, start) for ids, start in items if len(ids) <= self.length + 1]
+    def _fitting(self, chat: Chat, items: Sequence[Item]) -> dict[Item, tuple[list[int], int]]:
+        """The items that fit into a window, with the tokens of each."""
+        encoded = {item: chat.ids(item) for item in items}
+        found = {item: ids for item, ids in encoded.items() if len(ids[0]) <= self.length + 1}
         if not found:
-            raise CorpusError(f"None of {count} items fits into --seq {self.length} tokens.")
+            raise CorpusError(f"None of {len(items)} items fits into --seq {self.length} tokens.")
         return found
 
     def _packed(self, items: Sequence[tuple[list[int], int]]) -> Iterator[Batch]:

@@ -43,7 +43,7 @@ class Trainer:
         self.settings, self.corpus = settings, corpus
         # The matrix units of accelerators want bfloat16; a CPU has no such units.
         model = self.make_model(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-        self.graph, params, self.frozen = nnx.split(model, self.trained(), ...)
+        self.graph, params, self.frozen = nnx.split(model, self.trained(model), ...)
         params = jax.tree.map(lambda x: x.astype(settings.weights_dtype), params)
         self.layered = Layered(model) if settings.layerwise else None
         if self.layered is not None:
@@ -61,8 +61,9 @@ class Trainer:
         """The model before the first step, which computes in `dtype`."""
         return Llama(SIZES[self.settings.model], dtype=dtype, rngs=nnx.Rngs(self.settings.seed))
 
-    def trained(self) -> Any:
+    def trained(self, model: Llama) -> Any:
         """The filter of the parameters that are trained; the others are frozen."""
+        del model
         return nnx.Param
 
     def batch(self, step: int) -> Batch:
@@ -170,6 +171,12 @@ def check_settings(where: Any, held: dict[str, Any], asked: dict[str, Any]) -> N
         raise RunError(f"{where} holds another run, with {', '.join(different)}; give a new --out.")
 
 
+def records_of(file: Path) -> list[dict[str, Any]]:
+    """The complete lines of a `metrics.jsonl`; a crash may cut the last line short."""
+    lines = file.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
 class RunDirectory:
     """`settings.json`, `metrics.jsonl` and `checkpoints/` of one run."""
 
@@ -230,11 +237,8 @@ class RunDirectory:
             self.checkpoints.save(trainer.step, args=ocp.args.Composite(state=state, sum=own))
 
     def records(self) -> list[dict[str, Any]]:
-        """The complete lines of `metrics.jsonl`; a crash may cut the last line short."""
-        if not self.metrics_file.exists():
-            return []
-        lines = self.metrics_file.read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        """The records of all steps so far."""
+        return records_of(self.metrics_file) if self.metrics_file.exists() else []
 
     def close(self) -> None:
         self.checkpoints.wait_until_finished()
@@ -281,3 +285,14 @@ def train(
         directory.save(trainer)  # not after an error, when the memory may hold half a step
     finally:
         directory.close()
+
+
+def train_to_the_end(
+    trainer: Trainer, directory: RunDirectory, stop: StopSignal, *, evaluate_every: int, save_every: int
+) -> bool:
+    """Go on from the newest checkpoint; whether the last step was reached before a stop signal."""
+    directory.open()
+    directory.restore(trainer)
+    for _ in train(trainer, directory, stop, evaluate_every=evaluate_every, save_every=save_every):
+        pass
+    return trainer.step == trainer.settings.steps

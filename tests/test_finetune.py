@@ -240,7 +240,7 @@ def test_greedy_completions_are_those_of_the_whole_model(kind):
     model = model_of(config_of(kind))
     prompts = [[5, 6, 7, 8, 9, 10], [11, 12], [13]]
     graph, weights = nnx.split(model)
-    found = generate.completions(graph, (weights,), prompts, [0], steps=5, batch=2)
+    found = generate.completions(model, prompts, [0], steps=5, batch=2)
     likeliest = jax.jit(lambda tokens: nnx.merge(graph, weights)(tokens)[0].argmax(-1))
     for prompt, new in zip(prompts, found, strict=True):
         tokens = np.zeros((1, 11), np.int32)  # what follows a token does not change what it predicts
@@ -253,11 +253,10 @@ def test_greedy_completions_are_those_of_the_whole_model(kind):
 
 def test_a_completion_stops_at_its_end():
     model = model_of(config_of("llama"))
-    graph, weights = nnx.split(model)
-    (whole,) = generate.completions(graph, (weights,), [[5, 6]], [299], steps=6)
+    (whole,) = generate.completions(model, [[5, 6]], [299], steps=6)
     end = whole[2]
     first = whole.index(end)
-    assert generate.completions(graph, (weights,), [[5, 6]], [end], steps=6) == [whole[:first]]
+    assert generate.completions(model, [[5, 6]], [end], steps=6) == [whole[:first]]
 
 
 def test_packed_items_have_the_loss_of_each_alone(checkpoint, sums):
