@@ -18,6 +18,7 @@ from ._optimizers.golore import golore as golore
 from ._optimizers.gum import gum as gum
 from ._optimizers.matrix_optimizer import matrix_optimizer as matrix_optimizer
 from ._optimizers.muon import muon as muon
+from ._optimizers.normuon import normuon as normuon
 from ._optimizers.scion import scion as scion
 from ._optimizers.sinkgd import sinkgd as sinkgd
 from ._optimizers.sumo import sumo as sumo
@@ -68,9 +69,12 @@ from ._lowrank.unbiased import unbiased_low_rank as unbiased_low_rank
 # Rules over full matrices, and what is done to a whole step.
 from ._transforms.apply_updates import apply_updates as apply_updates
 from ._transforms.apply_updates import float32_steps as float32_steps
+from ._transforms.cautious_weight_decay import cautious_weight_decay as cautious_weight_decay
 from ._transforms.normalize import normalize as normalize
 from ._transforms.orthogonalize import orthogonalize as orthogonalize
 from ._transforms.scale_by_muon import scale_by_muon as scale_by_muon
+from ._transforms.scale_by_neuron_rms import NeuronRmsState as NeuronRmsState
+from ._transforms.scale_by_neuron_rms import scale_by_neuron_rms as scale_by_neuron_rms
 from ._transforms.scaling import LimitNormGrowthState as LimitNormGrowthState
 from ._transforms.scaling import fan_ratio as fan_ratio
 from ._transforms.scaling import limit_norm_growth as limit_norm_growth

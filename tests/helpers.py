@@ -16,6 +16,7 @@ LOW_RANK = {"rank": 2, "period": 3}
 # Every optimizer, with arguments for a small state and short periods.
 OPTIMIZERS = {
     "muon": (go.muon, {}),
+    "normuon": (go.normuon, {}),
     "galore_muon": (go.galore_muon, LOW_RANK),
     "gum": (go.gum, LOW_RANK | {"full_rank_fraction": 0.3}),
     "galore": (go.galore, LOW_RANK),
@@ -30,6 +31,16 @@ OPTIMIZERS = {
     "cosmos": (go.cosmos, {"rank": 2}),
     "scion": (go.scion, {}),
 }
+
+
+def gum_by_neuron(learning_rate, **keywords):
+    """GUM with NorMuon's step sizes and cautious decay."""
+    rule = go.unbiased_low_rank(go.scale_by_muon(batched=True), **LOW_RANK, full_rank_fraction=0.4)
+    scale = optax.chain(go.scale_by_neuron_rms(), go.scale_by_shape())
+    return go.matrix_optimizer(
+        rule, learning_rate, scale, weight_decay=go.cautious_weight_decay(0.1), **keywords
+    )
+
 
 # One of each kind: full rank, low rank, sampled, rotated with a raw residual, stateless, state per matrix.
 # The other optimizers run the shared tests only in the long tests.

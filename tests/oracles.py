@@ -38,6 +38,16 @@ def muon_steps(gradients, momentum, step=jordan, nesterov=False):
     return out
 
 
+def normuon_steps(gradients, momentum, b2, eps=1e-8, rate=0.2):
+    """NorMuon for outputs as rows (arXiv 2510.05491, Algorithm 1), with exact polar factors."""
+    (m, n), v, out = gradients[0].shape, 0.0, []
+    for o in muon_steps(gradients, momentum, msign):
+        v = b2 * v + (1 - b2) * np.mean(o**2, axis=1, keepdims=True)
+        o = o / (np.sqrt(v) + eps)
+        out.append(rate * np.sqrt(m * n) / np.linalg.norm(o) * o)
+    return out
+
+
 def galore_muon_steps(gradients, rank, period, momentum, step=jordan, find=top_left):
     """For wide matrices: projects the first axis. The momentum does not change with the subspace."""
     r, p, out = 0.0, None, []

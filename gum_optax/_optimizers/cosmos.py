@@ -16,7 +16,7 @@ from .._lowrank.finders import first_subspace
 from .._matrices.dimension_numbers import WeightDimensionNumbers
 from .._mesh.explicit import zeros
 from .._transforms.per_matrix import per_matrix
-from .matrix_optimizer import matrix_optimizer
+from .matrix_optimizer import WeightDecay, matrix_optimizer
 
 
 class CosmosState(NamedTuple):
@@ -101,7 +101,7 @@ def cosmos(
     b2: float = 0.96,
     eps: float = 1e-8,
     orthogonalizer: Orthogonalizer | None = None,
-    weight_decay: float = 0.0,
+    weight_decay: WeightDecay = 0.0,
     weight_decay_mask: Any = None,
     weight_dimension_numbers: WeightDimensionNumbers = None,
     others: optax.GradientTransformation | None = None,

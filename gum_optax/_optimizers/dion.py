@@ -14,7 +14,7 @@ from .._matrices.dimension_numbers import WeightDimensionNumbers
 from .._mesh.explicit import placed, zeros
 from .._transforms.per_matrix import per_matrix
 from .._transforms.scaling import fan_ratio
-from .matrix_optimizer import matrix_optimizer
+from .matrix_optimizer import WeightDecay, matrix_optimizer
 
 _EPS = float(jnp.finfo(jnp.float32).eps)
 # The largest length of `Mᵀp`, in units of eps |M|, for a column p that only completes P. The floor of eps is
@@ -93,7 +93,7 @@ def dion(
     *,
     key: int | jax.Array = 0,
     momentum: float = 0.95,
-    weight_decay: float = 0.0,
+    weight_decay: WeightDecay = 0.0,
     weight_decay_mask: Any = None,
     weight_dimension_numbers: WeightDimensionNumbers = None,
     others: optax.GradientTransformation | None = None,

@@ -13,7 +13,7 @@ from .._lowrank.switch import track_subspace
 from .._matrices.dimension_numbers import WeightDimensionNumbers
 from .._transforms.momentum import scale_by_clipped_adam
 from .._transforms.scaling import limit_norm_growth
-from .matrix_optimizer import matrix_optimizer
+from .matrix_optimizer import WeightDecay, matrix_optimizer
 
 
 def fira(
@@ -27,7 +27,7 @@ def fira(
     eps: float = 1e-8,
     norm_growth: float = 1.01,
     find_subspace: SubspaceFinder | None = None,
-    weight_decay: float = 0.0,
+    weight_decay: WeightDecay = 0.0,
     weight_decay_mask: Any = None,
     weight_dimension_numbers: WeightDimensionNumbers = None,
     others: optax.GradientTransformation | None = None,

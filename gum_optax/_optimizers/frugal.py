@@ -14,7 +14,7 @@ from .._lowrank.switch import track_subspace
 from .._matrices.dimension_numbers import WeightDimensionNumbers
 from .._transforms.momentum import scale_by_clipped_adam
 from .._transforms.normalize import normalize
-from .matrix_optimizer import matrix_optimizer
+from .matrix_optimizer import WeightDecay, matrix_optimizer
 
 
 def frugal(
@@ -28,7 +28,7 @@ def frugal(
     eps: float = 1e-8,
     find_subspace: SubspaceFinder | None = None,
     residual: Residual | None = None,
-    weight_decay: float = 0.0,
+    weight_decay: WeightDecay = 0.0,
     weight_decay_mask: Any = None,
     weight_dimension_numbers: WeightDimensionNumbers = None,
     others: optax.GradientTransformation | None = None,

@@ -14,7 +14,7 @@ from .._matrices.dimension_numbers import WeightDimensionNumbers
 from .._transforms.momentum import scale_by_clipped_adam
 from .._transforms.scale_by_muon import scale_by_muon
 from .._transforms.scaling import shape_factor
-from .matrix_optimizer import matrix_optimizer
+from .matrix_optimizer import WeightDecay, matrix_optimizer
 
 
 def galore_muon(
@@ -28,7 +28,7 @@ def galore_muon(
     find_subspace: SubspaceFinder | None = None,
     orthogonalizer: Orthogonalizer | None = None,
     consistent_rms: float | None = 0.2,
-    weight_decay: float = 0.0,
+    weight_decay: WeightDecay = 0.0,
     weight_decay_mask: Any = None,
     weight_dimension_numbers: WeightDimensionNumbers = None,
     others: optax.GradientTransformation | None = None,
@@ -86,7 +86,7 @@ def galore(
     b2: float = 0.999,
     eps: float = 1e-8,
     find_subspace: SubspaceFinder | None = None,
-    weight_decay: float = 0.0,
+    weight_decay: WeightDecay = 0.0,
     weight_decay_mask: Any = None,
     weight_dimension_numbers: WeightDimensionNumbers = None,
     others: optax.GradientTransformation | None = None,

@@ -12,7 +12,7 @@ from .._lowrank.on_refresh import rotate_first_moment
 from .._lowrank.switch import switch_subspace, track_subspace
 from .._matrices.dimension_numbers import WeightDimensionNumbers
 from .._transforms.momentum import scale_by_clipped_adam
-from .matrix_optimizer import matrix_optimizer
+from .matrix_optimizer import WeightDecay, matrix_optimizer
 
 
 def golore(
@@ -27,7 +27,7 @@ def golore(
     b2: float = 0.999,
     eps: float = 1e-8,
     find_subspace: SubspaceFinder | None = None,
-    weight_decay: float = 0.0,
+    weight_decay: WeightDecay = 0.0,
     weight_decay_mask: Any = None,
     weight_dimension_numbers: WeightDimensionNumbers = None,
     others: optax.GradientTransformation | None = None,

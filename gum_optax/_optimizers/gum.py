@@ -12,7 +12,7 @@ from .._lowrank.unbiased import Compensation, complement, unbiased_low_rank
 from .._matrices.dimension_numbers import WeightDimensionNumbers
 from .._transforms.scale_by_muon import scale_by_muon
 from .._transforms.scaling import shape_factor
-from .matrix_optimizer import matrix_optimizer
+from .matrix_optimizer import WeightDecay, matrix_optimizer
 
 
 def gum(
@@ -28,7 +28,7 @@ def gum(
     compensation: Compensation | None = None,
     orthogonalizer: Orthogonalizer | None = None,
     consistent_rms: float | None = 0.2,
-    weight_decay: float = 0.0,
+    weight_decay: WeightDecay = 0.0,
     weight_decay_mask: Any = None,
     weight_dimension_numbers: WeightDimensionNumbers = None,
     others: optax.GradientTransformation | None = None,

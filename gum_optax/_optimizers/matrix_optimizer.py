@@ -20,6 +20,7 @@ matrices again, `(*blocks, r, n)`. `unbiased_low_rank(inner)` also runs `inner` 
 Steps 2 and 4 tell the rule what they know in one extra argument, `context`: see `_core/context.py`.
 """
 
+import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._core.checks import check_number, check_rule, is_function
+from .._core.checks import check_number, check_rule, is_function, is_rule
 from .._core.context import NO_CONTEXT, MatrixContext
 from .._core.trees import leaves_of_prefix, split
 from .._core.turns import Turn, WholeStep
@@ -42,18 +43,24 @@ from .._transforms.momentum import adam
 from .._transforms.scaling import scale_by_fans
 from .._transforms.skip_non_finite import skip_as_one, skip_leaves
 
-# A number, or a function of the fan-in and fan-out of a matrix.
-Scale = float | jax.Array | Callable[[int, int], Any]
+# A number, a function of the fan-in and fan-out of a matrix, or a rule over `(*blocks, fan_in, fan_out)`.
+Scale = float | jax.Array | Callable[[int, int], Any] | optax.GradientTransformation
+# A number, or a rule that adds the decay to a step up the gradient.
+WeightDecay = float | jax.Array | optax.GradientTransformation
 
 
-def _decays(weight_decay: Any) -> bool:
-    """Whether `update` needs parameters: without decay it does not. A traced number counts as nonzero."""
-    return not (isinstance(weight_decay, int | float) and weight_decay == 0)
+def _checked_decay(weight_decay: Any) -> Any:
+    """A number of at least 0, or a rule as it is."""
+    return weight_decay if is_rule(weight_decay) else check_number("weight_decay", weight_decay, at_least=0)
 
 
 def _decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransformation:
-    """`optax.add_decayed_weights`, or the identity without decay."""
-    return optax.add_decayed_weights(weight_decay, mask) if _decays(weight_decay) else optax.identity()
+    """The rule of the decay; without decay the identity, which needs no parameters."""
+    if is_rule(weight_decay):
+        return weight_decay if mask is None else optax.masked(weight_decay, mask)
+    # A traced number counts as nonzero.
+    decays = not (isinstance(weight_decay, int | float) and weight_decay == 0)
+    return optax.add_decayed_weights(weight_decay, mask) if decays else optax.identity()
 
 
 def _mask_for(tree: Any, mask: Any, turn: WholeStep) -> Any:
@@ -70,10 +77,24 @@ def _mask_for(tree: Any, mask: Any, turn: WholeStep) -> Any:
 
 def _rescaling(scale: Scale) -> Callable[[Any], optax.GradientTransformation]:
     """A function from the dimension numbers of a tree to the transformation that scales its steps."""
+    if is_rule(scale):
+        return lambda dims: without_measurements(as_matrices(scale, dims, wide=False))
     if callable(scale):
         return lambda dims: scale_by_fans(dims, scale)
     factor = check_number("scale", scale, at_least=0)
     return lambda dims: optax.scale(factor)
+
+
+def without_measurements(
+    rule: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """Run `rule` on steps: what is measured of the gradient is not of them."""
+
+    def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
+        context = dataclasses.replace(context, measurements=None)
+        return rule.update(updates, state, params, context=context, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(rule.init, update)
 
 
 def at_least_float32(rule: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -107,7 +128,7 @@ def matrix_optimizer(
     learning_rate: optax.ScalarOrSchedule,
     scale: Scale,
     *,
-    weight_decay: Any = 0.0,
+    weight_decay: WeightDecay = 0.0,
     weight_decay_mask: Any = None,
     weight_dimension_numbers: WeightDimensionNumbers = None,
     others: optax.GradientTransformation | None = None,
@@ -134,9 +155,11 @@ def matrix_optimizer(
         that any leaf skips.
       learning_rate: `η`, a number or a schedule; the schedule counts the steps that all leaves take.
       scale: the factor of the step, a number or a function `(fan_in, fan_out) -> number`, such as
-        `shape_factor()` for orthogonal steps, or `fan_ratio`. (`optax.inject_hyperparams` mistakes a function
-        for a schedule: name `scale` in `static_args`.)
-      weight_decay: `λ`, decoupled. It applies to the matrices and to the default `others`.
+        `shape_factor()` for orthogonal steps, or `fan_ratio`; or a rule over the steps as `(*blocks, fan_in,
+        fan_out)`, such as `scale_by_neuron_rms()`. (`optax.inject_hyperparams` mistakes a function for a
+        schedule: name `scale` in `static_args`.)
+      weight_decay: `λ`, decoupled, or a rule that adds the decay to the step, such as
+        `cautious_weight_decay(λ)`. It applies to the matrices and to the default `others`.
       weight_decay_mask: a tree of booleans, or a function from the parameters to one, as in `optax.adamw`.
       weight_dimension_numbers: which leaves are matrices along which axes: a tree of
         `optax.contrib.MuonDimensionNumbers`, with `None` for leaves that are not matrices; a function from
@@ -157,7 +180,7 @@ def matrix_optimizer(
     """
     check_rule("rule", rule)
     rescale = _rescaling(scale)
-    weight_decay = check_number("weight_decay", weight_decay, at_least=0)
+    weight_decay = _checked_decay(weight_decay)
     if not callable(learning_rate):
         learning_rate = check_number("learning_rate", learning_rate, at_least=0)
     for name, given in (("others", others), ("others_rule", others_rule)):

@@ -8,7 +8,7 @@ from .._linalg.newton_schulz import Orthogonalizer
 from .._matrices.dimension_numbers import WeightDimensionNumbers
 from .._transforms.scale_by_muon import scale_by_muon
 from .._transforms.scaling import shape_factor
-from .matrix_optimizer import matrix_optimizer
+from .matrix_optimizer import WeightDecay, matrix_optimizer
 
 
 def muon(
@@ -19,7 +19,7 @@ def muon(
     momentum_dtype: Any = None,
     orthogonalizer: Orthogonalizer | None = None,
     consistent_rms: float | None = 0.2,
-    weight_decay: float = 0.0,
+    weight_decay: WeightDecay = 0.0,
     weight_decay_mask: Any = None,
     weight_dimension_numbers: WeightDimensionNumbers = None,
     others: optax.GradientTransformation | None = None,
@@ -42,8 +42,9 @@ def muon(
       consistent_rms: 0.2 multiplies the step by `0.2 √max(fan_in, fan_out)` (Moonlight); `None` multiplies it
         by `√max(1, fan_out/fan_in)` (Jordan).
       weight_decay, weight_decay_mask, weight_dimension_numbers, others: as in all optimizers of this
-        library: decoupled decay, its mask, which leaves are matrices along which axes (default:
-        `hidden_matrices`), and the transformation for all other leaves (default: AdamW at `learning_rate`).
+        library: decoupled decay, a number or a rule such as `cautious_weight_decay(0.1)`, its mask, which
+        leaves are matrices along which axes (default: `hidden_matrices`), and the transformation for all
+        other leaves (default: AdamW at `learning_rate`).
 
     Raises:
       TypeError, ValueError: an argument is out of range or of the wrong type; at `init`, dimension numbers do

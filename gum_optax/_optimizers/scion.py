@@ -16,7 +16,7 @@ from .._matrices.dimension_numbers import WeightDimensionNumbers, names_of
 from .._matrices.hidden_matrices import policy
 from .._transforms.momentum import ema
 from .._transforms.normalize import normalize, normalize_sequentially
-from .matrix_optimizer import at_least_float32, matrix_optimizer
+from .matrix_optimizer import WeightDecay, at_least_float32, matrix_optimizer
 
 
 def scion(
@@ -28,7 +28,7 @@ def scion(
     lmo: Normalizer | None = None,
     embedding_lmo: Normalizer | None = None,
     head_lmo: Normalizer | None = None,
-    weight_decay: float = 0.0,
+    weight_decay: WeightDecay = 0.0,
     weight_decay_mask: Any = None,
     weight_dimension_numbers: WeightDimensionNumbers = None,
     others: optax.GradientTransformation | None = None,

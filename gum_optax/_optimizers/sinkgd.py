@@ -9,7 +9,7 @@ from .._core.checks import check_integer, check_number
 from .._linalg.normalizers import sinkhorn
 from .._matrices.dimension_numbers import WeightDimensionNumbers
 from .._transforms.normalize import normalize_lean
-from .matrix_optimizer import matrix_optimizer
+from .matrix_optimizer import WeightDecay, matrix_optimizer
 
 
 def sinkgd(
@@ -17,7 +17,7 @@ def sinkgd(
     *,
     scale: float = 0.05,
     rounds: int = 5,
-    weight_decay: float = 0.0,
+    weight_decay: WeightDecay = 0.0,
     weight_decay_mask: Any = None,
     weight_dimension_numbers: WeightDimensionNumbers = None,
     others: optax.GradientTransformation | None = None,

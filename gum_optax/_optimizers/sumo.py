@@ -15,7 +15,7 @@ from .._lowrank.residuals import Residual, add_raw
 from .._matrices.dimension_numbers import WeightDimensionNumbers
 from .._transforms.scale_by_muon import scale_by_muon
 from .._transforms.scaling import limit_norm_growth, shape_factor
-from .matrix_optimizer import matrix_optimizer
+from .matrix_optimizer import WeightDecay, matrix_optimizer
 
 
 def sumo(
@@ -31,7 +31,7 @@ def sumo(
     residual: Residual | None = None,
     norm_growth: float = 1.1,
     consistent_rms: float | None = 0.2,
-    weight_decay: float = 0.0,
+    weight_decay: WeightDecay = 0.0,
     weight_decay_mask: Any = None,
     weight_dimension_numbers: WeightDimensionNumbers = None,
     others: optax.GradientTransformation | None = None,

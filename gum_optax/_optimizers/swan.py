@@ -10,7 +10,7 @@ from .._linalg.newton_schulz import POLAR_EXPRESS, Orthogonalizer, newton_schulz
 from .._linalg.normalizers import multi_norm, outputs_first, standardize_rows, whiten
 from .._matrices.dimension_numbers import WeightDimensionNumbers
 from .._transforms.normalize import normalize_sequentially
-from .matrix_optimizer import matrix_optimizer
+from .matrix_optimizer import WeightDecay, matrix_optimizer
 
 
 def swan(
@@ -18,7 +18,7 @@ def swan(
     *,
     scale: float = 0.05,
     orthogonalizer: Orthogonalizer | None = None,
-    weight_decay: float = 0.0,
+    weight_decay: WeightDecay = 0.0,
     weight_decay_mask: Any = None,
     weight_dimension_numbers: WeightDimensionNumbers = None,
     others: optax.GradientTransformation | None = None,

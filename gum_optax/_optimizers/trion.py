@@ -14,7 +14,7 @@ from .._matrices.dimension_numbers import WeightDimensionNumbers
 from .._mesh.explicit import zeros
 from .._transforms.per_matrix import per_matrix
 from .._transforms.scaling import shape_factor
-from .matrix_optimizer import matrix_optimizer
+from .matrix_optimizer import WeightDecay, matrix_optimizer
 
 
 def dct_columns(m: Float[Array, "*b m n"], rank: int) -> Float[Array, "*b m r"]:
@@ -100,7 +100,7 @@ def trion(
     momentum: float = 0.95,
     orthogonalizer: Orthogonalizer | None = None,
     consistent_rms: float | None = 0.2,
-    weight_decay: float = 0.0,
+    weight_decay: WeightDecay = 0.0,
     weight_decay_mask: Any = None,
     weight_dimension_numbers: WeightDimensionNumbers = None,
     others: optax.GradientTransformation | None = None,

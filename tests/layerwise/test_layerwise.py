@@ -27,7 +27,7 @@ from layerwise_model import (
 import gum_optax as go
 from gum_optax._core.keys import RowKey, bits16, normal
 
-from helpers import CORE, LOW_RANK, OPTIMIZERS
+from helpers import CORE, LOW_RANK, OPTIMIZERS, gum_by_neuron
 
 STEPS = 9  # three periods of three
 
@@ -80,6 +80,10 @@ def test_every_optimizer_steps_as_for_the_whole_gradient(name):
 def test_optaxs_rules_for_each_number_step_so_too(make):
     schedule = optax.linear_schedule(1e-2, 1e-3, STEPS)
     check_equal(make(schedule))
+
+
+def test_neurons_and_cautious_decay_step_so_too():
+    check_equal(gum_by_neuron(1e-2))
 
 
 def test_random_subspaces_are_those_that_the_stack_would_draw():

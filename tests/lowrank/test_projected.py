@@ -19,7 +19,7 @@ except ImportError:  # jax 0.9
 from gum_optax._lowrank.gradient import ProjectedGradient
 from gum_optax._matrices.view import plain_view
 
-from helpers import LOW_RANK
+from helpers import LOW_RANK, gum_by_neuron
 
 STEPS = 5  # two periods of three: two power steps, a power step
 
@@ -46,6 +46,7 @@ MAKERS = {
     "gum, svd_subspace": functools.partial(
         go.gum, 1e-2, **LOW_RANK, full_rank_fraction=0.4, find_subspace=go.svd_subspace
     ),
+    "gum by neuron": functools.partial(gum_by_neuron, 1e-2),
 }
 
 

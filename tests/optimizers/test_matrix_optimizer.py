@@ -34,6 +34,7 @@ def assert_same(found, expected):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+RULE = go.scale_by_muon()
 COMPOSED = {
     "muon": (go.muon, {}, go.scale_by_muon(), go.shape_factor()),
     "jordan": (
@@ -95,17 +96,40 @@ def test_a_scale_may_be_a_function_of_fan_in_and_fan_out(kernel):
     np.testing.assert_allclose(u["kernel"], -LEARNING_RATE * (10 * kernel[0] + kernel[1]), rtol=1e-6)
 
 
+def spy(shapes):
+    """A rule that notes the shapes that it sees, and doubles the step."""
+
+    def double(updates, _):
+        shapes.extend(x.shape for x in jax.tree.leaves(updates))
+        return jax.tree.map(lambda x: 2 * x, updates)
+
+    return optax.stateless(double)
+
+
 def test_a_rule_sees_the_shorter_side_first_unless_it_asks_for_the_fans():
     def seen(**arguments):
         shapes = []
-        spy = optax.stateless(lambda updates, _: shapes.append(jax.tree.leaves(updates)[0].shape) or updates)
         params = {"kernel": jnp.ones((2, 9, 6))}
-        tx = go.matrix_optimizer(spy, LEARNING_RATE, 1.0, **arguments)
+        tx = go.matrix_optimizer(spy(shapes), LEARNING_RATE, 1.0, **arguments)
         tx.update(params, tx.init(params))
         return set(shapes)
 
     assert seen() == {(2, 6, 9)}
     assert seen(wide=False) == {(2, 9, 6)}
+
+
+def test_a_scale_may_be_a_rule_that_sees_steps_by_fan_in_and_fan_out():
+    shapes = []
+    params = {"kernel": jnp.ones((2, 9, 6)), "query": {"kernel": jnp.ones((8, 2, 3))}, "bias": jnp.ones(6)}
+    dims = {"kernel": Dims(-2, -1), "query/kernel": Dims(0, (1, 2)), "bias": None}
+    tx = go.matrix_optimizer(RULE, LEARNING_RATE, spy(shapes), weight_dimension_numbers=dims)
+    plain = go.matrix_optimizer(RULE, LEARNING_RATE, 1.0, weight_dimension_numbers=dims)
+    found, _ = tx.update(params, tx.init(params))
+    expected, _ = plain.update(params, plain.init(params))
+    assert sorted(set(shapes)) == [(2, 9, 6), (8, 6)]
+    np.testing.assert_array_equal(found["bias"], expected["bias"])
+    for of in (lambda tree: tree["kernel"], lambda tree: tree["query"]["kernel"]):
+        np.testing.assert_allclose(of(found), 2 * of(expected), rtol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
@@ -128,7 +152,6 @@ def is_trace(x):
     return isinstance(x, optax.TraceState)
 
 
-RULE = go.scale_by_muon()
 BAD = [
     (go.newton_schulz, 1.0, {}, TypeError, "rule must be an optax.GradientTransformation"),
     (RULE, "moonlight", {}, TypeError, "scale must be a number"),
