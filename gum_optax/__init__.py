@@ -72,6 +72,7 @@ from ._transforms.apply_updates import float32_steps as float32_steps
 from ._transforms.cautious_weight_decay import cautious_weight_decay as cautious_weight_decay
 from ._transforms.normalize import normalize as normalize
 from ._transforms.orthogonalize import orthogonalize as orthogonalize
+from ._transforms.qk_clip import qk_clip as qk_clip
 from ._transforms.scale_by_muon import scale_by_muon as scale_by_muon
 from ._transforms.scale_by_neuron_rms import NeuronRmsState as NeuronRmsState
 from ._transforms.scale_by_neuron_rms import scale_by_neuron_rms as scale_by_neuron_rms

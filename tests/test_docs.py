@@ -228,12 +228,30 @@ def test_the_lines_about_matrices_describe_a_model_and_take_each_leaf_for_its_ro
     ]
 
 
+def test_the_lines_about_muons_parts_take_a_step_and_clip_what_exceeds():
+    gum, decay, clip = blocks("python", page("muon.md"))
+    params = {"kernel": jnp.ones((4, 8, 12)), "bias": jnp.ones(12)}
+    for code in (gum.replace("128", "2"), decay):
+        names: dict = {}
+        exec(code, names)
+        tx = names["tx"]
+        updates, _ = tx.update(params, tx.init(params), params)
+        assert all(u.any() for u in jax.tree.leaves(updates))
+    names = {}
+    exec(clip.replace("threshold=100.0", "threshold=0.0"), names)
+    x = jnp.float32(np.random.default_rng(0).normal(size=(2, 3, 16)))
+    assert names["train_step"](names["model"], names["optimizer"], x, x) > 0
+    model = names["model"]
+    assert jnp.abs(model.query.kernel[...]).max() < 1e-6
+    assert model.value.kernel[...].any()
+
+
 # Names in backticks from other sources: shells, JAX, trainers, models of other libraries, the reader.
 FOREIGN = {
     *("print", "OPENBLAS_NUM_THREADS", "pytest_cache", "new_tx"),
     *("jax_enable_x64", "jax_threefry_partitionable", "memory_analysis", "out_shardings", "shard_map"),
     *("static_args", "MuonDimensionNumbers", "CheckpointManager", "PeftTrainer", "adamw_mask", "opt_type"),
-    *("dt_bias", "output_proj"),
+    *("dt_bias", "output_proj", "max"),
 }
 
 

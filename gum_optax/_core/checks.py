@@ -3,12 +3,13 @@
 import numbers
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 
 def _is_traced(value: Any) -> bool:
@@ -100,7 +101,7 @@ def is_function(value: Any) -> bool:
     return callable(value) and (not is_node or isinstance(value, jax.tree_util.Partial))
 
 
-def is_rule(value: Any) -> bool:
+def is_rule(value: Any) -> TypeGuard[optax.GradientTransformation]:
     """Whether `value` is an optax transformation: anything with `init` and `update`."""
     return hasattr(value, "init") and hasattr(value, "update")
 
