@@ -196,6 +196,8 @@ def run(options: argparse.Namespace) -> int:
     out = options.out or free_directory(f"finetune-{settings.optimizer}")
     directory = RunDirectory(out, settings, resume=options.resume)
     windows = Windows(data, chat, settings.seq)
+    if windows.left_out:
+        print(f"{windows.left_out} items don't fit into --seq {settings.seq} tokens and are left out.")
     stop = StopSignal()
     print(f"{settings.optimizer}: compiling the step of {settings.model} ...", flush=True)
     trainer, items = FineTuner(settings, windows, checkpoint), windows.questions[: options.answers]
@@ -208,7 +210,7 @@ def run(options: argparse.Namespace) -> int:
     records = directory.records()
     plot_losses({settings.optimizer: records}, directory.path / "loss.png")
     after = measured(trainer, chat, items)
-    summary = summary_of(trainer, records) | {"before": before, "after": after}
+    summary = summary_of(trainer, records) | {"before": before, "after": after, "left_out": windows.left_out}
     replace_file(directory.path / "summary.json", lambda part: part.write_text(json.dumps(summary, indent=1)))
     save(trainer.finished(), checkpoint, directory.path / "model")
     report(summary, out)

@@ -164,6 +164,7 @@ class Windows:
         self.train = list(self._fitting(chat, data.train).values())
         fitting = self._fitting(chat, data.held_out)
         self.questions, self.held_out = list(fitting), list(fitting.values())
+        self.left_out = len(data.train) + len(data.held_out) - len(self.train) - len(self.held_out)
         self._epochs: dict[tuple[int, int], list[Batch]] = {}
 
     def _fitting(self, chat: Chat, items: Sequence[Item]) -> dict[Item, tuple[list[int], int]]:

@@ -296,6 +296,15 @@ def test_each_epoch_has_every_item_once_and_a_batch_is_a_function_of_its_step(ch
     chex.assert_trees_all_equal(again, batch)
 
 
+def test_items_that_do_not_fit_into_a_window_are_counted(checkpoint, sums):
+    chat, data = supervised.Chat(checkpoint), supervised.from_file(sums)
+    sizes = [len(chat.ids(item)[0]) - 1 for item in (*data.train, *data.held_out)]
+    longest = max(sizes)
+    assert supervised.Windows(data, chat, longest).left_out == 0
+    data.train.append(supervised.Item("1 + 1", "2 " * longest))
+    assert supervised.Windows(data, chat, longest).left_out == 1
+
+
 def test_no_held_out_prompt_is_trained_on(sums):
     items = [supervised.Item(str(i % 5), "x") for i in range(20)]
     data = supervised.checked("some", items, items[:2])
