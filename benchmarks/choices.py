@@ -27,7 +27,7 @@ from runs import run
 # Importing `corpus_comparison` put the examples on the path.
 from corpus import Corpus  # isort: skip
 from optimizers import OPTIMIZERS, Settings  # isort: skip
-from training import StopSignal  # isort: skip
+from training import StopSignal, Trainer  # isort: skip
 
 DEFAULT = "float32, as by default"
 # One column for each change, with the settings of the run or the arguments of the optimizer that change.
@@ -40,15 +40,22 @@ METHODS = {
 }
 
 
+class ChoiceTrainer(Trainer):
+    """A trainer that knows the optimizers with changed arguments."""
+
+    makers = OPTIMIZERS | {
+        f"{name}, {column}": (functools.partial(make, **arguments), rate)
+        for name, (make, rate) in OPTIMIZERS.items()
+        for column, arguments in METHODS.items()
+    }
+
+
 def changed(chosen: Settings, column: str) -> Settings:
-    """A run's settings with the column's change. Changed arguments register an optimizer of their own."""
+    """A run's settings with the column's change."""
     chosen = dataclasses.replace(chosen, **MOMENTA.get(column, {}))
     if column not in METHODS:
         return chosen
-    make, rate = OPTIMIZERS[chosen.optimizer]
-    name = f"{chosen.optimizer}, {column}"
-    OPTIMIZERS[name] = functools.partial(make, **METHODS[column]), rate
-    return dataclasses.replace(chosen, optimizer=name)
+    return dataclasses.replace(chosen, optimizer=f"{chosen.optimizer}, {column}")
 
 
 def table(runs: dict[str, dict[str, dict[str, float]]]) -> list[str]:
@@ -92,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
         if str(chosen.seed) in losses:
             continue
         with tempfile.TemporaryDirectory() as place:
-            record = run(corpus, chosen, Path(place) / "run", stop)
+            record = run(corpus, chosen, Path(place) / "run", stop, ChoiceTrainer)
         if record is None:
             return
         losses[str(chosen.seed)] = record["val_loss"]

@@ -28,8 +28,8 @@ from runs import best_rate, next_rates, run
 # Importing `runs` put the examples on the path.
 from corpus import Corpus  # isort: skip
 from llama import SIZES, Llama  # isort: skip
-from optimizers import OPTIMIZERS, OTHERS, Settings  # isort: skip
-from training import StopSignal  # isort: skip
+from optimizers import OPTIMIZERS, OTHERS, OthersMaker, Settings  # isort: skip
+from training import StopSignal, Trainer  # isort: skip
 
 # The rate that the search starts from; a step of each rule has elements of about one.
 START = 4e-2
@@ -99,13 +99,19 @@ def adafactor_with_momentum(lr: Any, weight_decay: float) -> optax.GradientTrans
     )
 
 
-OTHERS |= {
+RULES: dict[str, OthersMaker] = OTHERS | {
     "second moment by token": for_tables(by_token()),
     "sinkgd": for_tables(go.normalize(go.sinkhorn)),
     "norm of each token": for_tables(go.normalize(unit_tokens)),
     "sign": for_tables(optax.scale_by_sign()),
     "adafactor, momentum in bfloat16": adafactor_with_momentum,
 }
+
+
+class RuleTrainer(Trainer):
+    """A trainer that knows these rules."""
+
+    others_makers = RULES
 
 
 def state_share(name: str, model: str) -> float:
@@ -117,7 +123,7 @@ def state_share(name: str, model: str) -> float:
     rest = [x for x, entry in zip(leaves, entries, strict=True) if entry is None]
 
     def size(rule: str) -> int:
-        state = jax.eval_shape(OTHERS[rule](1e-3, 0.1).init, rest)
+        state = jax.eval_shape(RULES[rule](1e-3, 0.1).init, rest)
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
 
     return size(name) / size("adamw")
@@ -189,13 +195,13 @@ def main(argv: list[str] | None = None) -> None:
 
     def loss_of(name: str, rate: float, seed: int) -> float:
         place = options.out / "unfinished" / f"{name}, {rate:g}, {seed}"
-        record = run(corpus, settings(options, corpus, name, rate, seed), place, stop)
+        record = run(corpus, settings(options, corpus, name, rate, seed), place, stop, RuleTrainer)
         if record is None:
             raise SystemExit("Stopped and saved; the same command goes on.")
         print(json.dumps({"run": place.name, "loss": record["val_loss"]}), flush=True)
         return record["val_loss"]
 
-    for name in options.rules.split(";") if options.rules else OTHERS:
+    for name in options.rules.split(";") if options.rules else RULES:
         rows = results.rows(protocol)
         row = rows.setdefault(name, {"rates": {}, "seeds": {}, "state": state_share(name, options.model)})
         while rates := next_rates(tried(row), START):

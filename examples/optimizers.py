@@ -27,7 +27,7 @@ class Settings:
     weight_decay: float
     seed: int
     text: str  # the name of the corpus and a digest of its content
-    momentum_dtype: str = "float32"  # or bfloat16, for the optimizers in MOMENTUM_DTYPE
+    momentum_dtype: str = "float32"  # or bfloat16 or int8, for the optimizers in MOMENTUM_DTYPE
     weights_dtype: str = "float32"  # or bfloat16, without a float32 copy
     others: str = "adamw"  # of OTHERS
     clip: float = 1.0  # the largest norm of the gradient; 0: any
@@ -44,14 +44,20 @@ def _adamw(lr: optax.ScalarOrSchedule, weight_decay: float) -> optax.GradientTra
     return optax.adamw(lr, b2=0.95, weight_decay=weight_decay)
 
 
-def _adamw_by_kind(lr: Any, *, others: Any, weight_decay: float) -> optax.GradientTransformation:
-    """AdamW for all leaves, at one rate for the hidden matrices and another for the other leaves."""
+def adamw_8bit(lr: optax.ScalarOrSchedule, weight_decay: float) -> optax.GradientTransformation:
+    return go.adamw_8bit(lr, b2=0.95, weight_decay=weight_decay)
+
+
+def by_kind(
+    make: Callable[[Any, float], optax.GradientTransformation], lr: Any, *, others: Any, weight_decay: float
+) -> optax.GradientTransformation:
+    """One optimizer for the hidden matrices, at a rate of their own, and another for the other leaves."""
 
     def kinds(params):
         entries = go.hidden_matrices(params)
         return jax.tree.map(lambda x, entry: "others" if entry is None else "matrices", params, entries)
 
-    return optax.partition({"matrices": _adamw(lr, weight_decay), "others": others}, kinds)
+    return optax.partition({"matrices": make(lr, weight_decay), "others": others}, kinds)
 
 
 # (settings, learning rate, others=, weight_decay=) -> the optimizer.
@@ -64,8 +70,9 @@ OTHERS_LR = 9.6e-2
 
 # Each optimizer and a default learning rate, within a factor of two of the best in docs/results/losses.md.
 OPTIMIZERS: dict[str, tuple[Maker, float]] = {
-    "adamw": (lambda s, lr, **kw: _adamw_by_kind(lr, **kw), 1.5e-3),
+    "adamw": (lambda s, lr, **kw: by_kind(_adamw, lr, **kw), 1.5e-3),
     "muon": (lambda s, lr, **kw: go.muon(lr, momentum_dtype=s.momentum_dtype, **kw), 6e-3),
+    "normuon": (lambda s, lr, **kw: go.normuon(lr, momentum_dtype=s.momentum_dtype, **kw), 6e-3),
     "galore_muon": (
         lambda s, lr, **kw: go.galore_muon(lr, s.rank, s.period, momentum_dtype=s.momentum_dtype, **kw),
         3e-3,
@@ -114,26 +121,30 @@ def _adafactor(lr: Any, weight_decay: float) -> optax.GradientTransformation:
     )
 
 
-# What updates embedding, head and norms: (learning rate, weight decay) -> the optimizer.
-OTHERS: dict[str, Callable[[Any, float], optax.GradientTransformation]] = {
+# (learning rate, weight decay) -> the optimizer of embedding, head and norms.
+OthersMaker = Callable[[Any, float], optax.GradientTransformation]
+OTHERS: dict[str, OthersMaker] = {
     "adamw": _adamw,
+    "adamw_8bit": adamw_8bit,
     "adafactor": _adafactor,
     "frozen": lambda lr, weight_decay: optax.set_to_zero(),
 }
 
-# The optimizers that can keep their momentum in bfloat16.
-MOMENTUM_DTYPE = ("muon", "galore_muon", "gum", "sumo")
+# The optimizers that can keep their momentum in bfloat16 or int8.
+MOMENTUM_DTYPE = ("muon", "normuon", "galore_muon", "gum", "sumo")
 
 
 def optimizer(
-    s: Settings, makers: Mapping[str, tuple[Maker, float]] = OPTIMIZERS
+    s: Settings,
+    makers: Mapping[str, tuple[Maker, float]] = OPTIMIZERS,
+    others_makers: Mapping[str, OthersMaker] = OTHERS,
 ) -> optax.GradientTransformation:
-    """The optimizer of a run, out of `makers`, with clipped gradients and `others_lr` for the other leaves.
+    """The optimizer of a run, with clipped gradients and `others_lr` for the other leaves.
 
     Its updates and its state are float32 whatever the weights are.
     """
     make, _ = makers[s.optimizer]
-    others = OTHERS[s.others](schedule(s, s.others_lr), s.weight_decay)
+    others = others_makers[s.others](schedule(s, s.others_lr), s.weight_decay)
     made = make(s, schedule(s, s.lr), others=others, weight_decay=s.weight_decay)
     clipped = optax.chain(optax.clip_by_global_norm(s.clip), made) if s.clip else made
     return clipped if s.weights_dtype == "float32" else go.float32_steps(clipped)

@@ -48,7 +48,7 @@ def add_memory(p: argparse.ArgumentParser) -> None:
     """What saves memory."""
     p.add_argument(
         "--momentum-dtype",
-        choices=("float32", "bfloat16"),
+        choices=("float32", "bfloat16", "int8"),
         default="float32",
         help=f"the dtype of the momentum of {', '.join(MOMENTUM_DTYPE)} (default: float32)",
     )

@@ -23,7 +23,7 @@ from corpus import replace_file
 from layered import Layered
 from llama import SIZES, Llama
 from losses import Batch, following, model_loss
-from optimizers import OPTIMIZERS, Settings, optimizer
+from optimizers import OPTIMIZERS, OTHERS, Settings, optimizer
 
 VALIDATION_BATCHES = 32
 
@@ -37,6 +37,7 @@ class Trainer:
 
     apply_updates = staticmethod(gum_optax.apply_updates)
     makers = OPTIMIZERS
+    others_makers = OTHERS
 
     def __init__(self, settings: Settings, corpus: Any):
         """`corpus` is what `batch` and `validation_batches` draw from, here a `Corpus`."""
@@ -48,7 +49,7 @@ class Trainer:
         self.layered = Layered(model) if settings.layerwise else None
         if self.layered is not None:
             params = self.layered.divide(params)
-        self.tx = optimizer(settings, self.makers)
+        self.tx = optimizer(settings, self.makers, self.others_makers)
         self.state = (params, jax.jit(self.tx.init)(params))
         self.step = 0
         self.seconds = 0.0

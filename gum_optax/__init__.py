@@ -4,6 +4,7 @@ import typing as _typing
 import warnings as _warnings
 
 # Optimizers, and what all of them share.
+from ._optimizers.adamw_8bit import adamw_8bit as adamw_8bit
 from ._optimizers.cosmos import CosmosState as CosmosState
 from ._optimizers.cosmos import cosmos as cosmos
 from ._optimizers.cosmos import scale_by_cosmos as scale_by_cosmos
@@ -67,6 +68,8 @@ from ._lowrank.unbiased import low_variance as low_variance
 from ._lowrank.unbiased import unbiased_low_rank as unbiased_low_rank
 
 # Rules over full matrices, and what is done to a whole step.
+from ._transforms.adam_8bit import ScaleByAdam8bitState as ScaleByAdam8bitState
+from ._transforms.adam_8bit import scale_by_adam_8bit as scale_by_adam_8bit
 from ._transforms.apply_updates import apply_updates as apply_updates
 from ._transforms.apply_updates import float32_steps as float32_steps
 from ._transforms.cautious_weight_decay import cautious_weight_decay as cautious_weight_decay

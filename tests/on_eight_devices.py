@@ -42,8 +42,10 @@ LAYOUTS = {
 }
 SPECS = {name: {"kernel": spec} for name, (_, spec) in LAYOUTS.items()} | {"bias": P("model")}
 STEPS = 5
+EIGHT_BITS = OPTIMIZERS["gum"][1] | {"momentum_dtype": "int8", "others": go.adamw_8bit(1e-2)}
+KNOWN = OPTIMIZERS | {"eight bits": (go.gum, EIGHT_BITS)}
 # Updates of other optimizers run in the same wrapper, and `state_shardings` traces their `init`.
-ON_EXPLICIT_AXES = ("muon", "galore_muon", "gum", "sinkgd")
+ON_EXPLICIT_AXES = ("muon", "galore_muon", "gum", "sinkgd", "eight bits")
 
 
 def values():
@@ -105,7 +107,7 @@ def compared(runs, shardings, alone):
 
 
 def check(name):
-    make, arguments = OPTIMIZERS[name]
+    make, arguments = KNOWN[name]
 
     def plain(shardings):
         return make(1e-2, **arguments)
@@ -165,8 +167,8 @@ def after_all(tx, gradients, out):
 
 
 def same_integers(a, b):
-    """Whether counts, keys and draws are equal; ignores arrays of floating-point numbers."""
-    return np.issubdtype(a.dtype, np.inexact) or np.array_equal(a, b)
+    """Whether counts, keys and draws are equal; ignores floating-point numbers and codes of eight bits."""
+    return a.dtype.itemsize == 1 or np.issubdtype(a.dtype, np.inexact) or np.array_equal(a, b)
 
 
 def gap(a, b):

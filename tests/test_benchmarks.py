@@ -137,15 +137,14 @@ def test_what_grows_how_is_measured_and_drawn(tmp_path, monkeypatch):
     assert (tmp_path / "scaling.png").stat().st_size > 0
 
 
-def test_a_choice_changes_one_thing_of_a_run_and_its_losses_have_a_deviation_over_the_seeds(monkeypatch):
-    monkeypatch.setattr(choices, "OPTIMIZERS", dict(choices.OPTIMIZERS))
+def test_a_choice_changes_one_thing_of_a_run_and_its_losses_have_a_deviation_over_the_seeds():
     plain = choices.Settings("gum", "tiny", 4, 1, 1, 0.01, 0.01, 8, 2, 0.25, 0.1, 0, "")
     assert choices.changed(plain, choices.DEFAULT) == plain
     halved = choices.changed(plain, "momentum in bfloat16")
     assert dataclasses.replace(halved, momentum_dtype="float32") == plain != halved
     other = choices.changed(plain, "`newton_schulz` in bfloat16")
     assert dataclasses.replace(other, optimizer="gum") == plain != other
-    make, rate = choices.OPTIMIZERS[other.optimizer]
+    make, rate = choices.ChoiceTrainer.makers[other.optimizer]
     assert rate == choices.OPTIMIZERS["gum"][1]
     assert make.keywords["orthogonalizer"](jnp.eye(2, 4, dtype=jnp.bfloat16)).dtype == jnp.bfloat16
     runs = {"gum": {choices.DEFAULT: {"0": 4.0, "1": 5.0}, "`newton_schulz`": {"0": 4.25}}}
@@ -218,7 +217,8 @@ def test_each_way_to_keep_the_weights_runs_once_with_the_trainer_that_adds_its_s
 def test_the_rate_of_each_rule_for_embeddings_is_searched_and_the_other_seeds_follow(tmp_path, monkeypatch):
     calls = []
 
-    def fake_run(words, chosen, place, stop):
+    def fake_run(words, chosen, place, stop, trainer):
+        assert chosen.others in trainer.others_makers
         calls.append((chosen.others, chosen.others_lr, chosen.seed))
         best = 0.02 if chosen.others == "sign" else 0.005
         return {"val_loss": abs(np.log2(chosen.others_lr / best)) + 0.5 * chosen.seed + len(chosen.others)}

@@ -71,12 +71,22 @@ def test_the_lines_that_project_before_the_reduce_take_a_step_of_several_microba
 
 
 def test_the_lines_about_bfloat16_weights_take_a_step():
-    step, _ = blocks("python", page("running.md"))
+    step, *_ = blocks("python", page("running.md"))
     names: dict = {}
     exec(step, names)
     params = names["params"]["kernel"]
     assert params.dtype == jnp.bfloat16
     assert 0.5 < float(params.astype(jnp.float32).mean()) < 1
+
+
+def test_the_lines_about_eight_bits_hold_a_quarter_of_the_state():
+    _, code, _ = blocks("python", page("running.md"))
+    names: dict = {}
+    exec(code.replace("gum(1e-3,", "gum(1e-3, rank=32,"), names)
+    params = {"kernel": jnp.ones((4, 128, 256)), "embedding": jnp.ones((512, 128))}
+    plain = go.gum(1e-3, rank=32)
+    sizes = [sum(go.memory_report(tx, params).state.values()) for tx in (names["tx"], plain)]
+    assert sizes[0] < 0.27 * sizes[1]
 
 
 def test_the_lines_about_embedding_and_head_hold_no_moments_of_their_size():

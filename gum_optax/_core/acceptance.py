@@ -15,7 +15,8 @@ from .trees import leaf_indices_of
 Accepted = Bool[Array, "*k"]
 
 
-def _choose(accepted: Accepted, new: Array, old: Array) -> Array:
+def choose(accepted: Accepted, new: Array, old: Array) -> Array:
+    """`new` where a leaf, or a matrix of it, accepts the step, else `old`."""
     return jnp.where(accepted.reshape(accepted.shape + (1,) * (new.ndim - accepted.ndim)), new, old)
 
 
@@ -56,7 +57,7 @@ class Acceptance:
 
     def keep_leaf_if_rejected(self, accepted: Accepted, new: Any, old: Any) -> Any:
         """The arrays of `new`, or those of `old` where not `accepted`: several arrays of one leaf."""
-        return self.mark_kept(jax.tree.map(functools.partial(_choose, accepted), new, old))
+        return self.mark_kept(jax.tree.map(functools.partial(choose, accepted), new, old))
 
     def keep_refreshed_if_rejected(
         self, inner: optax.GradientTransformation, new: Any, old: Any, like: Any
@@ -76,15 +77,15 @@ class Acceptance:
         accepted = optax.tree.map_params(
             inner, lambda _, yes: yes, old, leaves, transform_non_params=lambda _: jnp.asarray(True)
         )
-        return jax.tree.map(_choose, accepted, new, old)
+        return jax.tree.map(choose, accepted, new, old)
 
     def keep_rest_if_rejected(self, new: Any, old: Any) -> Any:
         """The arrays of `new`, or those of `old` unless all leaves accept; arrays chosen before stay."""
 
-        def choose(after, before):
+        def kept(after, before):
             return after if self.is_kept(after) else jnp.where(self.all_leaves, after, before)
 
-        return self.mark_kept(jax.tree.map(choose, new, old))
+        return self.mark_kept(jax.tree.map(kept, new, old))
 
     def is_kept(self, array: Any) -> bool:
         """Whether an array has been chosen already."""

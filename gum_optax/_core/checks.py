@@ -125,14 +125,19 @@ def check_rule(name: str, value: Any) -> Any:
     return value
 
 
+def check_decay(name: str, value: Any) -> Any:
+    """Check a decay of a second moment, in `[0, 1)`; return it as `check_number` does."""
+    if _is_traced(value) and _is_coarse(value):
+        # The value is not known here, and a decay of 1 would make the second moment 0 / 0.
+        raise TypeError(f"{name} must be at least 0 and below 1, got a traced {value.dtype}: {_IN_FLOAT32}.")
+    return check_number(name, value, at_least=0, below=1)
+
+
 def check_adam(b1: Any, b2: Any, eps: Any) -> tuple[Any, Any, Any]:
     """Check Adam's decays, in `[0, 1)`, and its `eps`; return each as `check_number` does."""
-    if _is_traced(b2) and _is_coarse(b2):
-        # The value of `b2` is not known here, and a `b2` of 1 would make the second moment 0 / 0.
-        raise TypeError(f"b2 must be at least 0 and below 1, got a traced {b2.dtype}: {_IN_FLOAT32}.")
     return (
         check_number("b1", b1, at_least=0, below=1),
-        check_number("b2", b2, at_least=0, below=1),
+        check_decay("b2", b2),
         check_number("eps", eps, at_least=0),
     )
 

@@ -1,7 +1,6 @@
 """Keys and draws, equal in every process and on every platform."""
 
 import dataclasses
-import math
 import numbers
 import zlib
 from collections.abc import Sequence
@@ -10,8 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.random import threefry_2x32
-from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, UInt16, UInt32
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, UInt32
 
 # JAX's counter-based generator gives the same numbers on every platform and in every process.
 _IMPLEMENTATION = "threefry2x32"
@@ -110,21 +108,6 @@ def normal(key: PRNGKeyArray | RowKey, shape: tuple[int, ...]) -> Float[Array, "
         return jax.random.normal(key, shape, jnp.float32)
     whole = jax.random.normal(key.key, (key.rows, *shape[1:]), jnp.float32)
     return jax.lax.dynamic_slice_in_dim(whole, key.row, 1)
-
-
-def bits16(key: PRNGKeyArray | RowKey, shape: tuple[int, ...]) -> UInt16[Array, "..."]:
-    """`jax.random.bits` of 16 bits."""
-    if not isinstance(key, RowKey):
-        return jax.random.bits(key, shape, jnp.uint16)
-    size = math.prod(shape)
-    if not jax.config.jax_threefry_partitionable or key.rows * size >= 2**32:  # pyright: ignore
-        whole = jax.random.bits(key.key, (key.rows, *shape[1:]), jnp.uint16)
-        return jax.lax.dynamic_slice_in_dim(whole, key.row, 1)
-    # The bits of a number are a hash of its index, so that a row is drawn without the others.
-    low = jnp.arange(size, dtype=jnp.uint32) + key.row.astype(jnp.uint32) * np.uint32(size)
-    counts = jnp.concatenate([jnp.zeros_like(low), low])
-    first, second = jnp.split(threefry_2x32(jax.random.key_data(key.key), counts), 2)
-    return (first ^ second).astype(jnp.uint16).reshape(shape)
 
 
 def some(keys: Key[Array, "count"], chosen: Sequence[int]) -> Key[Array, "chosen"]:

@@ -69,3 +69,8 @@ def map_with_leaf_index(f: Callable[..., Any], tree: Any, *others: Any) -> Any:
     return treedef.unflatten(
         [f(leaf_index, *row) for leaf_index, row in enumerate(zip(leaves, *columns, strict=True))]
     )
+
+
+def columns(tree: Any, rows: Any, width: int) -> list[Any]:
+    """Trees of the first, second, ... entries of `rows`, which has a tuple at each leaf of `tree`."""
+    return [jax.tree.map(lambda _, row, i=i: row[i], tree, rows) for i in range(width)]

@@ -88,8 +88,8 @@ def in_one(f: Callable[..., Any], *operands: Any) -> Any:
     return jax.lax.platform_dependent(*operands, cpu=branched, default=f)
 
 
-def if_needed(is_needed: Array, f: Callable[..., Array], *operands: Array) -> Array:
-    """`f(*operands)` if it is needed, else the last operand.
+def if_needed(is_needed: Array, f: Callable[..., Any], *operands: Any) -> Any:
+    """`f(*operands)` if it is needed, else the last operand; each is an array or a tree of them.
 
     Where it is not needed, `f` must return its last operand too: a GPU, which may wait for the host at each
     conditional, always calls it.

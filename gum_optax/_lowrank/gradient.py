@@ -14,7 +14,8 @@ from .._linalg.numerics import exact_matmul, safe_reciprocal
 from .._linalg.orthonormal import project
 from .._matrices.view import View, plain_view
 from .finders import SubspaceFinder
-from .refresh import Found, refreshed, refreshed_by_means, unchanged
+from .projectors import ProjectorStorage, Stored
+from .refresh import Found, no_rotation, refreshed, refreshed_by_means, unchanged
 from .slots import Group, gather_blocks, gather_early
 
 
@@ -92,16 +93,19 @@ class DenseGradient(NamedTuple):
         accepted: Sequence[Bool[Array, ""]],
         count: Int[Array, ""],
         keys: Key[Array, "leaves"],
-        projectors: Sequence[Array],
+        projectors: Sequence[Stored],
+        storage: ProjectorStorage,
     ) -> list[Projection]:
         """The projection of each leaf, on a new projector at a refresh."""
         rows = list(zip(self.stored, self.views, projectors, strict=True))
-        projections = refreshed(find, is_refresh, count, keys, rows, _projection)
+        projections = refreshed(find, is_refresh, count, keys, rows, storage.load, _projection)
         # Nothing reads the rest of a rejected leaf's projection.
-        found = _unless_rejected(accepted, [(x.projector, x.rotation) for x in projections], projectors)
         return [
-            x._replace(projector=p, rotation=rotation)
-            for x, (p, rotation) in zip(projections, found, strict=True)
+            x._replace(
+                projector=storage.choose(yes, x.projector, stored),
+                rotation=jnp.where(yes, x.rotation, no_rotation(x.projector)),
+            )
+            for x, yes, stored in zip(projections, accepted, projectors, strict=True)
         ]
 
     def gather(
@@ -136,10 +140,12 @@ class ProjectedGradient(NamedTuple):
         accepted: Sequence[Bool[Array, ""]],
         count: Int[Array, ""],
         keys: Key[Array, "leaves"],
-        projectors: Sequence[Array],
+        projectors: Sequence[Stored],
+        storage: ProjectorStorage,
     ) -> list[Projection]:
         """The projection of each leaf, on a new projector at a refresh."""
-        found = self._refreshed(find, [is_refresh & yes for yes in accepted], count, keys, projectors)
+        old = [storage.load(*stored) for stored in projectors]
+        found = self._refreshed(find, [is_refresh & yes for yes in accepted], count, keys, old)
         new, rotations = [p for p, _ in found], [rotation for _, rotation in found]
         coordinates = self.coordinates(new)
         return list(map(Projection, new, rotations, coordinates, self.energies(keys, new, coordinates)))

@@ -13,17 +13,28 @@ from .._core.acceptance import Acceptance
 from .._core.checks import check_function, check_integer, check_matrix_leaf, check_rule, renamed_argument
 from .._core.context import NO_CONTEXT, MatrixContext
 from .._core.keys import check_key, key_data, stream
-from .._core.measurements import Measurements
-from .._core.trees import leaf_indices_of, map_with_leaf_index, merge, split
+from .._core.trees import map_with_leaf_index, merge, split
 from .._matrices.listening import listener
-from .._matrices.view import View, views_beside
+from .._matrices.view import views_beside
 from .._mesh.explicit import zeros
 from .finders import SubspaceFinder, first_subspace
-from .gradient import DenseGradient, Energy, ProjectedGradient, captured_share
+from .gradient import captured_share
 from .on_refresh import FOLLOWING, OnRefresh, keep
 from .plan import LowRankStep, Plan
+from .projections import (
+    Projections,
+    Subspace,
+    accepted_by,
+    begins_period,
+    gradient_of,
+    measured_before,
+    refresh_and_project,
+    stored_projectors,
+    trees_of_stored,
+)
+from .projectors import ProjectorStorage, projector_storage
 from .residuals import Residual, drop, lift_with
-from .switch import in_turn, track_subspace
+from .switch import track_subspace
 
 
 class LowRankState(NamedTuple):
@@ -34,10 +45,11 @@ class LowRankState(NamedTuple):
     period: Int[Array, ""]  # steps between them: only `check_state` reads it
     key: UInt32[Array, "2"]  # raw threefry key data
     captured: Float[Array, ""]  # |PᵀG|²/|G|² of the last step, over all projected blocks
-    projectors: Any  # a leaf (*, m, r) float32, orthonormal columns
+    projectors: Any  # a leaf (*, m, r), float32 with orthonormal columns, or int8 codes
     low: Any  # state of `inner` over (*, r, n) leaves
     full: Any  # state of `inner` over the unprojected leaves (*, m, n)
     outside: Any  # state of the lift: of `residual`, if it is a rule; GUM's slots
+    projectors_scales: Any = ()  # with `projector_dtype` int8 a tree: each leaf (*, ceil(m / 128), r) float32
 
 
 def low_rank(
@@ -49,6 +61,7 @@ def low_rank(
     on_refresh: OnRefresh = keep,
     residual: Residual = drop,
     key: int | jax.Array = 0,
+    projector_dtype: Any = None,
     carry: OnRefresh | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Run `inner` on the coordinates of the gradient in a slowly changing subspace.
@@ -71,6 +84,8 @@ def low_rank(
         step from `G - P R` is added: `normalize(jnp.sign)` is FRUGAL's, for instance. A rule receives
         `coordinates` (R) and `steps` (S) as extra arguments.
       key: an integer seed or a JAX key, for finders that draw.
+      projector_dtype: the dtype of the stored `P`: float32 (the default), or int8, where 128 numbers of a
+        column share a scale. The columns that a step reads are orthonormal in both.
       carry: the old name of `on_refresh`, deprecated.
 
     Returns:
@@ -90,7 +105,8 @@ def low_rank(
     on_refresh = renamed_argument("low_rank", "carry", carry, "on_refresh", on_refresh)
     check_function("on_refresh", on_refresh, "gum_optax.keep")
     check_key(key)
-    subspace = Subspace(rank, period, find_subspace, on_refresh, key)
+    storage = projector_storage(projector_dtype)
+    subspace = Subspace(rank, period, find_subspace, on_refresh, key, storage)
     lift = lift_with(residual)
 
     def plan_for(tree):
@@ -98,16 +114,6 @@ def low_rank(
         return Plan(is_projected, None, lift)
 
     return in_subspace(inner, subspace, plan_for)
-
-
-class Subspace(NamedTuple):
-    """The checked arguments of `low_rank` that say where the subspace comes from."""
-
-    rank: int
-    period: int
-    find: SubspaceFinder
-    on_refresh: OnRefresh
-    key: Any
 
 
 def in_subspace(
@@ -136,14 +142,15 @@ def in_subspace(
         low, full = split(updates, is_projected)
         views, _ = split(views_beside(updates, context.views), is_projected)
         extra_args |= {"context": MatrixContext(accept=accept, turn=turn)}
-        gradient = _gradient(low, jax.tree.leaves(views), context.measurements)
-        is_refresh = _is_refresh(state.count, subspace.period, accept)
-        projections = _refresh_and_project(gradient, subspace, state, is_refresh, low, context)  # P, R = PᵀG
+        gradient = gradient_of(low, jax.tree.leaves(views), context.measurements)
+        is_refresh = begins_period(state.count, subspace.period, accept)
+        projections = refresh_and_project(gradient, subspace, state, is_refresh, low, context)  # P, R = PᵀG
+        projectors, scales = _stored(subspace.storage, projections.projectors, state, is_refresh, accept)
         low_state = _on_refresh(inner, subspace, state.low, projections, is_refresh, accept)
         weights = None if plan.weights is None else turn.of_whole(low, lambda _: plan.weights)
         coordinates = _times(weights, projections.coordinates)
         steps, low_state = inner.update(coordinates, low_state, None, **extra_args)  # S
-        steps, energies = _measured_before(steps, projections.energies)
+        steps, energies = measured_before(steps, projections.energies)
         step = LowRankStep(
             low,
             projections.projectors,
@@ -163,10 +170,11 @@ def in_subspace(
             period=state.period,
             key=state.key,
             captured=captured_share(energies, turn, turn.are_live(low)),
-            projectors=projections.projectors,
+            projectors=projectors,
             low=low_state,
             full=full_state,
             outside=outside_state,
+            projectors_scales=scales,
         )
         return merge(lifted, full_steps), new_state
 
@@ -191,76 +199,42 @@ def _initial(
     rotation = jax.tree.map(lambda r: zeros(r, subspace.rank, subspace.rank), coordinates)
     refreshed = functools.partial(subspace.on_refresh, inner)
     jax.eval_shape(refreshed, inner_state, coordinates, rotation, True)
+    starts = map_with_leaf_index(start, low)
+    projectors, scales = trees_of_stored(starts, list(map(subspace.storage.first, jax.tree.leaves(starts))))
     return LowRankState(
         count=jnp.zeros((), jnp.int32),
         refreshes=jnp.zeros((), jnp.int32),
         period=jnp.asarray(subspace.period, jnp.int32),
         key=data,
         captured=jnp.zeros((), jnp.float32),
-        projectors=map_with_leaf_index(start, low),
+        projectors=projectors,
         low=inner_state,
         full=inner.init(float32_zeros(full)),
         outside=plan.lift.init(float32_zeros(low)),
+        projectors_scales=scales,
     )
 
 
-def _gradient(
-    low: Any, views: Sequence[View], measurements: Measurements | None
-) -> DenseGradient | ProjectedGradient:
-    """The gradient of the projected leaves: their updates as they are stored, or measurements."""
-    if measurements is not None:
-        return ProjectedGradient(measurements, leaf_indices_of(low), views)
-    leaves = jax.tree.leaves(low)
-    return DenseGradient([view.back(g) for g, view in zip(leaves, views, strict=True)], views)
-
-
-def _is_refresh(count: Int[Array, ""], period: int, accept: Acceptance | None) -> Bool[Array, ""]:
-    """Whether this step begins a period."""
-    begins = jax.lax.rem(count, jnp.asarray(period, count.dtype)) == 0
-    return begins if accept is None else accept.allow_refresh(begins)
-
-
-class _Projections(NamedTuple):
-    """The projections of all projected leaves, each field as a tree."""
-
-    projectors: Any  # P
-    rotations: Any  # from the previous projectors
-    coordinates: Any  # R = PᵀG
-    energies: list[Energy]  # of each leaf
-
-
-def _refresh_and_project(
-    gradient: DenseGradient | ProjectedGradient,
-    subspace: Subspace,
+def _stored(
+    storage: ProjectorStorage,
+    projectors: Any,
     state: LowRankState,
     is_refresh: Bool[Array, ""],
-    low: optax.Updates,
-    context: MatrixContext,
-) -> _Projections:
-    """The projections of this step, on new projectors at a refresh."""
-    accept, turn = context.accept, context.turn
-    leaves, treedef = jax.tree.flatten(low)
-    accepted = [jnp.asarray(True)] * len(leaves) if accept is None else accept.of_leaves(low)
-    keys = turn.keys(low, state.key, state.count // subspace.period)
-    rows = gradient.refresh_and_project(
-        in_turn(subspace.find, turn),
-        is_refresh,
-        accepted,
-        state.count,
-        keys,
-        jax.tree.leaves(state.projectors),
+    accept: Acceptance | None,
+) -> tuple[Any, Any]:
+    """What is stored of the projectors after a step; a leaf that rejects the step keeps what it has."""
+    rows = zip(
+        accepted_by(accept, projectors), jax.tree.leaves(projectors), stored_projectors(state), strict=True
     )
-    projectors, rotations, coordinates = (treedef.unflatten([row[i] for row in rows]) for i in range(3))
-    if accept is not None:
-        accept.mark_kept(projectors)
-    return _Projections(projectors, rotations, coordinates, [row.energy for row in rows])
+    stored = trees_of_stored(projectors, [storage.store(is_refresh, *row) for row in rows])
+    return stored if accept is None else accept.mark_kept(stored)
 
 
 def _on_refresh(
     inner: optax.GradientTransformationExtraArgs,
     subspace: Subspace,
     state: optax.OptState,
-    projections: _Projections,
+    projections: Projections,
     is_refresh: Bool[Array, ""],
     accept: Acceptance | None,
 ) -> optax.OptState:
@@ -278,13 +252,6 @@ def _times(weights: Sequence[float] | None, tree: optax.Updates) -> optax.Update
         return tree
     leaves, treedef = jax.tree.flatten(tree)
     return treedef.unflatten([w * x for w, x in zip(weights, leaves, strict=True)])
-
-
-def _measured_before(steps: Any, energies: Sequence[Energy]) -> tuple[Any, list[Energy]]:
-    """Steps that wait for the energies: energies measured at the end would keep every leaf's coordinates."""
-    leaves, treedef = jax.tree.flatten(steps)
-    rows = [jax.lax.optimization_barrier(row) for row in zip(leaves, energies, strict=True)]
-    return treedef.unflatten([step for step, _ in rows]), [energy for _, energy in rows]
 
 
 def float32_zeros(tree: Any) -> Any:

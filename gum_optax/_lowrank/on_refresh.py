@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from .._core.xla import if_needed
 from .._linalg.numerics import exact_matmul
+from .._transforms.storage import QuantizedTrace
 
 # `(inner, its state, zeros like the coordinates, rotation P_newᵀ P_old, whether this step is a refresh)
 # -> its state for the subspace of this step`.
@@ -38,9 +39,14 @@ def rotate(inner: Any, state: Any, coordinates: Any, rotation: Any, is_refresh: 
     """
 
     def follow(m, q, r):
-        return _rotated(is_refresh, q, m) if m.shape == r.shape else m
+        is_accumulator = m.shape == r.shape and jnp.issubdtype(m.dtype, jnp.floating)
+        return _rotated(is_refresh, q, m) if is_accumulator else m
 
-    return optax.tree.map_params(inner, follow, state, rotation, coordinates)
+    def follow_codes(node):
+        return node.rotated(is_refresh, rotation) if isinstance(node, QuantizedTrace) else node
+
+    state = optax.tree.map_params(inner, follow, state, rotation, coordinates)
+    return jax.tree.map(follow_codes, state, is_leaf=lambda node: isinstance(node, QuantizedTrace))
 
 
 def rotate_first_moment(inner: Any, state: Any, coordinates: Any, rotation: Any, is_refresh: Any) -> Any:

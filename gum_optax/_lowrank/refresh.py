@@ -18,8 +18,10 @@ from .blocks import Member, read
 from .finders import LinearForm, SubspaceFinder
 from .switch import finders_of
 
-# A leaf's gradient as it is stored, its view as blocks, and its projector.
-Row = tuple[Float[Array, "..."], View, Float[Array, "*b m r"]]
+# A leaf's gradient as it is stored, its view as blocks, and its projector as that is stored.
+Row = tuple[Float[Array, "..."], View, tuple[Array, ...]]
+# From a projector as it is stored to the projector.
+Load = Callable[..., Float[Array, "*b m r"]]
 # A leaf's new projector, and the rotation `P_newᵀ P_old` into it.
 Found = tuple[Float[Array, "*b m r"], Float[Array, "*b r r"]]
 
@@ -36,6 +38,7 @@ def refreshed(
     count: Int[Array, ""],
     keys: Key[Array, "leaves"],
     rows: Sequence[Row],
+    load: Load,
     then: Callable[..., Any],
 ) -> list[Any]:
     """The result of `then` for each leaf, after a refresh if `is_refresh`.
@@ -53,13 +56,17 @@ def refreshed(
       count: steps before this one.
       keys: a key for each leaf.
       rows: the leaves.
+      load: makes a projector of what is stored of it, so that memory holds few of them.
       then: a function `(gradient as blocks, gradient as it is stored, projector, rotation) -> result`.
     """
     forms, phase = finders_of(find, count)
-    groups = same_shape_groups([p for *_, p in rows], [(p.shape, view.shape[-1]) for _, view, p in rows])
+    stored = [first for *_, (first, *_) in rows]
+    groups = same_shape_groups(
+        stored, [(p.shape, view.shape[-1]) for p, (_, view, _) in zip(stored, rows, strict=True)]
+    )
     # Jitted, so that leaves with the same views are traced once.
     reader_of = functools.cache(
-        lambda views: jax.jit(functools.partial(_read, forms, then, views, [range(len(views))]))
+        lambda views: jax.jit(functools.partial(_read, forms, load, then, views, [range(len(views))]))
     )
 
     def in_groups(size_of):
@@ -79,7 +86,7 @@ def refreshed(
         looped = {i for group in groups if len(group) > 1 for i in group}
         seen = [(view.of(g) if i in looped else g, p) for i, (g, view, p) in enumerate(rows)]
         views = [plain_view(g) if i in looped else rows[i][1] for i, (g, _) in enumerate(seen)]
-        return _read(forms, then, views, groups, is_refresh, phase, keys, seen)
+        return _read(forms, load, then, views, groups, is_refresh, phase, keys, seen)
 
     return jax.lax.platform_dependent(
         cpu=lambda: in_groups(lambda size: size // _LOOPS if size > 2 * _LOOPS else 1),
@@ -95,15 +102,17 @@ def _cut(leaf_indices: Sequence[int], size: int) -> list[Sequence[int]]:
 
 def _read(
     forms: Sequence[LinearForm],
+    load: Load,
     then: Callable[..., Any],
     views: Sequence[View],
     groups: Sequence[Sequence[int]],
     is_refresh: Bool[Array, ""],
     phase: Int[Array, ""],
     keys: Key[Array, "leaves"],
-    leaves: Sequence[tuple[Array, Array]],
+    stored: Sequence[tuple[Array, tuple[Array, ...]]],
 ) -> list[Any]:
     """The results of `then` for some leaves, in one conditional; each group is the indices of one shape."""
+    leaves = [(g, load(*of_projector)) for g, of_projector in stored]
 
     def refreshing(phase, keys, leaves):
         found: dict[int, Found] = {}
@@ -192,11 +201,12 @@ def refreshed_by_means(
 
 def unchanged(projectors: Sequence[Float[Array, "*b m r"]]) -> list[Found]:
     """The projectors as they were, and rotations by nothing."""
+    return [(p, no_rotation(p)) for p in projectors]
 
-    def eye(p):
-        return jnp.broadcast_to(jnp.eye(p.shape[-1], dtype=p.dtype), (*p.shape[:-2], *p.shape[-1:] * 2))
 
-    return [(p, eye(p)) for p in projectors]
+def no_rotation(p: Float[Array, "*b m r"]) -> Float[Array, "*b r r"]:
+    """The identity."""
+    return jnp.broadcast_to(jnp.eye(p.shape[-1], dtype=p.dtype), (*p.shape[:-2], *p.shape[-1:] * 2))
 
 
 def _with_rotation(new: Any, p: Any) -> Found:

@@ -21,9 +21,11 @@ from .._core.xla import in_one
 from .._linalg.orthonormal import lift, outside, project
 from .._matrices.view import View, plain_view
 from .finders import SubspaceFinder
-from .low_rank import Subspace, in_subspace
+from .low_rank import in_subspace
 from .on_refresh import restart
 from .plan import Lift, LowRankStep, Plan
+from .projections import Subspace
+from .projectors import projector_storage
 from .slots import Group, Index, Slots, groups_of
 from .slots_in_turns import SlotsInTurn
 from .switch import track_subspace
@@ -79,6 +81,7 @@ def unbiased_low_rank(
     find_subspace: SubspaceFinder = track_subspace,
     compensation: Compensation = complement,
     key: int | jax.Array = 0,
+    projector_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Run `inner` on an unbiased low-rank estimate of the gradient.
 
@@ -110,6 +113,7 @@ def unbiased_low_rank(
       find_subspace: as in `low_rank`.
       compensation: `complement` (the paper's) or `low_variance`; any `q -> Weights`.
       key: an integer seed or a JAX key: all draws follow from it.
+      projector_dtype: as in `low_rank`.
 
     Returns:
       A transformation over trees of `(*, m, n)` leaves with state `LowRankState`, `SampledState` within:
@@ -129,6 +133,8 @@ def unbiased_low_rank(
     check_function("compensation", compensation, "gum_optax.complement")
     check_key(key)
 
+    subspace = Subspace(rank, period, find_subspace, restart, key, projector_storage(projector_dtype))
+
     def plan_for(tree):
         """The number of blocks of each shape decides how many are sampled, and so the weights."""
         groups = groups_of(tree, rank, fraction)
@@ -142,7 +148,7 @@ def unbiased_low_rank(
         weights = [weight.get(leaf.shape[-2:], 1.0) for leaf in jax.tree.leaves(low)]
         return Plan(is_projected, weights, _lift_with_slots(inner, slots, compensation, key))
 
-    return in_subspace(inner, Subspace(rank, period, find_subspace, restart, key), plan_for)
+    return in_subspace(inner, subspace, plan_for)
 
 
 def _lift_with_slots(

@@ -9,6 +9,7 @@ from .._core.checks import check_number
 from .._linalg.newton_schulz import Orthogonalizer
 from .._lowrank.finders import SubspaceFinder
 from .._lowrank.low_rank import low_rank
+from .._lowrank.projectors import projector_dtype_beside
 from .._lowrank.switch import track_subspace
 from .._matrices.dimension_numbers import WeightDimensionNumbers
 from .._transforms.momentum import scale_by_clipped_adam
@@ -63,6 +64,7 @@ def galore_muon(
         period,
         find_subspace=track_subspace if find_subspace is None else find_subspace,
         key=key,
+        projector_dtype=projector_dtype_beside(momentum_dtype),
     )
     return matrix_optimizer(
         rule,

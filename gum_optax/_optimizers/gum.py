@@ -7,6 +7,7 @@ import optax
 
 from .._linalg.newton_schulz import Orthogonalizer
 from .._lowrank.finders import SubspaceFinder
+from .._lowrank.projectors import projector_dtype_beside
 from .._lowrank.switch import track_subspace
 from .._lowrank.unbiased import Compensation, complement, unbiased_low_rank
 from .._matrices.dimension_numbers import WeightDimensionNumbers
@@ -70,6 +71,7 @@ def gum(
         find_subspace=track_subspace if find_subspace is None else find_subspace,
         compensation=complement if compensation is None else compensation,
         key=key,
+        projector_dtype=projector_dtype_beside(momentum_dtype),
     )
     return matrix_optimizer(
         rule,

@@ -49,12 +49,12 @@ Scale = float | jax.Array | Callable[[int, int], Any] | optax.GradientTransforma
 WeightDecay = float | jax.Array | optax.GradientTransformation
 
 
-def _checked_decay(weight_decay: Any) -> Any:
+def checked_decay(weight_decay: Any) -> Any:
     """A number of at least 0, or a rule as it is."""
     return weight_decay if is_rule(weight_decay) else check_number("weight_decay", weight_decay, at_least=0)
 
 
-def _decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransformation:
+def decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransformation:
     """The rule of the decay; without decay the identity, which needs no parameters."""
     if is_rule(weight_decay):
         return weight_decay if mask is None else optax.masked(weight_decay, mask)
@@ -180,7 +180,7 @@ def matrix_optimizer(
     """
     check_rule("rule", rule)
     rescale = _rescaling(scale)
-    weight_decay = _checked_decay(weight_decay)
+    weight_decay = checked_decay(weight_decay)
     if not callable(learning_rate):
         learning_rate = check_number("learning_rate", learning_rate, at_least=0)
     for name, given in (("others", others), ("others_rule", others_rule)):
@@ -194,7 +194,7 @@ def matrix_optimizer(
         dims = treedef.unflatten(entries)
         mask = _mask_for(tree, weight_decay_mask, turn)
         descent = optax.chain(
-            _decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(learning_rate)
+            decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(learning_rate)
         )
         matrices = optax.chain(as_matrices(rule, dims, wide=wide), rescale(dims), descent)
         rest = optax.chain(at_least_float32(adam() if others_rule is None else others_rule), descent)

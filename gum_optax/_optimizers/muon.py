@@ -34,9 +34,10 @@ def muon(
       learning_rate: a number or a schedule; with `consistent_rms`, one to four times AdamW's.
       momentum: `β` in `[0, 1)`; 0.95 as in Jordan's code.
       nesterov: whether to look ahead, as Jordan's code does.
-      momentum_dtype: the dtype of the stored `R`: float32 (the default), or bfloat16 with stochastic
-        rounding, which halves the state. (The momentum of GUM's sampled blocks lies outside the subspace.
-        Rounding moves a little of it inside, where Newton-Schulz amplifies it.)
+      momentum_dtype: the dtype of the stored `R`: float32 (the default), or bfloat16 or int8 with stochastic
+        rounding, which take a half and 0.26 of the state. In int8, 128 numbers of a row share a scale, and
+        projectors are int8, too. (The momentum of GUM's sampled blocks lies outside the subspace. Rounding
+        moves a little of it inside, where Newton-Schulz amplifies it.)
       orthogonalizer: `fastest_newton_schulz` (the default), `polar`, or any function
         `(*, m, n) -> (*, m, n)`.
       consistent_rms: 0.2 multiplies the step by `0.2 √max(fan_in, fan_out)` (Moonlight); `None` multiplies it

@@ -11,6 +11,7 @@ from .._linalg.polar import polar
 from .._lowrank.finders import SubspaceFinder, randomized_svd
 from .._lowrank.low_rank import low_rank
 from .._lowrank.on_refresh import rotate
+from .._lowrank.projectors import projector_dtype_beside
 from .._lowrank.residuals import Residual, add_raw
 from .._matrices.dimension_numbers import WeightDimensionNumbers
 from .._transforms.scale_by_muon import scale_by_muon
@@ -78,6 +79,7 @@ def sumo(
         on_refresh=rotate,
         residual=add_raw if residual is None else residual,
         key=key,
+        projector_dtype=projector_dtype_beside(momentum_dtype),
     )
     return matrix_optimizer(
         rule,

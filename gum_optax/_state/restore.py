@@ -23,6 +23,7 @@ from .containers import (
     match,
     named_arrays,
 )
+from .eight_bits import are_coded, narrowed, widened
 
 # Three shifted passes keep rounding from adding up: new columns may lie nearly in the span of the old ones.
 _SHIFTED_PASSES = 3
@@ -84,8 +85,9 @@ def convert_state(tx: optax.GradientTransformation, state: Any, params: optax.Pa
         R ← its first r' rows, or R and zeros
 
     Counts, key, and moments of unprojected leaves and of `others` stay. A matrix that becomes projected, or
-    stops being projected, starts anew. With the same arguments, at any step, the function returns the same
-    state in the structure of `tx.init(params)`, whatever container the state comes in.
+    stops being projected, starts anew. Another `momentum_dtype`, or `adamw_8bit` in place of AdamW, rounds to
+    nearest. With the same arguments, at any step, the function returns the same state in the structure of
+    `tx.init(params)`, whatever container the state comes in (a change from or to eight bits needs names).
 
     Args:
       tx: the new optimizer.
@@ -99,6 +101,15 @@ def convert_state(tx: optax.GradientTransformation, state: Any, params: optax.Pa
     """
     check_rule("tx", tx)
     new = tx.init(params)
+    wanted, held = named_arrays(new), named_arrays(state)
+    if (are_coded(wanted) or are_coded(held)) and differences(match(state, new), new):
+        found = narrowed(_converted(widened(held), widened(wanted)), wanted)
+        return jax.tree_util.tree_map_with_path(lambda path, _: found[array_name(path)], new)
+    return _converted(state, new)
+
+
+def _converted(state: Any, new: Any) -> Any:
+    """The state in the structure of `new`, with its arrays where they fit."""
     matched, wanted = match(state, new), named_arrays(new)
     places = low_rank_places(wanted)
     old = {name: _array(name, x) for name, x in matched.found.items()}

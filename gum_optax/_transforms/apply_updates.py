@@ -1,6 +1,5 @@
 """Adds steps to weights in bfloat16 with stochastic rounding, so that small steps are not lost."""
 
-import math
 import zlib
 from typing import Any
 
@@ -12,7 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from .._core.checks import check_rule
 from .._core.context import NO_CONTEXT, MatrixContext
 from .._core.keys import check_key, key_data, stream, typed
-from .._linalg.rounding import ROUNDED, fused_bits, round_by
+from .._linalg.rounding import ROUNDED, noise_of_rows, round_by
 from .._mesh.explicit import on_auto_axes
 
 # Keeps these bits apart from those of other functions that get the same key.
@@ -138,17 +137,6 @@ def _rounded_sum(p: Array, u: Array, leaf_key: PRNGKeyArray, first: Any) -> Arra
 def _add(
     p: Float[Array, "layers *rows n"], u: Float[Array, "layers *rows n"], leaf_key: PRNGKeyArray, first: Any
 ) -> Float[Array, "layers *rows n"]:
-    """`p + u`, whose layers have the indices `first`, `first + 1`, ...
-
-    Each row has a key, so that any part of a leaf can draw its own bits.
-    """
-
-    def row_key(layer, row):
-        return jax.random.key_data(jax.random.fold_in(jax.random.fold_in(leaf_key, layer), row))
-
-    layers, *middle, _ = p.shape
-    rows = math.prod(middle)
-    index = jnp.arange(layers * rows, dtype=jnp.int32)
-    keys = jax.vmap(row_key)(first + index // max(rows, 1), index % max(rows, 1))
-    noise = fused_bits(keys.reshape(layers, *middle, 2), p.shape[-1])
+    """`p + u`, whose layers have the indices `first`, `first + 1`, ..."""
+    noise = noise_of_rows(leaf_key, first, p.shape)
     return round_by(noise, p.astype(jnp.float32) + u.astype(jnp.float32), p.dtype)

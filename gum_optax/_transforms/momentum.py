@@ -1,33 +1,15 @@
-"""Momentum in float32, or stored in bfloat16 with stochastic rounding."""
+"""Momentum and Adam's moments, by rules that may reject a step."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, BFloat16, Float, Int, PRNGKeyArray
 
 from .._core.checks import check_adam, check_number
 from .._core.context import NO_CONTEXT, MatrixContext
-from .._core.keys import RowKey, bits16, key_data
 from .._linalg.numerics import LARGEST
-from .._linalg.rounding import round_by
-
-
-class RoundedTrace(NamedTuple):
-    """State of `trace` in bfloat16."""
-
-    count: Int[Array, ""]  # steps since the start or the last restart  # pyright: ignore[reportIncompatibleMethodOverride]
-    trace: optax.Updates  # the momentum, each leaf (*, m, n) bfloat16
-
-
-def round_stochastically(key: PRNGKeyArray | RowKey, x: Float[Array, "*shape"]) -> BFloat16[Array, "*shape"]:
-    """Round to one of the two bfloat16 numbers around `x`, so that the mean of the result is `x`.
-
-    Rounding to nearest would lose every change below a 512th of the momentum. An average at `β = 0.95` of
-    steady gradients of one sign ends there. (Gupta et al., arXiv 1502.02551.)
-    """
-    return round_by(bits16(key, x.shape), x, jnp.bfloat16)
+from .storage import storage_of
 
 
 def trace(decay: Any, nesterov: bool = False, dtype: Any = None) -> optax.GradientTransformationExtraArgs:
@@ -36,46 +18,25 @@ def trace(decay: Any, nesterov: bool = False, dtype: Any = None) -> optax.Gradie
     Args:
       decay: `β`.
       nesterov: whether to look ahead.
-      dtype: the dtype of `M` between steps, float32 (the default) or bfloat16 with stochastic rounding. The
-        step comes from the float32 `M`, before rounding.
+      dtype: the dtype of `M` between steps: float32 (the default), or bfloat16 or int8 with stochastic
+        rounding. The step comes from the float32 `M`, before rounding.
 
     Raises:
-      TypeError, ValueError: `decay` is not a number in `[0, 1)`, or `dtype` is neither float32 nor bfloat16.
+      TypeError, ValueError: `decay` is not a number in `[0, 1)`, or `dtype` is none of these.
     """
     decay = check_number("momentum", decay, at_least=0, below=1)
-    stored_dtype = check_momentum_dtype(dtype)
-    is_rounded = stored_dtype == jnp.bfloat16
-
-    def init(params):
-        zeros = jax.tree.map(lambda x: jnp.zeros_like(x, stored_dtype), params)
-        return RoundedTrace(jnp.zeros((), jnp.int32), zeros) if is_rounded else optax.TraceState(zeros)
-
-    def rounded(momentum, count, turn):
-        leaves, treedef = jax.tree.flatten(momentum)
-        # Any seed will do: the noise only has to differ between leaves and between steps.
-        keys = map(turn.row_key, turn.keys(momentum, key_data(0), count))
-        return treedef.unflatten(map(round_stochastically, keys, leaves))
+    storage = storage_of(dtype)
 
     def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
         del params, extra_args
 
         def ahead(momentum):
-            return jax.tree.map(
-                lambda m, g: decay * m.astype(jnp.float32) + g.astype(jnp.float32), momentum, updates
-            )
+            return jax.tree.map(lambda m, g: decay * m + g.astype(jnp.float32), momentum, updates)
 
-        momentum = ahead(state.trace)
-        stored = rounded(momentum, state.count, context.turn) if is_rounded else momentum
-        if context.accept is not None:
-            stored = context.accept.keep_if_rejected(stored, state.trace)
-        if is_rounded:
-            state = state._replace(count=optax.safe_increment(state.count))
-        else:
-            momentum = stored  # use the stored array, so that memory holds only one
-        state = state._replace(trace=stored)
+        momentum, state = storage.store(ahead(storage.load(state)), state, context)
         return ahead(momentum) if nesterov else momentum, state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(storage.init, update)
 
 
 def adam(b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8) -> optax.GradientTransformationExtraArgs:
@@ -122,21 +83,6 @@ def ema(decay: Any) -> optax.GradientTransformationExtraArgs:
         return stored, optax.EmaState(optax.safe_increment(state.count), stored)
 
     return optax.GradientTransformationExtraArgs(plain.init, update)
-
-
-def check_momentum_dtype(dtype: Any) -> Any:
-    """The dtype of a stored momentum: float32 by default, or bfloat16.
-
-    Raises:
-      ValueError: `dtype` is neither.
-    """
-    try:
-        stored_dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
-    except TypeError:
-        stored_dtype = None
-    if stored_dtype not in (jnp.float32, jnp.bfloat16):
-        raise ValueError(f"momentum_dtype must be float32 or bfloat16, got {dtype!r}.")
-    return stored_dtype
 
 
 def scale_by_clipped_adam(b1: Any, b2: Any, eps: Any) -> optax.GradientTransformationExtraArgs:

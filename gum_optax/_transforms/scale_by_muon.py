@@ -27,7 +27,8 @@ def scale_by_muon(
       orthogonalizer: `fastest_newton_schulz` (the default), `polar`, or any function
         `(*, m, n) -> (*, m, n)`.
       nesterov: whether to look ahead, as Jordan's code does.
-      momentum_dtype: the dtype of the stored `R`: float32 (the default) or bfloat16 with stochastic rounding.
+      momentum_dtype: the dtype of the stored `R`: float32 (the default), or bfloat16 or int8 with stochastic
+        rounding.
       batched: as in `orthogonalize`.
 
     Returns:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from .._core.checks import check_number
+from .._core.checks import check_decay, check_number
 from .._linalg.numerics import safe_reciprocal
 from .._mesh.explicit import zeros
 from .per_matrix import per_matrix
@@ -48,7 +48,7 @@ def scale_by_neuron_rms(b2: Any = 0.95, eps: Any = 1e-8) -> optax.GradientTransf
     References:
       Li et al., NorMuon, arXiv 2510.05491, Algorithm 1.
     """
-    b2 = check_number("b2", b2, at_least=0, below=1)
+    b2 = check_decay("b2", b2)
     eps = check_number("eps", eps, at_least=0)
 
     def init(key, leaf):

@@ -25,7 +25,8 @@ from layerwise_model import (
 )
 
 import gum_optax as go
-from gum_optax._core.keys import RowKey, bits16, normal
+from gum_optax._core.keys import RowKey, normal
+from gum_optax._transforms.storage import noise_of
 
 from helpers import CORE, LOW_RANK, OPTIMIZERS, gum_by_neuron
 
@@ -95,21 +96,21 @@ def test_a_row_draws_the_numbers_of_its_stack():
     key = jax.random.key(3)
     for row in range(5):
         one = RowKey(key, jnp.int32(row), 5)
-        np.testing.assert_array_equal(
-            bits16(one, (1, 4, 3))[0], jax.random.bits(key, (5, 4, 3), jnp.uint16)[row]
-        )
+        np.testing.assert_array_equal(noise_of(one, (1, 4, 3))[0], noise_of(key, (5, 4, 3))[row])
         np.testing.assert_array_equal(normal(one, (1, 4, 3))[0], jax.random.normal(key, (5, 4, 3))[row])
         assert jax.random.key_data(one.own()).tolist() != jax.random.key_data(key).tolist()
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 @pytest.mark.parametrize("make", [small_gum, functools.partial(go.muon, 1e-2)])
-def test_momenta_in_bfloat16_round_as_in_the_stack(make):
-    """One step: in a longer run a rounding of float32 may decide a rounding of bfloat16."""
-    tx = make(momentum_dtype="bfloat16")
+def test_momenta_in_few_bits_round_as_in_the_stack(make, dtype):
+    """One step: in a longer run a rounding of float32 may decide a rounding to few bits."""
+    tx = make(momentum_dtype=dtype)
     (expected, state, _), (found, other, _) = both(tx, steps=1)
-    assert gap(found, expected) < 1e-5
-    rounded = [x for x in jax.tree.leaves(state) if x.dtype == jnp.bfloat16]
-    again = [x for x in jax.tree.leaves(other) if x.dtype == jnp.bfloat16]
+    # In int8 the step reads the rounded momentum, and a rounding of float32 may decide a code.
+    assert gap(found, expected) < (1e-5 if dtype == "bfloat16" else 1e-4)
+    rounded = [x for x in jax.tree.leaves(state) if x.dtype == dtype]
+    again = [x for x in jax.tree.leaves(other) if x.dtype == dtype]
     differ = sum(int(jnp.sum(a != b)) for a, b in zip(again, rounded, strict=True))
     count = sum(x.size for x in rounded)
     assert count > 300

@@ -88,6 +88,15 @@ PAIRS += [pytest.param(REST[i::4], marks=pytest.mark.long) for i in range(4)]
 @pytest.mark.parametrize("names", PAIRS, ids=",".join)
 def test_on_every_layout_an_optimizer_does_what_it_does_on_one_device(names):
     """FSDP on either axis, tensor parallel, 2-D, scanned, experts, heads; a rank that not all axes divide."""
+    check_eight_devices(names, 1e-5)
+
+
+def test_on_every_layout_codes_of_eight_bits_are_those_of_one_device():
+    """A rounding of float32 may decide a code."""
+    check_eight_devices(["eight bits"], 1e-3)
+
+
+def check_eight_devices(names, largest_gap):
     command = [sys.executable, "on_eight_devices.py", *names]
     done = subprocess.run(command, cwd=HERE, env=os.environ, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
@@ -95,7 +104,7 @@ def test_on_every_layout_an_optimizer_does_what_it_does_on_one_device(names):
     assert list(results) == names
     for name, settings in results.items():
         for setting, found in settings.items():
-            assert found["gap"] < 1e-5, (name, setting)
+            assert found["gap"] < largest_gap, (name, setting)
             assert found["repeats"], (name, setting)
             assert found["draws"], (name, setting)
             assert found["stays"], (name, setting)
@@ -121,7 +130,7 @@ def test_at_an_ordinary_size_no_device_waits_for_ever_and_all_find_what_one_does
         assert gap < 1e-5, case
 
 
-WITHOUT_LAPACK = ("muon", "swan", "sinkgd", "scion", "trion")
+WITHOUT_LAPACK = ("muon", "normuon", "swan", "sinkgd", "scion", "trion")
 # The stack of each LAPACK call in a program, such as `4x`; empty for a single matrix.
 STACK = re.compile(r"@lapack_(\w+)\(.*: \(tensor<((?:\d+x)*?)\d+x\d+xf32>")
 

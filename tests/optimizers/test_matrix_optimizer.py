@@ -180,7 +180,7 @@ def test_the_other_arguments_of_the_parts_are_refused_too():
         go.scale_by_muon(1)
     with pytest.raises(TypeError, match=r"orthogonalizer must be a function such as .* got 0"):
         go.scale_by_muon(orthogonalizer=0)
-    with pytest.raises(ValueError, match="momentum_dtype must be float32 or bfloat16"):
+    with pytest.raises(ValueError, match="momentum_dtype must be float32, bfloat16 or int8"):
         go.scale_by_muon(momentum_dtype="float16")
     with pytest.raises(TypeError, match=r"\['mlp'\]\['kernel'\] has dtype int32"):
         go.matrix_optimizer(RULE, LEARNING_RATE, 1.0).init({"mlp": {"kernel": jnp.ones((3, 4), jnp.int32)}})

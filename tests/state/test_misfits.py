@@ -60,6 +60,7 @@ def test_what_is_alike_are_the_states_of_one_kind():
     assert sorted(kinds.values()) == sorted(
         [
             ["muon"],
+            ["normuon"],
             ["galore_muon"],
             ["gum"],
             ["galore", "golore", "frugal"],

@@ -11,6 +11,9 @@ import pytest
 from flax import nnx
 
 import gum_optax as go
+from gum_optax._lowrank.projectors import projector_storage
+from gum_optax._state.containers import named_arrays
+from gum_optax._state.eight_bits import widened
 
 from helpers import run, sequence
 
@@ -154,3 +157,49 @@ def test_a_state_of_another_optimizer_is_not_converted():
     state = optax.adamw(0.1).init(params)
     with pytest.raises(ValueError, match=r"not of the same kind.*mu\['kernel'\]"):
         go.convert_state(go.gum(0.1, rank=2), state, params)
+
+
+def wide_of(state):
+    """The float32 numbers of a state, by name."""
+    return widened(named_arrays(state))
+
+
+EIGHT_BITS = {
+    "gum": (gum(), gum(momentum_dtype="int8")),
+    "sumo": tuple(go.sumo(0.1, 2, 3, momentum_dtype=dtype) for dtype in (None, "int8")),
+    "muon": tuple(go.muon(0.1, momentum_dtype=dtype) for dtype in (None, "int8")),
+    "adamw": (optax.adamw(0.1), go.adamw_8bit(0.1)),
+}
+
+
+@pytest.mark.parametrize(("exact", "coded"), EIGHT_BITS.values(), ids=EIGHT_BITS)
+def test_a_state_becomes_eight_bits_and_float32_again(exact, coded):
+    """Every number keeps its value to a code; the largest of a block keeps its value twice."""
+    big = {"wide": (6, 9), "stack": (5, 6, 9), "table": (64, 128)}
+    params = {name: jnp.ones(shape) for name, shape in big.items()}
+    rng = np.random.default_rng(0)
+    data = [{name: jnp.float32(rng.normal(size=shape)) for name, shape in big.items()} for _ in range(3)]
+    _, state = run(exact, data, params)
+    narrow = go.convert_state(coded, state, params)
+    go.check_state(coded, narrow, params)
+    again = go.convert_state(exact, narrow, params)
+    go.check_state(exact, again, params)
+    for name, x in named_arrays(state).items():
+        spacing = np.abs(np.float32(x)).max() / 7 if x.dtype == jnp.float32 else 0
+        assert np.abs(np.float32(named_arrays(again)[name]) - np.float32(x)).max() <= spacing, name
+    jax.tree.map(np.testing.assert_array_equal, go.convert_state(coded, narrow, params), narrow)
+    with pytest.raises(ValueError, match="of another optimizer"):
+        go.check_state(coded, state, params)
+
+
+def test_eight_bits_take_another_rank():
+    """Before a period: the first columns of the projectors, straightened, and the first rows of momenta."""
+    old = functools.partial(go.galore_muon, 0.1, period=3, momentum_dtype="int8")
+    _, state = run(old(rank=3), gradients(3), PARAMS)
+    found = low_rank_states(go.convert_state(old(rank=2), state, PARAMS))[0]
+    (before,) = low_rank_states(state)
+    p, q = (
+        projector_storage("int8").load(x.projectors["wide"], x.projectors_scales["wide"])
+        for x in (found, before)
+    )
+    np.testing.assert_allclose(p, q[:, :2], atol=2e-2)

@@ -155,7 +155,7 @@ def test_bits_differ_between_keys_steps_leaves_and_from_those_of_a_momentum():
     u = jax.tree.map(lambda x: jnp.full_like(x, u, jnp.float32), p)
     drawn = [apply_updates(p, u, key, step) for key, step in ((0, 0), (0, 1), (1, 0))]
     ups = [np.asarray(x == 1).ravel() for new in drawn for x in new.values()]
-    rounding = functools.partial(go._transforms.momentum.round_stochastically, x=p["a"] + u["a"])
+    rounding = functools.partial(go._transforms.storage.round_stochastically, x=p["a"] + u["a"])
     own = go._core.keys.streams(go._core.keys.key_data(0), jnp.int32(0), jnp.arange(2))
     ups += [np.asarray(rounding(key) == 1).ravel() for key in own]
     # Half of 4096 numbers go up in each, and any two draws agree in half of them.

@@ -10,7 +10,8 @@ import pytest
 import gum_optax as go
 from gum_optax._core.acceptance import Acceptance
 from gum_optax._core.context import MatrixContext
-from gum_optax._transforms.momentum import adam, ema, round_stochastically, trace
+from gum_optax._transforms.momentum import adam, ema, trace
+from gum_optax._transforms.storage import round_stochastically
 
 from helpers import run, sequence
 
@@ -90,7 +91,7 @@ def test_half_the_momentum():
 
 
 def test_other_dtypes_are_refused():
-    with pytest.raises(ValueError, match="momentum_dtype must be float32 or bfloat16, got 'float16'"):
+    with pytest.raises(ValueError, match="momentum_dtype must be float32, bfloat16 or int8, got 'float16'"):
         go.muon(0.1, momentum_dtype="float16")
 
 

@@ -1,0 +1,205 @@
+"""What a state of eight bits costs in loss and time, beside float32, bfloat16 and a peer, on real text.
+
+    python benchmarks/eight_bits.py --text corpus.txt.xz
+
+All runs of an optimizer have the same rates, data and initialization; only the dtype of the state changes,
+and how it is rounded. The peer is the 8-bit AdamW of rollfast 1.3.0, which asks for Python 3.12. The script
+writes every finished run to `docs/results/eight_bits.json` at once. Stopped (Ctrl-C, SIGTERM) and started
+again, it continues the interrupted run bit for bit. `--times` then measures steps, all rows in one process.
+"""
+
+import argparse
+import importlib
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from results import RESULTS, Results
+
+import gum_optax as go
+from gum_optax._linalg.quantize import dequantize, quantize
+
+from runs import run, step_seconds
+
+# Importing `runs` put the examples on the path.
+from corpus import Corpus  # isort: skip
+from llama import SIZES  # isort: skip
+from optimizers import OPTIMIZERS, OTHERS, Maker, Settings, adamw_8bit, by_kind  # isort: skip
+from training import StopSignal, Trainer  # isort: skip
+
+ROUNDS, STEPS = 7, 10  # of the times
+
+
+class NearestState(NamedTuple):
+    """State of `trace_to_nearest`."""
+
+    codes: Any
+    scales: Any
+
+
+def trace_to_nearest(decay: float) -> optax.GradientTransformation:
+    """A momentum of eight bits that is rounded to nearest."""
+
+    def pairs(momentum):
+        return jax.tree.map(quantize, momentum)
+
+    def state_of(momentum):
+        found = pairs(momentum)
+        return NearestState(*(jax.tree.map(lambda _, pair, i=i: pair[i], momentum, found) for i in range(2)))
+
+    def update(updates, state, params=None):
+        del params
+        momentum = jax.tree.map(lambda c, s, g: decay * dequantize(c, s) + g, *state, updates)
+        state = state_of(momentum)
+        return jax.tree.map(dequantize, *state), state
+
+    return optax.GradientTransformation(lambda params: state_of(jax.tree.map(jnp.zeros_like, params)), update)
+
+
+def gum_to_nearest(s: Settings, lr: Any, **arguments: Any) -> optax.GradientTransformation:
+    inner = optax.chain(trace_to_nearest(0.95), go.orthogonalize(go.fastest_newton_schulz, batched=True))
+    rule = go.unbiased_low_rank(
+        inner, s.rank, s.period, s.full_rank_fraction, key=s.seed, projector_dtype="int8"
+    )
+    return go.matrix_optimizer(rule, lr, go.shape_factor(0.2), **arguments)
+
+
+def rollfast_adamw(lr: Any, weight_decay: float) -> optax.GradientTransformation:
+    return importlib.import_module("rollfast.optim.adam8").adamw8(lr, b2=0.95, weight_decay=weight_decay)
+
+
+def of_all_leaves(make: Callable[[Any, float], optax.GradientTransformation]) -> tuple[Maker, float]:
+    """AdamW of some kind for the matrices; `others` says of which kind for the other leaves."""
+    return lambda s, lr, **kw: by_kind(make, lr, **kw), OPTIMIZERS["adamw"][1]
+
+
+class EightBitTrainer(Trainer):
+    """A trainer that knows the variants and the peer."""
+
+    makers = OPTIMIZERS | {
+        "gum, to nearest": (gum_to_nearest, OPTIMIZERS["gum"][1]),
+        "adamw_8bit": of_all_leaves(adamw_8bit),
+        "rollfast": of_all_leaves(rollfast_adamw),
+    }
+    others_makers = OTHERS | {"rollfast": rollfast_adamw}
+
+
+class Row(NamedTuple):
+    """A line of the table."""
+
+    optimizer: str
+    momentum_dtype: str
+    others: str
+    beside: str  # the row in float32
+
+
+ROWS = {
+    "gum": Row("gum", "float32", "adamw", "gum"),
+    "gum, momentum in bfloat16": Row("gum", "bfloat16", "adamw", "gum"),
+    "gum, int8": Row("gum", "int8", "adamw", "gum"),
+    "gum, int8 to nearest": Row("gum, to nearest", "float32", "adamw", "gum"),
+    "gum, int8, others adamw_8bit": Row("gum", "int8", "adamw_8bit", "gum"),
+    "muon": Row("muon", "float32", "adamw", "muon"),
+    "muon, momentum in bfloat16": Row("muon", "bfloat16", "adamw", "muon"),
+    "muon, int8": Row("muon", "int8", "adamw", "muon"),
+    "adamw": Row("adamw", "float32", "adamw", "adamw"),
+    "adamw_8bit": Row("adamw_8bit", "float32", "adamw_8bit", "adamw"),
+    "rollfast's adamw8": Row("rollfast", "float32", "rollfast", "adamw"),
+}
+
+
+def table(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """A line for each row: its losses, and loss, state and time beside those of float32."""
+    lines = ["| | loss (seeds) | beyond float32 | state | of float32's | step |", "|---|---|---|---|---|---|"]
+    for name, row in rows.items():
+        beside = rows.get(ROWS[name].beside, row)
+        losses = list(row["losses"].values())
+        spread = f" ± {statistics.stdev(losses):.4f} ({len(losses)})" if len(losses) > 1 else ""
+        # Paired by seed.
+        gaps = [
+            loss - beside["losses"][seed] for seed, loss in row["losses"].items() if seed in beside["losses"]
+        ]
+        gap = f"{statistics.fmean(gaps):+.4f}" if gaps and beside is not row else ""
+        share = f"{row['state'] / beside['state']:.3f}" if beside is not row else ""
+        has_times = beside is not row and "seconds" in row and "seconds" in beside
+        time = f"{row['seconds'] / beside['seconds']:.2f}" if has_times else ""
+        loss = f"{statistics.fmean(losses):.4f}{spread}" if losses else ""
+        lines.append(f"| {name} | {loss} | {gap} | {row['state'] / 2**20:.2f} MiB | {share} | {time} |")
+    return lines
+
+
+def settings(options: argparse.Namespace, corpus: Corpus, row: Row, seed: int) -> Settings:
+    return Settings(
+        optimizer=row.optimizer,
+        model=options.model,
+        steps=options.steps,
+        batch=options.batch,
+        seq=options.seq,
+        lr=EightBitTrainer.makers[row.optimizer][1],
+        others_lr=options.others_lr,
+        rank=SIZES[options.model].rank,
+        period=50,
+        full_rank_fraction=1 / 16,
+        weight_decay=0.1,
+        seed=seed,
+        text=corpus.name,
+        momentum_dtype=row.momentum_dtype,
+        others=row.others,
+    )
+
+
+def state_bytes(trainer: Trainer) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(trainer.state[1]))
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--text", type=Path, help="default: chitchat-dataset")
+    p.add_argument("--rows", help="some, separated by semicolons; default: all that can be imported")
+    p.add_argument("--seeds", default="0,1,2")
+    p.add_argument("--model", choices=SIZES, default="0.6m")
+    p.add_argument("--steps", type=int, default=1000)
+    p.add_argument("--batch", type=int, default=8)
+    p.add_argument("--seq", type=int, default=64)
+    p.add_argument("--others-lr", type=float, default=1e-2, help="for embedding, head and norms")
+    p.add_argument("--times", action="store_true", help="measure steps only, all rows in one process")
+    p.add_argument("--out", type=Path, default=RESULTS)
+    options = p.parse_args(argv)
+    corpus, stop = Corpus(options.text, SIZES[options.model].vocabulary), StopSignal()
+    results = Results(options.out / "eight_bits.json", table)
+    names = options.rows.split(";") if options.rows else list(ROWS)
+    tokens = f"{options.batch} × {options.seq} tokens"
+    protocol = f"validation loss, {options.model}, {options.steps} steps of {tokens}"
+    if options.times:
+        known = results.rows(protocol)
+        chosen = {name: settings(options, corpus, ROWS[name], 0) for name in names if name in known}
+        trainers = {name: EightBitTrainer(s, corpus) for name, s in chosen.items()}
+        for name, seconds in step_seconds(trainers, ROUNDS, STEPS).items():
+            known[name]["seconds"] = seconds
+        results.add(protocol, known, "flax")
+    for seed in () if options.times else map(int, options.seeds.split(",")):
+        for name in names:
+            rows = results.rows(protocol)
+            row = rows.setdefault(name, {"losses": {}, "state": 0})
+            if str(seed) in row["losses"]:
+                continue
+            place = options.out / "unfinished" / f"{name}, {seed}"
+            chosen = settings(options, corpus, ROWS[name], seed)
+            record = run(
+                corpus, chosen, place, stop, EightBitTrainer, finish=lambda t: {"state": state_bytes(t)}
+            )
+            if record is None:
+                raise SystemExit("Stopped and saved; the same command goes on.")
+            row["losses"][str(seed)], row["state"] = record["val_loss"], record["state"]
+            results.add(protocol, rows, "flax")
+            print(json.dumps({"run": place.name, "loss": record["val_loss"]}), flush=True)
+    print(results.text())
+
+
+if __name__ == "__main__":
+    main()
