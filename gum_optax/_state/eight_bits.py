@@ -37,7 +37,7 @@ def widened(arrays: dict[Names, Any]) -> dict[Names, Any]:
     found = dict(arrays)
     for name, (scales, field) in _coded(arrays).items():
         x, s = arrays[name], found.pop(scales)
-        if has_numbers(x) and s.size:
+        if has_numbers(x):
             found[name] = dequantize(jnp.asarray(x), jnp.asarray(s), _CODES[x.dtype], _AXES[field])
         if field == "trace":
             found.pop((*name[: name.index(field)], "count"), None)
@@ -48,7 +48,6 @@ def narrowed(wide: dict[Names, Array], like: dict[Names, Array]) -> dict[Names, 
     """The arrays of a state with the types of `like`, from float32 arrays, rounded to nearest."""
     found = {name: wide.get(name, x) for name, x in like.items()}
     for name, (scales, field) in _coded(like).items():
-        if like[scales].size:
-            code = _CODES[like[name].dtype]
-            found[name], found[scales] = quantize(wide[name], code=code, axis=_AXES[field])
+        code = _CODES[like[name].dtype]
+        found[name], found[scales] = quantize(wide[name], code=code, axis=_AXES[field])
     return found

@@ -17,10 +17,11 @@ from .storage import keys_of, noise_of, scales_beside
 # are shorter than half a block, for which scales would cost more than a sixteenth.
 _SMALLEST = 4096
 _SHORTEST_ROW = 64
+_MEAN, _SQUARE = SIGNED_FLOAT, SQUARES
 
 
 class ScaleByAdam8bitState(NamedTuple):
-    """State of `scale_by_adam_8bit`; the scales of a leaf in float32 are empty."""
+    """State of `scale_by_adam_8bit`; a leaf in float32 has no scales (`optax.MaskedNode`)."""
 
     count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
     mu: optax.Updates  # float8 codes of the mean, or float32
@@ -50,7 +51,8 @@ def scale_by_adam_8bit(
       A transformation over trees of any shapes. State: 2.06 bytes a number; Adam's own is 8.
 
     Raises:
-      TypeError, ValueError: an argument is out of range or of the wrong type.
+      TypeError, ValueError: an argument is out of range or of the wrong type; at `init`, a leaf is complex or
+        integer.
 
     References:
       Dettmers et al., 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861: blocks with a scale.
@@ -59,6 +61,12 @@ def scale_by_adam_8bit(
     b1, b2, eps = check_adam(b1, b2, eps)
 
     def init(params):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+            if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+                raise TypeError(
+                    f"leaf {jax.tree_util.keystr(path)} is {jnp.result_type(leaf)}, but scale_by_adam_8bit is"
+                    " for real floating-point numbers: give the leaf to optax.adamw by optax.partition."
+                )
         mu, nu = (jax.tree.map(lambda x, code=code: _zeros(x, code), params) for code in (_MEAN, _SQUARE))
         scales = (jax.tree.map(_no_scales, params) for _ in range(2))
         return ScaleByAdam8bitState(jnp.zeros((), jnp.int32), mu, nu, *scales)
@@ -85,9 +93,6 @@ def scale_by_adam_8bit(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-_MEAN, _SQUARE = SIGNED_FLOAT, SQUARES
-
-
 def _is_coded(x: Any) -> bool:
     """Whether a leaf has moments of eight bits."""
     return x.size >= _SMALLEST and x.shape[-1] >= _SHORTEST_ROW
@@ -97,15 +102,15 @@ def _zeros(x: Any, code: Code) -> Array:
     return jnp.zeros_like(x, code.dtype if _is_coded(x) else jnp.float32)
 
 
-def _no_scales(x: Any) -> Array:
-    return scales_beside(x) if _is_coded(x) else jnp.zeros((0,), jnp.float32)
+def _no_scales(x: Any) -> Any:
+    return scales_beside(x) if _is_coded(x) else optax.MaskedNode()
 
 
-def _load(stored: Array, scales: Array, code: Code) -> Array:
+def _load(stored: Array, scales: Any, code: Code) -> Array:
     return dequantize(stored, scales, code) if _is_coded(stored) else stored
 
 
-def _store(stored: Array, moment: Array, key: Any, code: Code) -> tuple[Array, Array]:
+def _store(stored: Array, moment: Array, key: Any, code: Code) -> tuple[Array, Any]:
     if not _is_coded(stored):
-        return moment, jnp.zeros((0,), jnp.float32)
+        return moment, optax.MaskedNode()
     return quantize(moment, noise_of(key, moment.shape), code)

@@ -26,6 +26,7 @@ from layerwise_model import (
 
 import gum_optax as go
 from gum_optax._core.keys import RowKey, normal
+from gum_optax._transforms import adam_8bit
 from gum_optax._transforms.storage import noise_of
 
 from helpers import CORE, LOW_RANK, OPTIMIZERS, gum_by_neuron
@@ -115,6 +116,19 @@ def test_momenta_in_few_bits_round_as_in_the_stack(make, dtype):
     count = sum(x.size for x in rounded)
     assert count > 300
     assert differ < count / 100
+
+
+def test_adams_moments_of_eight_bits_round_as_in_the_stack(monkeypatch):
+    monkeypatch.setattr(adam_8bit, "_SMALLEST", 1)
+    monkeypatch.setattr(adam_8bit, "_SHORTEST_ROW", 1)
+    tx = small_gum(others=go.adamw_8bit(1e-2, b2=0.99))
+    (expected, state, _), (found, other, _) = both(tx, steps=1)
+    assert gap(found, expected) < 1e-5
+    codes = [x for x in jax.tree.leaves(state) if x.dtype.itemsize == 1]
+    again = [x for x in jax.tree.leaves(other) if x.dtype.itemsize == 1]
+    assert len(codes) > 4
+    for a, b in zip(again, codes, strict=True):
+        assert np.mean(np.float32(a) != np.float32(b)) < 0.02
 
 
 def test_layers_may_be_separate_trees():

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 import gum_optax as go
@@ -102,7 +103,24 @@ def test_a_rejected_step_keeps_all_codes():
     jax.tree.map(np.testing.assert_array_equal, new._replace(count=state.count), state)
 
 
+def test_a_saved_state_goes_on_to_the_bit(tmp_path):
+    data = gradients(4)
+    tx = go.adamw_8bit(0.1, weight_decay=0)
+    whole, expected = run(tx, data)
+    _, half = run(tx, data[:2])
+    checkpointer = ocp.StandardCheckpointer()
+    checkpointer.save(tmp_path / "state", half)
+    checkpointer.wait_until_finished()
+    state = checkpointer.restore(tmp_path / "state", jax.eval_shape(tx.init, data[0]))
+    for g, step in zip(data[2:], whole[2:], strict=True):
+        updates, state = jax.jit(tx.update)(g, state)
+        jax.tree.map(np.testing.assert_array_equal, updates, step)
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+
+
 def test_bad_arguments_are_refused():
+    with pytest.raises(TypeError, match=r"leaf \['phase'\] is complex64"):
+        go.scale_by_adam_8bit().init({"phase": jnp.ones(3, jnp.complex64)})
     with pytest.raises(ValueError, match="b2 must be at least 0 and below 1"):
         go.scale_by_adam_8bit(b2=1.0)
     with pytest.raises(ValueError, match="weight_decay must be at least 0, got -1"):
