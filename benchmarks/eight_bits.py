@@ -115,22 +115,24 @@ ROWS = {
 
 def table(rows: dict[str, dict[str, Any]]) -> list[str]:
     """A line for each row: its losses, and loss, state and time beside those of float32."""
-    lines = ["| | loss (seeds) | beyond float32 | state | of float32's | step |", "|---|---|---|---|---|---|"]
+    head = ["", "loss (seeds)", "beyond float32", "state", "of float32's"]
+    lines = [head + ["time of a step, of float32's"] * any("seconds" in row for row in rows.values())]
     for name, row in rows.items():
         beside = rows.get(ROWS[name].beside, row)
         losses = list(row["losses"].values())
         spread = f" ± {statistics.stdev(losses):.4f} ({len(losses)})" if len(losses) > 1 else ""
-        # Paired by seed.
-        gaps = [
-            loss - beside["losses"][seed] for seed, loss in row["losses"].items() if seed in beside["losses"]
-        ]
-        gap = f"{statistics.fmean(gaps):+.4f}" if gaps and beside is not row else ""
-        share = f"{row['state'] / beside['state']:.3f}" if beside is not row else ""
-        has_times = beside is not row and "seconds" in row and "seconds" in beside
-        time = f"{row['seconds'] / beside['seconds']:.2f}" if has_times else ""
-        loss = f"{statistics.fmean(losses):.4f}{spread}" if losses else ""
-        lines.append(f"| {name} | {loss} | {gap} | {row['state'] / 2**20:.2f} MiB | {share} | {time} |")
-    return lines
+        cells = [name, f"{statistics.fmean(losses):.4f}{spread}", "", f"{row['state'] / 2**20:.2f} MiB", ""]
+        if beside is not row:
+            # Paired by seed.
+            pairs = [(loss, beside["losses"].get(seed)) for seed, loss in row["losses"].items()]
+            cells[2] = f"{statistics.fmean(a - b for a, b in pairs if b is not None):+.4f}"
+            cells[4] = f"{row['state'] / beside['state']:.3f}"
+            if "seconds" in row and "seconds" in beside:
+                cells.append(f"{row['seconds'] / beside['seconds']:.2f}")
+        lines.append(cells + [""] * (len(lines[0]) - len(cells)))
+    rule = "|---" * len(lines[0]) + "|"
+    first, *rest = (f"| {' | '.join(cells)} |" for cells in lines)
+    return [first, rule, *rest]
 
 
 def settings(options: argparse.Namespace, corpus: Corpus, row: Row, seed: int) -> Settings:

@@ -20,6 +20,7 @@ import accelerator  # noqa: E402
 import bfloat16_weights  # noqa: E402
 import choices  # noqa: E402
 import compilation  # noqa: E402
+import eight_bits  # noqa: E402
 import embedding_rules  # noqa: E402
 import guard  # noqa: E402
 import layerwise_time  # noqa: E402
@@ -212,6 +213,38 @@ def test_each_way_to_keep_the_weights_runs_once_with_the_trainer_that_adds_its_s
     assert len(calls) == 6  # nothing was missing
     p, u = jnp.ones(3, jnp.bfloat16), jnp.full(3, 2.0**-9)
     assert (bfloat16_weights.ToNearest.apply_updates(p, u, 0, 0) == 1).all()
+
+
+def test_states_of_eight_bits_stand_beside_float32_by_seed(tmp_path, monkeypatch):
+    calls = []
+
+    def fake_run(words, chosen, place, stop, trainer, finish):
+        assert chosen.optimizer in trainer.makers
+        assert chosen.others in trainer.others_makers
+        calls.append((chosen.optimizer, chosen.momentum_dtype, chosen.others, chosen.seed))
+        is_coded = chosen.momentum_dtype == "int8"
+        return {"val_loss": 4 + chosen.seed + 0.25 * is_coded, "state": 2**20 if is_coded else 2**22}
+
+    monkeypatch.setattr(eight_bits, "run", fake_run)
+    monkeypatch.setattr(eight_bits, "Corpus", lambda *_: Words())
+    arguments = ["--rows", "gum;gum, int8", "--seeds", "0,1", "--out", str(tmp_path)]
+    for _ in range(2):  # the second time nothing is missing
+        eight_bits.main(arguments)
+    assert calls == [("gum", dtype, "adamw", seed) for seed in (0, 1) for dtype in ("float32", "int8")]
+    text = (tmp_path / "eight_bits.md").read_text()
+    assert "| gum, int8 | 4.7500 ± 0.7071 (2) | +0.2500 | 1.00 MiB | 0.250 |" in text
+    rows = json.loads((tmp_path / "eight_bits.json").read_text())["settings"].popitem()[1]["rows"]
+    rows["gum"]["seconds"], rows["gum, int8"]["seconds"] = 2.0, 3.0
+    assert eight_bits.table(rows)[-1].endswith("| 0.250 | 1.50 |")
+
+
+def test_momentum_to_nearest_is_within_half_a_code():
+    g = {"w": jnp.float32(np.random.default_rng(0).normal(size=(3, 4, 130)))}
+    rule = eight_bits.trace_to_nearest(0.9)
+    first, state = rule.update(g, rule.init(g))
+    assert np.abs(first["w"] - g["w"]).max() <= 0.5001 / 127 * np.abs(g["w"]).max()
+    second, _ = rule.update(g, state)
+    assert np.abs(second["w"] - 0.9 * first["w"] - g["w"]).max() <= 0.5001 / 127 * 2 * np.abs(g["w"]).max()
 
 
 def test_the_rate_of_each_rule_for_embeddings_is_searched_and_the_other_seeds_follow(tmp_path, monkeypatch):
