@@ -220,7 +220,7 @@ MISTAKES = [
     (["--optimizer", "adamm"], "invalid choice: 'adamm'"),
     (
         ["--compare", "adamw,sgd"],
-        "must be different names out of adamw, muon, galore_muon, gum, ",
+        "must be different names out of adamw, muon, normuon, galore_muon, gum, ",
     ),
     (["--steps", "0"], "argument --steps: must be a whole number of at least 1, got 0"),
     (["--lr", "-1"], "argument --lr: must be a positive number, got -1"),
