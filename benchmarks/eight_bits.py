@@ -9,7 +9,7 @@ again, it continues the interrupted run bit for bit. `--times` then measures ste
 """
 
 import argparse
-import importlib
+import importlib.util
 import json
 import statistics
 from collections.abc import Callable
@@ -22,6 +22,7 @@ import optax
 from results import RESULTS, Results
 
 import gum_optax as go
+from gum_optax._core.trees import columns
 from gum_optax._linalg.quantize import dequantize, quantize
 
 from runs import run, step_seconds
@@ -45,12 +46,8 @@ class NearestState(NamedTuple):
 def trace_to_nearest(decay: float) -> optax.GradientTransformation:
     """A momentum of eight bits that is rounded to nearest."""
 
-    def pairs(momentum):
-        return jax.tree.map(quantize, momentum)
-
     def state_of(momentum):
-        found = pairs(momentum)
-        return NearestState(*(jax.tree.map(lambda _, pair, i=i: pair[i], momentum, found) for i in range(2)))
+        return NearestState(*columns(momentum, jax.tree.map(quantize, momentum), 2))
 
     def update(updates, state, params=None):
         del params
@@ -174,7 +171,9 @@ def main(argv: list[str] | None = None) -> None:
     options = p.parse_args(argv)
     corpus, stop = Corpus(options.text, SIZES[options.model].vocabulary), StopSignal()
     results = Results(options.out / "eight_bits.json", table)
-    names = options.rows.split(";") if options.rows else list(ROWS)
+    has_peer = importlib.util.find_spec("rollfast") is not None
+    importable = [name for name, row in ROWS.items() if has_peer or row.optimizer != "rollfast"]
+    names = options.rows.split(";") if options.rows else importable
     tokens = f"{options.batch} × {options.seq} tokens"
     protocol = f"validation loss, {options.model}, {options.steps} steps of {tokens}"
     if options.times:

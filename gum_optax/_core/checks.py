@@ -2,14 +2,16 @@
 
 import numbers
 import warnings
-from collections.abc import Callable
-from typing import Any, TypeGuard
+from collections.abc import Callable, Mapping
+from typing import Any, TypeGuard, TypeVar
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+T = TypeVar("T")
 
 
 def _is_traced(value: Any) -> bool:
@@ -140,6 +142,15 @@ def check_adam(b1: Any, b2: Any, eps: Any) -> tuple[Any, Any, Any]:
         check_decay("b2", b2),
         check_number("eps", eps, at_least=0),
     )
+
+
+def check_dtype(name: str, value: Any, choices: Mapping[str, T]) -> T:
+    """What `choices` has for the dtype `value`; `None` is float32."""
+    try:
+        return choices[jnp.dtype(jnp.float32 if value is None else value).name]
+    except (TypeError, KeyError):
+        *first, last = choices
+        raise ValueError(f"{name} must be {', '.join(first)} or {last}, got {value!r}.") from None
 
 
 def check_matrix_leaf(path: Any, leaf: Any) -> None:

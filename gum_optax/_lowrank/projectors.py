@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from .._core.acceptance import Accepted, choose
+from .._core.checks import check_dtype
 from .._linalg.orthonormal import straighten
 from .._linalg.quantize import dequantize, quantize
 from .._transforms.storage import requantize
@@ -91,7 +92,7 @@ class _Quantized:
         return jax.tree.map(functools.partial(choose, accepted), new, stored)
 
 
-_STORAGES: dict[Any, ProjectorStorage] = {jnp.dtype(jnp.float32): _Exact(), jnp.dtype(jnp.int8): _Quantized()}
+_STORAGES: dict[str, ProjectorStorage] = {"float32": _Exact(), "int8": _Quantized()}
 
 
 def projector_storage(dtype: Any) -> ProjectorStorage:
@@ -100,10 +101,7 @@ def projector_storage(dtype: Any) -> ProjectorStorage:
     Raises:
       ValueError: `dtype` is neither float32 nor int8.
     """
-    try:
-        return _STORAGES[jnp.dtype(jnp.float32 if dtype is None else dtype)]
-    except (TypeError, KeyError):
-        raise ValueError(f"projector_dtype must be float32 or int8, got {dtype!r}.") from None
+    return check_dtype("projector_dtype", dtype, _STORAGES)
 
 
 def projector_dtype_beside(momentum_dtype: Any) -> Any:

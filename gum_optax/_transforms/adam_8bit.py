@@ -17,7 +17,6 @@ from .storage import keys_of, noise_of, scales_beside
 # are shorter than half a block, for which scales would cost more than a sixteenth.
 _SMALLEST = 4096
 _SHORTEST_ROW = 64
-_MEAN, _SQUARE = SIGNED_FLOAT, SQUARES
 
 
 class ScaleByAdam8bitState(NamedTuple):
@@ -67,7 +66,9 @@ def scale_by_adam_8bit(
                     f"leaf {jax.tree_util.keystr(path)} is {jnp.result_type(leaf)}, but scale_by_adam_8bit is"
                     " for real floating-point numbers: give the leaf to optax.adamw by optax.partition."
                 )
-        mu, nu = (jax.tree.map(lambda x, code=code: _zeros(x, code), params) for code in (_MEAN, _SQUARE))
+        mu, nu = (
+            jax.tree.map(lambda x, code=code: _zeros(x, code), params) for code in (SIGNED_FLOAT, SQUARES)
+        )
         scales = (jax.tree.map(_no_scales, params) for _ in range(2))
         return ScaleByAdam8bitState(jnp.zeros((), jnp.int32), mu, nu, *scales)
 
@@ -77,10 +78,12 @@ def scale_by_adam_8bit(
 
         def moved(g, mu, nu, mu_scales, nu_scales, mu_key, nu_key):
             wide = g.astype(jnp.float32)
-            m = b1 * _load(mu, mu_scales, _MEAN) + (1 - b1) * wide
-            v = b2 * _load(nu, nu_scales, _SQUARE) + (1 - b2) * wide * wide
+            m = b1 * _load(mu, mu_scales, SIGNED_FLOAT) + (1 - b1) * wide
+            v = b2 * _load(nu, nu_scales, SQUARES) + (1 - b2) * wide * wide
             step = m / (1 - b1**count) / (jnp.sqrt(v / (1 - b2**count)) + eps)
-            codes, scales = zip(_store(mu, m, mu_key, _MEAN), _store(nu, v, nu_key, _SQUARE), strict=True)
+            codes, scales = zip(
+                _store(mu, m, mu_key, SIGNED_FLOAT), _store(nu, v, nu_key, SQUARES), strict=True
+            )
             return step, *codes, *scales
 
         keys = (keys_of(updates, state.count, context.turn, seed) for seed in range(2))

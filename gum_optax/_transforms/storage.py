@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, BFloat16, Bool, Float, Int, PRNGKeyArray, UInt16
 
+from .._core.checks import check_dtype
 from .._core.context import MatrixContext
 from .._core.keys import RowKey, key_data, of_leaf
 from .._core.trees import columns
@@ -128,11 +129,7 @@ class _Quantized:
         return self.load(new), new
 
 
-_STORAGES: dict[Any, Storage] = {
-    jnp.dtype(jnp.float32): _Exact(),
-    jnp.dtype(jnp.bfloat16): _Rounded(),
-    jnp.dtype(jnp.int8): _Quantized(),
-}
+_STORAGES: dict[str, Storage] = {"float32": _Exact(), "bfloat16": _Rounded(), "int8": _Quantized()}
 
 
 def storage_of(dtype: Any) -> Storage:
@@ -141,10 +138,7 @@ def storage_of(dtype: Any) -> Storage:
     Raises:
       ValueError: `dtype` is none of float32, bfloat16 and int8.
     """
-    try:
-        return _STORAGES[jnp.dtype(jnp.float32 if dtype is None else dtype)]
-    except (TypeError, KeyError):
-        raise ValueError(f"momentum_dtype must be float32, bfloat16 or int8, got {dtype!r}.") from None
+    return check_dtype("momentum_dtype", dtype, _STORAGES)
 
 
 def scales_beside(x: Float[Array, "*shape"]) -> Float[Array, "*blocks"]:
