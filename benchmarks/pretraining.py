@@ -3,9 +3,10 @@
     python benchmarks/pretraining.py --text corpus.txt.xz
 
 Does, one after the other, all runs that `docs/results/pretraining.json` lacks: the search of the embedding's
-rate with AdamW, then of the matrices' rate for each optimizer, over one million tokens; the ablation; then
-three seeds of each optimizer over five million tokens. Stopped (Ctrl-C, SIGTERM) and started again, it
-continues an interrupted run bit for bit. Several processes may work at once, say one on each core.
+rate with AdamW, then of the matrices' rate for each optimizer, over one million tokens; one seed of each
+optimizer over five million tokens; the ablation; then the other two seeds. Stopped (Ctrl-C, SIGTERM) and
+started again, it continues an interrupted run bit for bit. Several processes may work at once, say one on
+each core.
 
 The directories of the runs, with their metrics and last weights, stay in `--runs`.
 """
@@ -130,15 +131,16 @@ def study(runs: Runs, base: Settings, long: int) -> Iterator[Settings]:
     all_searches = searches(replace(tuned, lr=base.lr))
     compared, cells = all_searches[: len(COMPARED)], all_searches[len(COMPARED) :]
     yield from in_turns(search.wanted(runs) for search in compared)
-    yield from in_turns(search.wanted(runs) for search in cells)
     best = {s.start.optimizer: found for s in compared if (found := s.best(runs))}
+    yield from (replace(chosen, steps=long) for chosen in best.values())  # the longest runs start first
+    yield from in_turns(search.wanted(runs) for search in cells)
     if len(best) == len(COMPARED):
         for seed in SEEDS[:2]:
             yield from (replace(chosen, seed=seed) for chosen in factors(best))
     for search in all_searches:
         if found := search.best(runs):
             yield replace(found, seed=SEEDS[1])
-    for seed, chosen in itertools.product(SEEDS, best.values()):
+    for seed, chosen in itertools.product(SEEDS[1:], best.values()):
         yield replace(chosen, seed=seed, steps=long)
 
 
