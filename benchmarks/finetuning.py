@@ -31,6 +31,8 @@ from supervised import Chat, Windows, gsm_symbolic  # isort: skip
 from training import StopSignal  # isort: skip
 
 COMPARED = ("adamw", "muon", "galore_muon", "gum", "galore", "sumo", "lora")
+# Optimizer, and whether each head of queries, keys and values is a matrix of its own.
+ROWS = [*((name, False) for name in COMPARED), ("muon", True), ("gum", True)]
 LAYERS, STEPS, BATCH, SEQ = 8, 60, 2, 256
 RANK, PERIOD, FRACTION = 32, 20, 1 / 8
 SEEDS = (0, 1, 2)  # the first one searches; the others answer questions too
@@ -41,7 +43,7 @@ START = {name: finetune.default_rate(name) for name in COMPARED}
 
 
 @functools.cache
-def settings(model: Path, text: str, optimizer: str) -> finetune.FinetuneSettings:
+def settings(model: Path, text: str, optimizer: str, per_head: bool) -> finetune.FinetuneSettings:
     size = size_of(read_config(model))
     found = finetune.FinetuneSettings(
         optimizer=optimizer,
@@ -58,6 +60,7 @@ def settings(model: Path, text: str, optimizer: str) -> finetune.FinetuneSetting
         seed=SEEDS[0],
         text=text,
         last_layers=LAYERS,
+        head_dim=size.head_width if per_head else 0,
     )
     rank = matching_rank(found, size, LAYERS) if optimizer == "lora" else 0
     return replace(found, lora_rank=rank)
@@ -65,7 +68,7 @@ def settings(model: Path, text: str, optimizer: str) -> finetune.FinetuneSetting
 
 def study(runs: Runs, model: Path, text: str) -> Iterator[Any]:
     """The runs that can be done now: the searches, then the other seeds."""
-    searches = [Search(settings(model, text, name), "lr") for name in COMPARED]
+    searches = [Search(settings(model, text, *row), "lr") for row in ROWS]
     for search in searches:
         yield from search.wanted(runs)
     for seed in SEEDS[1:]:
@@ -80,8 +83,8 @@ def table(runs: Runs, model: Path, text: str) -> str:
         "| optimizer | learning rate | held-out loss (seeds) | exact answers | state MiB | peak step MiB |",
         "|---|---|---|---|---|---|",
     ]
-    for name in COMPARED:
-        best = Search(settings(model, text, name), "lr").best(runs)
+    for name, per_head in ROWS:
+        best = Search(settings(model, text, name, per_head), "lr").best(runs)
         found = [r for seed in SEEDS if best and (r := runs.find(replace(best, seed=seed)))]
         if best is None or not found:
             continue
@@ -91,8 +94,9 @@ def table(runs: Runs, model: Path, text: str) -> str:
         low, high = interval(right, of) if of else (0.0, 0.0)
         share = f"{right} of {of} ({100 * low:.1f} to {100 * high:.1f} %)" if of else ""
         lines.append(
-            f"| `{name}` | {best.lr:.3g} | {statistics.fmean(losses):.4f}{spread} ({len(losses)})"
-            f" | {share} | {found[0]['state_mib']:.1f} | {found[0]['peak_step_mib']:.0f} |"
+            f"| `{name}`{', each head' * per_head} | {best.lr:.3g}"
+            f" | {statistics.fmean(losses):.4f}{spread} ({len(losses)}) | {share}"
+            f" | {found[0]['state_mib']:.1f} | {found[0]['peak_step_mib']:.0f} |"
         )
     return "\n".join(lines) + "\n"
 

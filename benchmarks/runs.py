@@ -163,7 +163,8 @@ class Search(NamedTuple):
 
 def name_of(s: Settings) -> str:
     """The name of a run's directory."""
-    parts = [s.optimizer, f"{s.steps} steps", f"rate {s.lr:g}", f"others {s.others_lr:g}", f"rank {s.rank}"]
+    own = f"{s.optimizer} by head" if getattr(s, "head_dim", 0) else s.optimizer
+    parts = [own, f"{s.steps} steps", f"rate {s.lr:g}", f"others {s.others_lr:g}", f"rank {s.rank}"]
     return ", ".join([*parts, f"period {s.period}", f"fraction {s.full_rank_fraction:g}", f"seed {s.seed}"])
 
 

@@ -18,7 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import optax
 from flax import nnx
+
+import gum_optax
 
 import smollm
 from answers import answer
@@ -26,14 +29,13 @@ from corpus import CorpusError, replace_file
 from llama import Llama
 from lora import LORA, add_adapters, matching_rank, merge_adapters
 from losses import Batch
-from optimizers import MOMENTUM_DTYPE, OPTIMIZERS, OTHERS, Settings
+from optimizers import MOMENTUM_DTYPE, OPTIMIZERS, OTHERS, Maker, Settings
 from options import add_files, add_memory, decay, exit_status, fraction, positive, rate
 from pretrained import PretrainedError, load, read_config, save, size_of
 from reporting import free_directory, plot_losses, summary_of
 from supervised import Chat, Data, Item, Windows, from_file, gsm_symbolic
 from training import RunDirectory, RunError, StopSignal, Trainer, train_to_the_end
 
-KNOWN = OPTIMIZERS | {"lora": LORA}
 ITEMS = 4000  # of the default data
 VALIDATION_BATCHES = 16
 
@@ -44,6 +46,24 @@ class FinetuneSettings(Settings):
 
     last_layers: int = 0  # train only these; 0: every parameter
     lora_rank: int = 0
+    head_dim: int = 0  # cuts queries, keys and values into matrices of this width; 0: whole kernels
+
+
+def _by_head(make: Maker) -> Maker:
+    """The same optimizer, to which each head may be a matrix of its own."""
+
+    def made(s: FinetuneSettings, lr: Any, **arguments: Any) -> optax.GradientTransformation:
+        if not s.head_dim:
+            return make(s, lr, **arguments)
+        heads = gum_optax.Parts(head_dim=s.head_dim)
+        patterns = {f"*{name}/kernel": heads for name in ("query", "key", "value")}
+        return make(s, lr, weight_dimension_numbers=patterns, **arguments)
+
+    return made
+
+
+BY_HEAD = {name: (_by_head(make), lr) for name, (make, lr) in OPTIMIZERS.items() if name != "adamw"}
+KNOWN = OPTIMIZERS | BY_HEAD | {"lora": LORA}
 
 
 class FineTuner(Trainer):
@@ -118,6 +138,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--weight-decay", type=decay, default=0.0, help="decoupled (default: 0)")
     p.add_argument("--clip", type=decay, default=1.0, help="largest norm of a gradient; 0: any (default: 1)")
     p.add_argument("--last-layers", type=positive, metavar="N", help="train only the last N layers")
+    p.add_argument(
+        "--per-head",
+        action="store_true",
+        help="let each head of queries, keys and values be a matrix of its own",
+    )
     p.add_argument("--lora-rank", type=positive, help="default: that at which LoRA's state is GUM's")
     p.add_argument("--answers", type=int, default=100, help="held-out items to answer (default: 100)")
     add_memory(p)
@@ -164,6 +189,7 @@ def settings_of(options: argparse.Namespace, checkpoint: Path, data: Data) -> Fi
         clip=options.clip,
         layerwise=options.layerwise,
         last_layers=options.last_layers or 0,
+        head_dim=size.head_width if options.per_head else 0,
     )
     if name != "lora":
         return found
@@ -183,6 +209,8 @@ def check(options: argparse.Namespace, checkpoint: Path) -> None:
         raise RunError("--layerwise needs layers that are alike; those of this model see different windows.")
     if (options.last_layers or 0) > size.layers:
         raise RunError(f"--last-layers is {options.last_layers}, but the model has {size.layers} layers.")
+    if options.per_head and options.optimizer not in BY_HEAD:
+        raise RunError(f"--per-head is for {', '.join(BY_HEAD)}, not {options.optimizer}.")
     if options.lora_rank and options.optimizer != "lora":
         raise RunError(f"--lora-rank is for --optimizer lora, not {options.optimizer}.")
 

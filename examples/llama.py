@@ -61,6 +61,10 @@ class Size:
     window_rope: Rope | None = None
 
     @property
+    def head_width(self) -> int:
+        return self.head_dim or self.hidden // self.heads
+
+    @property
     def rank(self) -> int:
         """A quarter of the width: 128 at 60m, as in GaLore's C4 runs."""
         return self.hidden // 4
@@ -111,7 +115,7 @@ class Block(nnx.Module):
         def norm(width):
             return nnx.RMSNorm(width, epsilon=size.norm_eps, dtype=dtype, rngs=rngs)
 
-        head = size.head_dim or size.hidden // size.heads
+        head = size.head_width
         wide, narrow = size.heads * head, (size.kv_heads or size.heads) * head
         self.head_dim, self.scale, self.activation = head, size.attention_scale, size.activation
         self.window = size.windows[number] if size.windows else None

@@ -19,6 +19,8 @@ import pytest
 from flax import nnx
 from tokenizers.pre_tokenizers import ByteLevel
 
+import gum_optax
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
@@ -32,6 +34,7 @@ import pretrained  # noqa: E402
 import smollm  # noqa: E402
 import supervised  # noqa: E402
 from corpus import CorpusError, train_tokenizer  # noqa: E402
+from optimizers import optimizer  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("example_environment")
 
@@ -464,6 +467,25 @@ def test_only_the_last_layers_are_trained(checkpoint, sums, tmp_path):
     assert len(changed) == 9
 
 
+def test_a_head_may_be_a_matrix_of_its_own(checkpoint):
+    size = pretrained.size_of(pretrained.read_config(checkpoint))
+    model = llama.Llama(size, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    params = jax.eval_shape(lambda: nnx.state(model, nnx.Param))
+    data = supervised.Data("some", [], [])
+
+    def blocks(*more):
+        options = finetune.parser().parse_args(["--optimizer", "muon", *more])
+        tx = optimizer(finetune.settings_of(options, checkpoint, data), finetune.KNOWN)
+        found = gum_optax.describe(tx, params).leaves
+        return {x.name: x.blocks for x in found if x.name.startswith("layers/0/")}
+
+    whole, cut = blocks(), blocks("--per-head")
+    heads = {f"layers/0/{name}/kernel" for name in ("query", "key", "value")}
+    assert {name for name in whole if whole[name] != cut[name]} == heads
+    assert cut["layers/0/query/kernel"] == "4 of 8 × 32"
+    assert cut["layers/0/key/kernel"] == "2 of 8 × 32"
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -471,6 +493,7 @@ def test_only_the_last_layers_are_trained(checkpoint, sums, tmp_path):
         (["--layerwise", "--optimizer", "lora"], "leave out --last-layers and lora"),
         (["--last-layers", "9"], "the model has 2 layers"),
         (["--lora-rank", "2"], "is for --optimizer lora, not gum"),
+        (["--per-head", "--optimizer", "adamw"], "--per-head is for muon, "),
         (["--optimizer", "adamw", "--momentum-dtype", "bfloat16"], "--momentum-dtype is for"),
         (["--seq", "4"], "fits into --seq 4 tokens"),
         (["--data", "nothing.jsonl"], "There is no file nothing.jsonl"),
