@@ -53,14 +53,15 @@ def optax_muon() -> Any:
     return optax.contrib.muon(1e-3, muon_weight_dimension_numbers=stacks)
 
 
-def optimizers(rank: int) -> dict[str, Callable[[], Any]]:
-    """The library's optimizers, and the peers."""
+def optimizers(rank: int, momentum_dtype: str = "float32") -> dict[str, Callable[[], Any]]:
+    """The library's optimizers, and the peers; `momentum_dtype` is for those that have one."""
+    stored = {"momentum_dtype": momentum_dtype}
     return {
-        "galore_muon": lambda: go.galore_muon(1e-3, rank),
-        "gum": lambda: go.gum(1e-3, rank, full_rank_fraction=1 / 12),
-        "sumo": lambda: go.sumo(1e-3, rank, orthogonalizer=go.polar_by_products),
+        "galore_muon": lambda: go.galore_muon(1e-3, rank, **stored),
+        "gum": lambda: go.gum(1e-3, rank, full_rank_fraction=1 / 12, **stored),
+        "sumo": lambda: go.sumo(1e-3, rank, orthogonalizer=go.polar_by_products, **stored),
         "sinkgd": lambda: go.sinkgd(1e-3),
-        "muon": lambda: go.muon(1e-3),
+        "muon": lambda: go.muon(1e-3, **stored),
         "swan": lambda: go.swan(1e-3),
         "scion": lambda: go.scion(1e-3),
         "galore": lambda: go.galore(1e-3, rank),

@@ -70,6 +70,27 @@ def test_temporaries_on_a_cpu(name, scanned, keep_gradients):
     assert share <= BUDGETS[name, scanned][keep_gradients]
 
 
+# With a state of eight bits, separate and scanned, beside float32's above: the float32 momentum of a leaf
+# stands beside its codes for a moment.
+EIGHT_BITS_BUDGETS = {
+    "galore_muon": (0.04, 0.05),
+    "gum": (0.32, 0.36),
+    "sumo": (0.33, 0.35),
+    "muon": (0.05, 0.46),
+}
+
+
+@sequential_steps
+@pytest.mark.parametrize(
+    "scanned", [pytest.param(False, marks=pytest.mark.long), True], ids=["separate", "scanned"]
+)
+@pytest.mark.parametrize("name", EIGHT_BITS_BUDGETS)
+def test_temporaries_with_a_state_of_eight_bits(name, scanned):
+    shapes = memory.layers(WIDTH, FF, 12, scanned=scanned)
+    tx = memory.optimizers(RANK, momentum_dtype="int8")[name]()
+    assert memory.measure(tx, shapes, device=True) <= EIGHT_BITS_BUDGETS[name][scanned]
+
+
 # Of adamw's temporaries in a whole training step, whose gradients are among them. Waiting for all gradients
 # they were 2.7 and more.
 WHOLE_STEP_BUDGETS = {

@@ -153,6 +153,8 @@ def opaque_constants(numbers: Iterable[int], at: Array) -> Sequence[Array | np.u
 def unstacked(*stacks: Array) -> list[tuple[Array, ...]]:
     """The rows of arrays of equal length, as `zip(*stacks)` has them."""
     first = stacks[0]
+    if not len(first):
+        return []
     indices = opaque_constants(range(len(first)), first[(0,) * first.ndim])
     return [
         tuple(jax.lax.dynamic_index_in_dim(stack, index, keepdims=False) for stack in stacks)

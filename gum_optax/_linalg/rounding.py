@@ -49,17 +49,17 @@ _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA
 
 
-def fused_bits(keys: UInt32[Array, "*b 2"], n: int) -> UInt16[Array, "*b n"]:
-    """`jax.random.bits(key, (n,), uint16)` of each raw key, which XLA fuses into what reads it.
+def fused_bits(
+    key: UInt32[Array, "2"], high: UInt32[Array, "..."], low: UInt32[Array, "..."]
+) -> UInt16[Array, "..."]:
+    """Uniform bits: those of threefry with raw key data for each counter `(high, low)`.
 
-    On a CPU, `jax.random.bits` is a loop that writes every round to memory: 16 bytes for each number, and
-    eight times as long (jax 0.10.2). These bits are those of partitionable threefry, whatever JAX's flag is.
+    XLA fuses them into what reads them. On a CPU, `jax.random.bits` is a loop that writes every round to
+    memory: 16 bytes for each number, and eight times as long (jax 0.10.2).
     """
-    first, second = keys[..., 0, None], keys[..., 1, None]
+    first, second = key
     schedule = (first, second, first ^ second ^ jnp.uint32(_PARITY))
-    shape = (*keys.shape[:-1], n)
-    a = jnp.broadcast_to(first, shape)
-    b = jax.lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1) + second
+    a, b = jnp.broadcast_arrays(high + first, low + second)
     for i in range(5):
         for rotation in _ROTATIONS[i % 2]:
             a = a + b
@@ -74,14 +74,10 @@ def noise_of_rows(
 ) -> UInt16[Array, "layers *rows n"]:
     """Uniform bits for a leaf `(layers, *rows, n)` whose layers have the indices `first`, `first + 1`, ...
 
-    Each row has a key, so that any part of a leaf can draw its own bits.
+    A number's counter is its row, counted from the first layer, and its column: any part of a leaf can draw
+    its own bits.
     """
-
-    def row_key(layer, row):
-        return jax.random.key_data(jax.random.fold_in(jax.random.fold_in(leaf_key, layer), row))
-
-    layers, *middle, n = shape
-    rows = math.prod(middle)
-    index = jnp.arange(layers * rows, dtype=jnp.int32)
-    keys = jax.vmap(row_key)(first + index // max(rows, 1), index % max(rows, 1))
-    return fused_bits(keys.reshape(layers, *middle, 2), n)
+    *rows, n = shape
+    row = jnp.arange(math.prod(rows), dtype=jnp.uint32).reshape(*rows, 1)
+    before = jnp.asarray(first, jnp.uint32) * math.prod(rows[1:])
+    return fused_bits(jax.random.key_data(leaf_key), before + row, jnp.arange(n, dtype=jnp.uint32))

@@ -10,9 +10,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._core.checks import check_rule
 from .._core.context import NO_CONTEXT, MatrixContext
-from .._core.keys import check_key, key_data, stream, typed
+from .._core.keys import check_key, key_data, typed
 from .._linalg.rounding import ROUNDED, noise_of_rows, round_by
 from .._mesh.explicit import on_auto_axes
+from .storage import keys_of_leaves
 
 # Keeps these bits apart from those of other functions that get the same key.
 _STREAM = zlib.crc32(b"apply_updates")
@@ -67,18 +68,17 @@ def apply_updates(
         raise TypeError(f"step must be an integer, the number of the step; got {step!r}.")
     step = jnp.asarray(step, jnp.int32)
     own = jax.random.key_data(jax.random.fold_in(typed(key_data(key)), _STREAM))
-    treedef = jax.tree.structure(params)
-    leaf_indices = treedef.unflatten(context.turn.leaf_indices(params))
-    rows = treedef.unflatten(context.turn.rows(params))
+    keys = keys_of_leaves(params, own, step, context.turn)
+    rows = jax.tree.structure(params).unflatten(context.turn.rows(params))
 
-    def added(p: Any, u: Any, leaf_index: Any, row: Any) -> Any:
+    def added(p: Any, u: Any, leaf_key: Any, row: Any) -> Any:
         if p is None:
             return None
         if jnp.result_type(p) not in ROUNDED:
             return optax.apply_updates(p, u)
-        return _rounded_sum(jnp.asarray(p), jnp.asarray(u), stream(own, step, leaf_index), row)
+        return _rounded_sum(jnp.asarray(p), jnp.asarray(u), leaf_key, row)
 
-    return jax.tree.map(added, params, updates, leaf_indices, rows, is_leaf=lambda x: x is None)
+    return jax.tree.map(added, params, updates, keys, rows, is_leaf=lambda x: x is None)
 
 
 def float32_steps(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

@@ -7,14 +7,14 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, BFloat16, Bool, Float, Int, PRNGKeyArray, UInt16
+from jaxtyping import Array, BFloat16, Bool, Float, Int, PRNGKeyArray, UInt16, UInt32
 
 from .._core.checks import check_dtype
 from .._core.context import MatrixContext
-from .._core.keys import RowKey, key_data, of_leaf
+from .._core.keys import RowKey, key_data, of_leaf, typed
 from .._core.trees import columns
 from .._core.turns import WholeStep
-from .._core.xla import if_needed
+from .._core.xla import if_needed, unstacked
 from .._linalg.numerics import exact_matmul
 from .._linalg.quantize import dequantize, quantize, scales_shape
 from .._linalg.rounding import noise_of_rows, round_by
@@ -177,7 +177,12 @@ def _kept(context: MatrixContext, new: Any, old: Any) -> Any:
 
 
 def keys_of(tree: Any, count: Any, turn: WholeStep, seed: int = 0) -> Any:
-    """A key for the noise of each leaf in one step."""
+    """A key for the noise of each leaf in one step, or of one row of it."""
     # Any seed will do: the noise only has to differ between leaves and between steps.
-    keys = turn.keys(tree, key_data(seed), count)
-    return jax.tree.structure(tree).unflatten(map(turn.row_key, keys))
+    return jax.tree.map(turn.row_key, keys_of_leaves(tree, key_data(seed), count, turn))
+
+
+def keys_of_leaves(tree: Any, key: UInt32[Array, "2"], step: Any, turn: WholeStep) -> Any:
+    """A key for each leaf in one step."""
+    keys = jax.random.key_data(turn.keys(tree, key, step))
+    return jax.tree.structure(tree).unflatten([typed(data) for (data,) in unstacked(keys)])

@@ -8,6 +8,7 @@ import sys
 
 import chex
 import jax
+import jax.extend
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -15,7 +16,7 @@ import optax
 import pytest
 
 import gum_optax as go
-from gum_optax._linalg.rounding import fused_bits, round_by
+from gum_optax._linalg.rounding import fused_bits, noise_of_rows, round_by
 
 DTYPES = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
 apply_updates = jax.jit(go.apply_updates)
@@ -62,7 +63,7 @@ def test_rounding_is_the_oracle(dtype):
 def test_a_leaf_is_rounded_by_the_bits_of_its_index_and_of_its_rows(dtype):
     params, updates = weights(dtype)
     new = apply_updates(params, updates, 7, 5)
-    # The streams of the documentation, drawn by JAX one row at a time.
+    # By JAX's own threefry, whose counter is a number's row and column.
     own = jax.random.fold_in(jax.random.key(7), go._core.keys._OWN)
     own = jax.random.fold_in(own, go._transforms.apply_updates._STREAM)
     for leaf_index, name in enumerate(sorted(params)):
@@ -70,24 +71,33 @@ def test_a_leaf_is_rounded_by_the_bits_of_its_index_and_of_its_rows(dtype):
             continue
         p = np.atleast_2d(np.asarray(params[name]).T).T  # a vector is a stack of numbers
         key = jax.random.fold_in(jax.random.fold_in(own, 5), leaf_index)
-        rows = p.reshape(len(p), -1, p.shape[-1])
-        noise = [
-            jax.random.bits(
-                jax.random.fold_in(jax.random.fold_in(key, layer), row), (p.shape[-1],), jnp.uint16
-            )
-            for layer in range(rows.shape[0])
-            for row in range(rows.shape[1])
-        ]
+        row, column = np.divmod(np.arange(p.size, dtype=np.uint32), np.uint32(p.shape[-1]))
         x = jnp.asarray(params[name], jnp.float32) + updates[name]
-        oracle = round_by(jnp.stack(noise).reshape(x.shape), x, dtype)
+        oracle = round_by(bits_of_jax(key, row, column).reshape(x.shape), x, dtype)
         np.testing.assert_array_equal(new[name], oracle, err_msg=name)
 
 
+def bits_of_jax(key, high, low):
+    """Threefry's bits for each counter, by JAX's own function; a pair of 32 bits gives 16."""
+    pairs = jax.extend.random.threefry_2x32(jax.random.key_data(key), jnp.concatenate([high, low]))
+    return (pairs[: len(high)] ^ pairs[len(high) :]).astype(jnp.uint16)
+
+
 def test_fused_bits_are_those_of_jax():
-    keys = jax.random.split(jax.random.key(3), (2, 3))
-    with jax.threefry_partitionable(True):
-        drawn = jax.vmap(jax.vmap(lambda key: jax.random.bits(key, (5,), jnp.uint16)))(keys)
-    np.testing.assert_array_equal(fused_bits(jax.random.key_data(keys), 5), drawn)
+    key, (high, low) = jax.random.key(3), jax.random.bits(jax.random.key(4), (2, 50))
+    found = fused_bits(jax.random.key_data(key), high, low)
+    np.testing.assert_array_equal(found, bits_of_jax(key, high, low))
+
+
+def test_a_tree_without_leaves_stays():
+    assert go.apply_updates({"a": None}, {"a": None}, 0, 1) == {"a": None}
+
+
+def test_any_part_of_a_leaf_draws_its_own_bits():
+    key, shape = jax.random.key(3), (4, 2, 3, 5)
+    whole = noise_of_rows(key, 0, shape)
+    np.testing.assert_array_equal(whole[1:3], noise_of_rows(key, jnp.int32(1), (2, *shape[1:])))
+    assert len(np.unique(whole)) > 100  # of 120 numbers
 
 
 @DTYPES
