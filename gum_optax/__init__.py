@@ -4,6 +4,7 @@ import typing as _typing
 import warnings as _warnings
 
 # Optimizers, and what all of them share.
+from ._optimizers.adalomo import adalomo as adalomo
 from ._optimizers.adamw_8bit import adamw_8bit as adamw_8bit
 from ._optimizers.cosmos import CosmosState as CosmosState
 from ._optimizers.cosmos import cosmos as cosmos
@@ -73,6 +74,10 @@ from ._transforms.adam_8bit import scale_by_adam_8bit as scale_by_adam_8bit
 from ._transforms.apply_updates import apply_updates as apply_updates
 from ._transforms.apply_updates import float32_steps as float32_steps
 from ._transforms.cautious_weight_decay import cautious_weight_decay as cautious_weight_decay
+from ._transforms.factored_rms import FactoredRmsState as FactoredRmsState
+from ._transforms.factored_rms import clip_by_rms as clip_by_rms
+from ._transforms.factored_rms import scale_by_factored_rms as scale_by_factored_rms
+from ._transforms.factored_rms import scale_by_parameter_rms as scale_by_parameter_rms
 from ._transforms.normalize import normalize as normalize
 from ._transforms.orthogonalize import orthogonalize as orthogonalize
 from ._transforms.qk_clip import qk_clip as qk_clip

@@ -30,7 +30,11 @@ OPTIMIZERS = {
     "dion": (go.dion, {"rank": 2}),
     "cosmos": (go.cosmos, {"rank": 2}),
     "scion": (go.scion, {}),
+    "adalomo": (go.adalomo, {}),
 }
+
+# Their steps are relative to the parameters.
+NEED_PARAMETERS = ("adalomo",)
 
 
 def gum_by_neuron(learning_rate, **keywords):
@@ -59,8 +63,12 @@ STEPS = 10
 
 
 def run(tx, gradients, params=None):
-    """The updates of the jitted `tx` over a list of gradient trees, and the last state."""
-    state = jax.jit(tx.init)(gradients[0] if params is None else params)
+    """The updates of the jitted `tx` over a list of gradient trees, and the last state.
+
+    The default parameters are ones.
+    """
+    params = jax.tree.map(jnp.ones_like, gradients[0]) if params is None else params
+    state = jax.jit(tx.init)(params)
     update = jax.jit(tx.update)
     updates = []
     for g in gradients:

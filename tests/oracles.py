@@ -48,6 +48,26 @@ def normuon_steps(gradients, momentum, b2, eps=1e-8, rate=0.2):
     return out
 
 
+def adalomo_weights(w, gradients, rate, decay=0.0, eps=(1e-30, 1e-3), threshold=1.0):
+    """AdaLomo's weights after each step, by OpenLMLab/LOMO at 45d4bac; a vector has a full second moment."""
+    rows = columns = full = 0.0
+    out = []
+    for t, g in enumerate(gradients, 1):
+        beta, squares = 1 - t**-0.8, g**2 + eps[0]
+        if g.ndim == 2:
+            rows = beta * rows + (1 - beta) * squares.mean(1)
+            columns = beta * columns + (1 - beta) * squares.mean(0)
+            u = g / np.sqrt(np.outer(rows, columns) / rows.mean())
+        else:
+            full = beta * full + (1 - beta) * squares
+            u = g / np.sqrt(full)
+        u = u / max(1, np.sqrt(np.mean(u**2)) / threshold)
+        relative = rate * max(eps[1], np.sqrt(np.mean(w**2)))
+        w = (1 - relative * decay) * w - relative * u
+        out.append(w)
+    return out
+
+
 def galore_muon_steps(gradients, rank, period, momentum, step=jordan, find=top_left):
     """For wide matrices: projects the first axis. The momentum does not change with the subspace."""
     r, p, out = 0.0, None, []

@@ -35,6 +35,11 @@ def frobenius(x: Float[Array, "*b m n"]) -> Float[Array, "*b 1 1"]:
     return norm(x, (-2, -1))
 
 
+def rms(x: Float[Array, "*b m n"]) -> Float[Array, "*b 1 1"]:
+    """The root mean square of each matrix in float32; zero for a matrix without numbers."""
+    return frobenius(x) / max(1, x.shape[-2] * x.shape[-1]) ** 0.5
+
+
 def to_norm_one(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
     """`x` times the reciprocal of `|x|_F`; zero for zero, and where the norm is subnormal."""
     return x * safe_reciprocal(frobenius(x))

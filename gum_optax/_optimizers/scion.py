@@ -1,22 +1,19 @@
 """Scion: each kind of layer takes the steepest step in its own norm ball."""
 
-from collections.abc import Hashable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
 from .._core.checks import check_function, check_number
-from .._core.context import NO_CONTEXT, MatrixContext
 from .._linalg.normalizers import Normalizer, outputs_first, sign_lmo, spectral_lmo, unit_rows
 from .._matrices.as_matrices import as_matrices
-from .._matrices.dimension_numbers import WeightDimensionNumbers, names_of
-from .._matrices.hidden_matrices import policy
+from .._matrices.dimension_numbers import WeightDimensionNumbers
 from .._transforms.momentum import ema
 from .._transforms.normalize import normalize, normalize_sequentially
 from .matrix_optimizer import WeightDecay, at_least_float32, matrix_optimizer
+from .others_by_kind import others_by_kind
 
 
 def scion(
@@ -72,11 +69,11 @@ def scion(
         "embedding_lmo", sign_lmo if embedding_lmo is None else embedding_lmo, "gum_optax.sign_lmo"
     )
     head = check_function("head_lmo", sign_lmo if head_lmo is None else head_lmo, "gum_optax.sign_lmo")
-    steepest: dict[Hashable, optax.GradientTransformation] = {
-        "tables": optax.chain(_of_matrices(table), optax.scale(edge_radius)),
-        "heads": optax.chain(_of_matrices(outputs_first(head)), optax.scale(edge_radius)),
-        "vectors": optax.chain(normalize(_unit_vector), optax.scale(radius)),
-    }
+    steepest = others_by_kind(
+        tables=optax.chain(_of_matrices(table), optax.scale(edge_radius)),
+        heads=optax.chain(_of_matrices(outputs_first(head)), optax.scale(edge_radius)),
+        vectors=optax.chain(normalize(_unit_vector), optax.scale(radius)),
+    )
     # The average is in float32 and has no bias correction, which would not change a normalized step.
     averaged = ema(momentum)
     rule = at_least_float32(optax.chain(averaged, normalize_sequentially(outputs_first(hidden))))
@@ -88,43 +85,9 @@ def scion(
         weight_decay_mask=weight_decay_mask,
         weight_dimension_numbers=weight_dimension_numbers,
         others=others,
-        others_rule=optax.chain(averaged, _partition(steepest)),
+        others_rule=optax.chain(averaged, steepest),
         wide=False,
     )
-
-
-def _partition(rules: dict[Hashable, optax.GradientTransformation]) -> optax.GradientTransformation:
-    """The rules of the balls, each for its leaves; the names of the whole tree decide."""
-
-    def init(params):
-        return optax.partition(rules, _balls).init(params)
-
-    def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
-        balls = context.turn.of_whole(updates, lambda whole: jax.tree.leaves(_balls(whole)))
-        labels = jax.tree.structure(updates).unflatten(balls)
-        of_leaves = optax.partition(rules, lambda _: labels)
-        return of_leaves.update(updates, state, params, context=context, **extra_args)
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _balls(params: optax.Params) -> Any:
-    """The ball of each leaf that is not a hidden matrix, by name."""
-
-    def ball(path, x, reading):
-        if jnp.iscomplexobj(x):
-            raise TypeError(
-                f"leaf {jax.tree_util.keystr(path)} is complex, but scion's norm balls are for real numbers;"
-                " pass others=optax.adamw(learning_rate), for instance."
-            )
-        if jnp.ndim(x) < 2 or (reading.entry is None and reading.kind not in ("embedding", "head")):
-            return "vectors"
-        is_table = reading.kind == "embedding" and names_of(path)[-1] != "kernel"
-        return "tables" if is_table else "heads"
-
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
-    readings = policy(params)
-    return treedef.unflatten([ball(*leaf, reading) for leaf, reading in zip(leaves, readings, strict=True)])
 
 
 def _of_matrices(method: Normalizer) -> optax.GradientTransformation:

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import gum_optax as go
 
-from helpers import AMPLIFIED, CORE_AND_LONG, OPTIMIZERS, run
+from helpers import AMPLIFIED, CORE_AND_LONG, NEED_PARAMETERS, OPTIMIZERS, run
 
 STATIC = ("rank", "period", "full_rank_fraction", "rounds", "random_after")
 # The arguments that inject_hyperparams may trace, for each optimizer.
@@ -127,15 +127,23 @@ def test_updates_come_back_in_the_dtype_of_the_parameters(tx, params_dtype, grad
     assert all(np.isfinite(np.float32(x)).all() for x in jax.tree.leaves(state))
 
 
-def test_it_is_the_same_without_parameters(tx, expected):
-    assert_same_steps(run(tx, GRADIENTS)[0], expected)
+def test_it_is_the_same_without_parameters_unless_steps_are_relative_to_them(name, tx, expected):
+    state, update, updates = tx.init(tree()), jax.jit(tx.update), []
+    if name in NEED_PARAMETERS:
+        with pytest.raises(ValueError, match=r"relative to the parameters: call update\(gradients, state, "):
+            update(GRADIENTS[0], state)
+        return
+    for g in GRADIENTS:
+        u, state = update(g, state)
+        updates.append(u)
+    assert_same_steps(updates, expected)
 
 
 def test_none_leaves_and_extra_arguments_are_fine(tx, expected):
-    with_none = [g | {"frozen": None} for g in GRADIENTS]
-    state, update = tx.init(with_none[0]), jax.jit(tx.update)
+    params, *with_none = [g | {"frozen": None} for g in (tree(), *GRADIENTS)]
+    state, update = tx.init(params), jax.jit(tx.update)
     for g, wanted in zip(with_none, expected, strict=True):
-        u, state = update(g, state, value=1.0, steps=3, unheard_of=jnp.ones(3))
+        u, state = update(g, state, params, value=1.0, steps=3, unheard_of=jnp.ones(3))
         assert u.pop("frozen") is None
         chex.assert_trees_all_close(u, wanted, atol=AMPLIFIED)
 
@@ -256,7 +264,7 @@ def test_inject_hyperparams_traces_all_but_the_arguments_that_decide_shapes(fact
 
 
 def test_a_schedule_is_a_learning_rate(factory, expected):
-    updates, _ = run(factory(lambda count: 0.1 * (count == 1)), GRADIENTS)
+    updates, _ = run(factory(lambda count: 0.1 * (count == 1)), GRADIENTS, tree())
     for i, (u, e) in enumerate(zip(updates, expected, strict=True)):
         scaled = jax.tree.map(lambda x, i=i: x * (i == 1), e)
         chex.assert_trees_all_close(u, scaled, atol=AMPLIFIED)
@@ -308,7 +316,7 @@ def test_seeds_can_be_vmapped_through_the_whole_optimizer(name):
 def trained(tx, state, gradients):
     update = jax.jit(tx.update)
     for g in gradients:
-        u, state = update(g, state)
+        u, state = update(g, state, tree())
     return u, state
 
 

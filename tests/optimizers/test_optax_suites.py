@@ -28,7 +28,8 @@ SUITES = {contrib: "ContribTest", alias: "AliasTest", accumulation: "Accumulatio
 
 # Scion's steps have the size of its balls, up to 3000.
 RATES = {"scion": 1e-4}
-SCION_IS_REAL = "Scion's norm balls are for real numbers, so it refuses complex ones"
+REAL = ("scion", "adalomo")
+REFUSES = "its rules for embeddings and vectors are for real numbers, so it refuses complex ones"
 
 every_optimizer = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.long] * (name != "gum")) for name in OPTIMIZERS]
@@ -81,8 +82,8 @@ def test_it_optimizes_as_optax_contrib_asks(name, target):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex64])
 @pytest.mark.parametrize("target", TARGETS[:2])
 def test_it_optimizes_as_optax_alias_asks(name, dtype, target):
-    if name == "scion" and dtype == jnp.complex64:
-        pytest.skip(SCION_IS_REAL)
+    if name in REAL and dtype == jnp.complex64:
+        pytest.skip(REFUSES)
     alias_test("test_optimization", name, target=getattr(alias, f"_setup_{target}"), dtype=dtype)
 
 
@@ -116,8 +117,8 @@ def test_dtypes_are_kept(name, suite, dtype, test):
     ids=lambda x: getattr(x, "__name__", ""),
 )
 def test_the_state_keeps_its_types(name, suite, dtype):
-    if name == "scion" and suite is alias:
-        pytest.skip(SCION_IS_REAL)
+    if name in REAL and suite is alias:
+        pytest.skip(REFUSES)
     run(suite, "test_state_shape_dtype_shard_stability", name, dtype=dtype)
 
 

@@ -71,6 +71,7 @@ def test_what_is_alike_are_the_states_of_one_kind():
             ["dion"],
             ["cosmos"],
             ["scion"],
+            ["adalomo"],
         ]
     )
 
