@@ -107,6 +107,7 @@ OPTIMIZERS: dict[str, tuple[Maker, float]] = {
     "dion": (lambda s, lr, **kw: go.dion(lr, s.rank, key=s.seed, **kw), 2.4e-2),
     "cosmos": (lambda s, lr, **kw: go.cosmos(lr, s.rank, key=s.seed, **kw), 6e-3),
     "adalomo": (lambda s, lr, **kw: go.adalomo(lr, **kw), 1e-2),
+    "hfac": (lambda s, lr, **kw: go.hfac(lr, **kw), 1.5e-3),
     # Scion has norm balls of its own for embedding, head and norms.
     "scion": (lambda s, lr, others, **kw: go.scion(lr, **kw), 3.75e-4),
 }

@@ -18,6 +18,9 @@ from ._optimizers.galore import galore as galore
 from ._optimizers.galore import galore_muon as galore_muon
 from ._optimizers.golore import golore as golore
 from ._optimizers.gum import gum as gum
+from ._optimizers.hfac import HFacState as HFacState
+from ._optimizers.hfac import hfac as hfac
+from ._optimizers.hfac import scale_by_hfac as scale_by_hfac
 from ._optimizers.matrix_optimizer import matrix_optimizer as matrix_optimizer
 from ._optimizers.muon import muon as muon
 from ._optimizers.normuon import normuon as normuon

@@ -31,6 +31,7 @@ OPTIMIZERS = {
     "cosmos": (go.cosmos, {"rank": 2}),
     "scion": (go.scion, {}),
     "adalomo": (go.adalomo, {}),
+    "hfac": (go.hfac, {}),
 }
 
 # Their steps are relative to the parameters.

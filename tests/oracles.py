@@ -68,6 +68,24 @@ def adalomo_weights(w, gradients, rate, decay=0.0, eps=(1e-30, 1e-3), threshold=
     return out
 
 
+def hfac_steps(gradients, b1, b2, eps=1e-30, threshold=1.0):
+    """H-Fac with sums of squares, by the transcription of junaidaliop/zij at 74a271e."""
+    m, n = gradients[0].shape
+    u, v, r, s, out = np.zeros(m), np.zeros(n), np.zeros(m), np.zeros(n), []
+    for t, g in enumerate(gradients, 1):
+        c1, c2 = (b * (1 - b ** (t - 1)) / (1 - b**t) for b in (b1, b2))
+        u = c1 * u + (1 - c1) * g.sum(1) / n
+        v = c1 * v + (1 - c1) * g.sum(0) / m
+        r = c2 * r + (1 - c2) * (g**2 + eps).sum(1)
+        s = c2 * s + (1 - c2) * (g**2 + eps).sum(0)
+        phi = c1 * (u - g.sum(1) / n)[:, None] / np.sqrt(r / n)[:, None]
+        psi = c1 * (v - g.sum(0) / m)[None] / np.sqrt(s / m)[None]
+        clipped = g / np.sqrt(np.outer(r, s) / r.sum())
+        clipped = clipped / max(1, np.sqrt(np.mean(clipped**2)) / threshold)
+        out.append((phi + psi) / 2 + clipped)
+    return out
+
+
 def galore_muon_steps(gradients, rank, period, momentum, step=jordan, find=top_left):
     """For wide matrices: projects the first axis. The momentum does not change with the subspace."""
     r, p, out = 0.0, None, []

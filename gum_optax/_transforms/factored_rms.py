@@ -21,6 +21,28 @@ class FactoredRmsState(NamedTuple):
     columns: optax.Updates  # c, each leaf (*blocks, 1, n) float32: mean squares over the rows
 
 
+def row_and_column(x: Float[Array, "*b m n"]) -> tuple[Float[Array, "*b m 1"], Float[Array, "*b 1 n"]]:
+    """The mean over the columns and the mean over the rows of each matrix."""
+    return jnp.mean(x, axis=-1, keepdims=True), jnp.mean(x, axis=-2, keepdims=True)
+
+
+def over_root(
+    g: Float[Array, "*b m n"], r: Float[Array, "*b m 1"], c: Float[Array, "*b 1 n"]
+) -> Float[Array, "*b m n"]:
+    """`G / √(r cᵀ / mean(r))`, one factor after the other: their product may underflow."""
+    return g * jax.lax.rsqrt(r / jnp.mean(r, axis=-2, keepdims=True)) * jax.lax.rsqrt(c)
+
+
+def clip_rms(u: Float[Array, "*b m n"], threshold: Any) -> Float[Array, "*b m n"]:
+    """`U / max(1, RMS(U) / threshold)` of each matrix."""
+    return u / jnp.maximum(1, rms(u) / threshold)
+
+
+def check_divisor(name: str, value: Any) -> Any:
+    """Check for a number that float32 can divide by: at least 1e-30."""
+    return check_number(name, value, at_least=1e-30)
+
+
 def scale_by_factored_rms(decay_rate: Any = 0.8, eps: Any = 1e-30) -> optax.GradientTransformationExtraArgs:
     """Divide by the root of a second moment that is kept as a row and a column: Adafactor's.
 
@@ -34,7 +56,7 @@ def scale_by_factored_rms(decay_rate: Any = 0.8, eps: Any = 1e-30) -> optax.Grad
 
     Args:
       decay_rate: how fast `β` goes to 1; 0.8 as in Adafactor.
-      eps: `ε`; 1e-30 as in Adafactor.
+      eps: `ε`; 1e-30 as in Adafactor, and not less.
 
     Returns:
       A transformation over trees of `(*blocks, m, n)` leaves. State: `m + n` numbers per matrix.
@@ -46,7 +68,7 @@ def scale_by_factored_rms(decay_rate: Any = 0.8, eps: Any = 1e-30) -> optax.Grad
       Shazeer and Stern, Adafactor, arXiv 1804.04235, Algorithm 4.
     """
     decay_rate = check_number("decay_rate", decay_rate, at_least=0)
-    eps = check_number("eps", eps, at_least=0)
+    eps = check_divisor("eps", eps)
 
     def init(key, leaf):
         del key
@@ -55,11 +77,9 @@ def scale_by_factored_rms(decay_rate: Any = 0.8, eps: Any = 1e-30) -> optax.Grad
     def update(count, g, r, c):
         beta = 1 - count.astype(jnp.float32) ** -decay_rate
         g = jnp.clip(g, -LARGEST, LARGEST)
-        squares = g * g + eps
-        r = beta * r + (1 - beta) * jnp.mean(squares, axis=-1, keepdims=True)
-        c = beta * c + (1 - beta) * jnp.mean(squares, axis=-2, keepdims=True)
-        # One factor after the other: their product may underflow.
-        return g * jax.lax.rsqrt(r / jnp.mean(r, axis=-2, keepdims=True)) * jax.lax.rsqrt(c), r, c
+        row, column = row_and_column(g * g + eps)
+        r, c = beta * r + (1 - beta) * row, beta * c + (1 - beta) * column
+        return over_root(g, r, c), r, c
 
     return per_matrix(FactoredRmsState, init, update)
 
@@ -75,12 +95,8 @@ def clip_by_rms(threshold: Any = 1.0) -> optax.GradientTransformation:
     Raises:
       TypeError, ValueError: `threshold` is no number of at least 1e-30.
     """
-    threshold = check_number("threshold", threshold, at_least=1e-30)
-
-    def clipped(u: Float[Array, "..."]) -> Float[Array, "..."]:
-        return u / jnp.maximum(1, rms(u) / threshold)
-
-    return optax.stateless(lambda updates, _: jax.tree.map(clipped, updates))
+    threshold = check_divisor("threshold", threshold)
+    return optax.stateless(lambda updates, _: jax.tree.map(lambda u: clip_rms(u, threshold), updates))
 
 
 def scale_by_parameter_rms(eps: Any = 1e-3) -> optax.GradientTransformation:

@@ -130,7 +130,7 @@ def test_at_an_ordinary_size_no_device_waits_for_ever_and_all_find_what_one_does
         assert gap < 1e-5, case
 
 
-WITHOUT_LAPACK = ("muon", "normuon", "swan", "sinkgd", "scion", "trion", "adalomo")
+WITHOUT_LAPACK = ("muon", "normuon", "swan", "sinkgd", "scion", "trion", "adalomo", "hfac")
 # The stack of each LAPACK call in a program, such as `4x`; empty for a single matrix.
 STACK = re.compile(r"@lapack_(\w+)\(.*: \(tensor<((?:\d+x)*?)\d+x\d+xf32>")
 

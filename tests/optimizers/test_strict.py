@@ -166,7 +166,7 @@ def test_a_state_that_was_cast_to_64_bits_is_refused_or_stays_so(name):
     with jax.enable_x64(True):
         params = tree(dtype=jnp.float64)
         state = cast(jax.eval_shape(tx.init, params), jnp.float64)
-        if name in ("muon", "swan", "sinkgd", "dion", "trion", "cosmos", "scion", "adalomo"):
+        if name in ("muon", "swan", "sinkgd", "dion", "trion", "cosmos", "scion", "adalomo", "hfac"):
             assert types(jax.eval_shape(tx.update, params, state, params)[1]) == types(state)
             return
         with pytest.raises(ValueError, match=r"has dtype float64 in place of float32.*convert_state"):

@@ -72,6 +72,7 @@ def test_what_is_alike_are_the_states_of_one_kind():
             ["cosmos"],
             ["scion"],
             ["adalomo"],
+            ["hfac"],
         ]
     )
 
