@@ -94,6 +94,8 @@ from ._transforms.scaling import scale_by_shape as scale_by_shape
 from ._transforms.scaling import shape_factor as shape_factor
 from ._transforms.skip_non_finite import SkipNonFiniteState as SkipNonFiniteState
 from ._transforms.skip_non_finite import skip_non_finite as skip_non_finite
+from ._transforms.with_second_moment import with_second_moment as with_second_moment
+from ._transforms.with_second_moment import xavier_squares as xavier_squares
 
 # A model's leaves seen as matrices.
 from ._matrices.as_matrices import as_matrices as as_matrices

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from .._core.acceptance import Acceptance
 from .._core.checks import check_function, check_integer, check_matrix_leaf, check_rule, renamed_argument
 from .._core.context import NO_CONTEXT, MatrixContext
+from .._core.full_shapes import coordinates_of
 from .._core.keys import check_key, key_data, stream
 from .._core.trees import map_with_leaf_index, merge, split
 from .._matrices.listening import listener
@@ -146,7 +147,8 @@ def in_subspace(
         is_refresh = begins_period(state.count, subspace.period, accept)
         projections = refresh_and_project(gradient, subspace, state, is_refresh, low, context)  # P, R = PᵀG
         projectors, scales = _stored(subspace.storage, projections.projectors, state, is_refresh, accept)
-        low_state = _on_refresh(inner, subspace, state.low, projections, is_refresh, accept)
+        with coordinates_of(low):
+            low_state = _on_refresh(inner, subspace, state.low, projections, is_refresh, accept)
         weights = None if plan.weights is None else turn.of_whole(low, lambda _: plan.weights)
         coordinates = _times(weights, projections.coordinates)
         steps, low_state = inner.update(coordinates, low_state, None, **extra_args)  # S
@@ -194,11 +196,12 @@ def _initial(
         return first_subspace(stream(data, jnp.int32(0), leaf_index), g, subspace.rank)
 
     coordinates = jax.tree.map(lambda g: zeros(g, subspace.rank, -1), low)
-    inner_state = inner.init(coordinates)
-    # A function that does not fit inner fails here, and not at the first refresh.
-    rotation = jax.tree.map(lambda r: zeros(r, subspace.rank, subspace.rank), coordinates)
-    refreshed = functools.partial(subspace.on_refresh, inner)
-    jax.eval_shape(refreshed, inner_state, coordinates, rotation, True)
+    with coordinates_of(low):
+        inner_state = inner.init(coordinates)
+        # A function that does not fit inner fails here, and not at the first refresh.
+        rotation = jax.tree.map(lambda r: zeros(r, subspace.rank, subspace.rank), coordinates)
+        refreshed = functools.partial(subspace.on_refresh, inner)
+        jax.eval_shape(refreshed, inner_state, coordinates, rotation, True)
     starts = map_with_leaf_index(start, low)
     projectors, scales = trees_of_stored(starts, list(map(subspace.storage.first, jax.tree.leaves(starts))))
     return LowRankState(

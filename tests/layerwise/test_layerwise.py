@@ -88,6 +88,12 @@ def test_neurons_and_cautious_decay_step_so_too():
     check_equal(gum_by_neuron(1e-2))
 
 
+def test_a_second_moment_starts_so_too():
+    inner = go.with_second_moment(optax.scale_by_adam(eps=1e-3))
+    rule = go.low_rank(inner, **LOW_RANK, on_refresh=go.restart)
+    check_equal(go.matrix_optimizer(rule, 1e-2, 1.0))
+
+
 def test_random_subspaces_are_those_that_the_stack_would_draw():
     check_equal(go.golore(1e-2, **LOW_RANK, random_after=0), steps=7)
     check_equal(go.galore_muon(1e-2, **LOW_RANK, find_subspace=go.sketched_subspace), steps=4)

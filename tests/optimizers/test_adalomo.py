@@ -107,7 +107,5 @@ def test_it_needs_parameters():
 
 @pytest.mark.parametrize("argument", ["decay_rate", "eps", "parameter_eps", "threshold", "weight_decay"])
 def test_negative_arguments_are_refused(argument):
-    with pytest.raises(
-        ValueError, match="must be at least" if argument != "threshold" else "at least"
-    ):
+    with pytest.raises(ValueError, match="must be at least" if argument != "threshold" else "at least"):
         go.adalomo(0.1, **{argument: -1.0})
