@@ -77,6 +77,9 @@ from ._transforms.adam_8bit import scale_by_adam_8bit as scale_by_adam_8bit
 from ._transforms.apply_updates import apply_updates as apply_updates
 from ._transforms.apply_updates import float32_steps as float32_steps
 from ._transforms.cautious_weight_decay import cautious_weight_decay as cautious_weight_decay
+from ._transforms.extrapolate import ExtrapolateState as ExtrapolateState
+from ._transforms.extrapolate import evaluation_parameters as evaluation_parameters
+from ._transforms.extrapolate import extrapolate as extrapolate
 from ._transforms.factored_rms import FactoredRmsState as FactoredRmsState
 from ._transforms.factored_rms import clip_by_rms as clip_by_rms
 from ._transforms.factored_rms import scale_by_factored_rms as scale_by_factored_rms
