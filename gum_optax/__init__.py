@@ -86,6 +86,12 @@ from ._transforms.factored_rms import scale_by_factored_rms as scale_by_factored
 from ._transforms.factored_rms import scale_by_parameter_rms as scale_by_parameter_rms
 from ._transforms.normalize import normalize as normalize
 from ._transforms.orthogonalize import orthogonalize as orthogonalize
+from ._transforms.protect import Bases as Bases
+from ._transforms.protect import ProtectState as ProtectState
+from ._transforms.protect import empty_subspace as empty_subspace
+from ._transforms.protect import extend_protection as extend_protection
+from ._transforms.protect import protect as protect
+from ._transforms.protect import protected_subspace as protected_subspace
 from ._transforms.qk_clip import qk_clip as qk_clip
 from ._transforms.scale_by_muon import scale_by_muon as scale_by_muon
 from ._transforms.scale_by_neuron_rms import NeuronRmsState as NeuronRmsState
@@ -97,6 +103,8 @@ from ._transforms.scaling import scale_by_shape as scale_by_shape
 from ._transforms.scaling import shape_factor as shape_factor
 from ._transforms.skip_non_finite import SkipNonFiniteState as SkipNonFiniteState
 from ._transforms.skip_non_finite import skip_non_finite as skip_non_finite
+from ._transforms.weight_normalized import WeightNormalizedState as WeightNormalizedState
+from ._transforms.weight_normalized import weight_normalized as weight_normalized
 from ._transforms.with_second_moment import with_second_moment as with_second_moment
 from ._transforms.with_second_moment import xavier_squares as xavier_squares
 
@@ -136,6 +144,7 @@ from ._linalg.normalizers import unit_frobenius as unit_frobenius
 from ._linalg.normalizers import unit_rows as unit_rows
 from ._linalg.normalizers import whiten as whiten
 from ._linalg.polar import polar as polar
+from ._linalg.protected import extend_basis as extend_basis
 from ._linalg.polar import polar_by_products as polar_by_products
 
 # Draws, and what travels inside an update.

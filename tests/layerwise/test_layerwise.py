@@ -94,6 +94,13 @@ def test_a_second_moment_starts_so_too():
     check_equal(go.matrix_optimizer(rule, 1e-2, 1.0))
 
 
+def test_protected_and_normalized_weights_step_so_too():
+    check_equal(go.protect(small_gum(weight_decay=0.1)))
+    rule = go.weight_normalized(optax.adam(1e-2, eps=1e-3), optax.adam(1e-2, eps=1e-3))
+    down, others = optax.chain(rule, optax.scale(-1.0)), optax.adamw(1e-2)
+    check_equal(go.matrix_optimizer(down, 1.0, 1.0, wide=False, others=others))
+
+
 def test_random_subspaces_are_those_that_the_stack_would_draw():
     check_equal(go.golore(1e-2, **LOW_RANK, random_after=0), steps=7)
     check_equal(go.galore_muon(1e-2, **LOW_RANK, find_subspace=go.sketched_subspace), steps=4)

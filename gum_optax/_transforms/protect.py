@@ -1,0 +1,220 @@
+"""Protects what a model has learned: steps stay off chosen subspaces of its matrices."""
+
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from .._core.checks import check_fraction, check_function, check_integer, check_number, check_rule
+from .._core.context import NO_CONTEXT, MatrixContext
+from .._core.trees import columns
+from .._linalg.protected import extend_basis, off_both_sides, top_singular_vectors
+from .._matrices.as_matrices import as_matrices
+from .._matrices.decisions import Decisions
+from .._matrices.dimension_numbers import WeightDimensionNumbers
+
+Pair = tuple[Float[Array, "*b fan_in k"], Float[Array, "*b fan_out l"]]
+# From a weight `(*blocks, fan_in, fan_out)` to orthonormal columns on either side.
+FindBases = Callable[[Float[Array, "*b fan_in fan_out"]], Pair]
+
+
+class Bases(NamedTuple):
+    """The protected subspaces."""
+
+    left: Any  # U, each leaf (*blocks, fan_in, k) float32
+    right: Any  # V, each leaf (*blocks, fan_out, l) float32
+
+
+class ProtectState(NamedTuple):
+    """State of `protect`."""
+
+    bases: Any  # of the matrices
+    inner: Any
+
+
+def protected_subspace(fraction: Any = 0.5) -> FindBases:
+    """Protect the top singular vectors of each weight: a fraction of them on both sides, all but one at most.
+
+    Args:
+      fraction: of `min(m, n)`; 1/2 as in the peft library.
+
+    Returns:
+      Bases for `protect`.
+
+    Raises:
+      TypeError, ValueError: `fraction` is no number in `[0, 1]`.
+
+    References:
+      Nayak et al., Sculpting Subspaces, arXiv 2504.07097.
+    """
+    fraction = check_fraction("fraction", fraction)
+
+    def find(w: Float[Array, "*b m n"]) -> Pair:
+        short = min(w.shape[-2:])
+        return top_singular_vectors(w, min(int(fraction * short), max(short - 1, 0)))
+
+    return find
+
+
+def empty_subspace(width: int) -> FindBases:
+    """Protect nothing at first; `extend_protection` may add up to `width` directions of the outputs."""
+    width = check_integer("width", width, at_least=1)
+
+    def find(w: Float[Array, "*b m n"]) -> Pair:
+        *b, m, n = w.shape
+        return jnp.zeros((*b, m, 0), jnp.float32), jnp.zeros((*b, n, min(width, n)), jnp.float32)
+
+    return find
+
+
+def _projection(find: FindBases) -> optax.GradientTransformationExtraArgs:
+    """Take updates off the bases, which are the state."""
+
+    def init(params):
+        return Bases(*columns(params, jax.tree.map(find, params), 2))
+
+    def update(updates, state, params=None, **extra_args):
+        del params, extra_args
+        return jax.tree.map(off_both_sides, state.left, state.right, updates), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _extension(energy: Any) -> optax.GradientTransformationExtraArgs:
+    """Extend the bases of the outputs by the updates."""
+
+    def update(updates, state, params=None, **extra_args):
+        del params, extra_args
+        right = jax.tree.map(lambda v, m: extend_basis(v, m.mT, energy), state.right, updates)
+        return updates, state._replace(right=right)
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+def _of_matrices(
+    rule: optax.GradientTransformation, decisions: Decisions
+) -> optax.GradientTransformationExtraArgs:
+    """The rule for the matrices, as `(*blocks, fan_in, fan_out)`, and nothing for the other leaves."""
+
+    def routed(tree, turn=NO_CONTEXT.turn):
+        treedef = jax.tree.structure(tree)
+        entries = turn.of_whole(tree, decisions.of)
+        labels = treedef.unflatten(["others" if entry is None else "matrices" for entry in entries])
+        matrices = as_matrices(rule, treedef.unflatten(entries), wide=False)
+        rules: dict[Hashable, optax.GradientTransformation] = {
+            "matrices": matrices,
+            "others": optax.identity(),
+        }
+        return optax.partition(rules, lambda _: labels)
+
+    def init(params):
+        decisions.decide_at_init(params)
+        return routed(params).init(params)
+
+    def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
+        of_tree = routed(updates, context.turn)
+        return of_tree.update(updates, state, params, context=context, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def protect(
+    inner: optax.GradientTransformation,
+    bases: FindBases | None = None,
+    *,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Keep every change of a weight off its protected subspaces, on both sides.
+
+        G ← (I - U Uᵀ) G (I - V Vᵀ),   D = inner(G),   step = (I - U Uᵀ) D (I - V Vᵀ)
+
+    So `(W + step) V = W V` and `Uᵀ (W + step) = Uᵀ W`: the protected singular triplets stand to rounding.
+    The step is projected too, with learning rate and decay in it, because a step number by number, as
+    Adam's, and decay of the weights leave the complement of the subspaces. It goes outside of a whole
+    optimizer:
+
+        tx = gum_optax.protect(gum_optax.gum(1e-4, weight_decay=0.1), gum_optax.protected_subspace(0.5))
+
+    A new task begins with a new `init`, or with `extend_protection`. Embeddings, heads and vectors are not
+    protected: freeze them if they must stay.
+
+    Args:
+      inner: any optimizer.
+      bases: from each weight to its protected subspaces: `protected_subspace(fraction)` (the default),
+        `empty_subspace(width)`, or any function from `(*blocks, fan_in, fan_out)` to orthonormal columns
+        `(*blocks, fan_in, k)` and `(*blocks, fan_out, l)`.
+      weight_dimension_numbers: as in `muon`; the same as the optimizer's.
+
+    Returns:
+      A transformation. State: that of `inner`, and `k (m + n)` numbers per matrix, more than a momentum of
+      full size from `k > m n / (m + n)`.
+
+    Raises:
+      TypeError, ValueError: an argument is of the wrong type; a gradient that is only measured, as in
+        `projected_update`, cannot be projected.
+
+    References:
+      Nayak et al., Sculpting Subspaces, arXiv 2504.07097, which prints `G - U Uᵀ G V Vᵀ`; the authors' and
+      peft's code changes weights as here.
+    """
+    taking = optax.with_extra_args_support(check_rule("inner", inner))
+    find = check_function("bases", bases or protected_subspace(), "gum_optax.protected_subspace(0.5)")
+    projection = _of_matrices(_projection(find), Decisions(weight_dimension_numbers))
+
+    def init(params):
+        return ProtectState(projection.init(params), inner.init(params))
+
+    def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
+        if context.measurements is not None:
+            raise ValueError(
+                "protect needs the gradient itself, and projected_update never forms it: average the"
+                " gradients and call update."
+            )
+
+        def off(tree):
+            steps, _ = projection.update(tree, state.bases, params, context=context)
+            return jax.tree.map(lambda s, x: s.astype(x.dtype), steps, tree)
+
+        steps, own = taking.update(off(updates), state.inner, params, context=context, **extra_args)
+        return off(steps), ProtectState(state.bases, own)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def extend_protection(
+    state: ProtectState,
+    moments: optax.Updates,
+    energy: Any,
+    *,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+) -> ProtectState:
+    """Protect also the directions in which a moment is large: call it between two tasks.
+
+        V ← [V, top singular vectors of M - M V Vᵀ on the side of the outputs], until they hold `ε |M|²`
+
+    Args:
+      state: of `protect`, with free columns from `empty_subspace(width)`. What does not fit is left out, the
+        smallest first.
+      moments: `M`, a tree like the parameters: Adam's first moment, or a mean of gradients. At a task's end
+        Adam's averages about its last ten steps.
+      energy: `ε` in `[0, 1)`. The value of GORP was not to be found.
+      weight_dimension_numbers: as for `protect`.
+
+    Returns:
+      The state with the extended bases.
+
+    Raises:
+      TypeError, ValueError: `energy` is out of range, or `state` is not that of `protect`.
+
+    References:
+      Wang et al., GORP, arXiv 2507.02503: see `extend_basis`.
+    """
+    energy = check_number("energy", energy, at_least=0, below=1)
+    if not isinstance(state, ProtectState):
+        raise TypeError(f"extend_protection needs the state of protect, got {type(state).__name__}.")
+    extension = _of_matrices(_extension(energy), Decisions(weight_dimension_numbers))
+    _, bases = extension.update(moments, state.bases)
+    return state._replace(bases=bases)
