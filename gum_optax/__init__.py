@@ -36,6 +36,13 @@ from ._optimizers.trion import scale_by_trion as scale_by_trion
 # A training step layer by layer.
 from ._layerwise.layerwise_update import layerwise_update as layerwise_update
 
+# Training without a backward pass.
+from ._zeroth_order.directions import gaussian as gaussian
+from ._zeroth_order.directions import low_rank_directions as low_rank_directions
+from ._zeroth_order.estimate import estimate as estimate
+from ._zeroth_order.walk import project_loss as project_loss
+from ._zeroth_order.walk import walk as walk
+
 # Functions of a state.
 from ._state.describe import Description as Description
 from ._state.describe import LeafDescription as LeafDescription

@@ -52,6 +52,18 @@ def check_key(key: Any) -> None:
         raise TypeError(f"key must be an integer seed or a JAX key such as jax.random.key(0), got {key!r}.")
 
 
+def check_key_and_step(key: Any, step: Any) -> Int[Array, ""]:
+    """Check a key, and the number of a step, which may be traced; returns the number.
+
+    Raises:
+      TypeError: `key` is no threefry key or seed, or `step` is no integer.
+    """
+    check_key(key)
+    if not jnp.issubdtype(jnp.result_type(step), jnp.integer):
+        raise TypeError(f"step must be an integer, the number of the step; got {step!r}.")
+    return jnp.asarray(step, jnp.int32)
+
+
 def key_data(key: Any) -> UInt32[Array, "2"]:
     """Derive the library's own raw threefry key data from a key that `check_key` accepts.
 

@@ -1,11 +1,12 @@
 """Stochastic rounding: the mean of the result is the number that was rounded."""
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt16, UInt32
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt16
+
+from .counter_bits import counters, threefry
 
 # The dtypes that `round_by` rounds to.
 ROUNDED = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
@@ -44,31 +45,6 @@ def round_by(noise: UInt16[Array, "*shape"], x: Float[Array, "*shape"], dtype: A
     return jnp.where(inside, jnp.copysign(kept, x), x).astype(dtype)
 
 
-# Of threefry2x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
-_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
-_PARITY = 0x1BD11BDA
-
-
-def fused_bits(
-    key: UInt32[Array, "2"], high: UInt32[Array, "..."], low: UInt32[Array, "..."]
-) -> UInt16[Array, "..."]:
-    """Uniform bits: those of threefry with raw key data for each counter `(high, low)`.
-
-    XLA fuses them into what reads them. On a CPU, `jax.random.bits` is a loop that writes every round to
-    memory: 16 bytes for each number, and eight times as long (jax 0.10.2).
-    """
-    first, second = key
-    schedule = (first, second, first ^ second ^ jnp.uint32(_PARITY))
-    a, b = jnp.broadcast_arrays(high + first, low + second)
-    for i in range(5):
-        for rotation in _ROTATIONS[i % 2]:
-            a = a + b
-            b = ((b << rotation) | (b >> (32 - rotation))) ^ a
-        a = a + schedule[(i + 1) % 3]
-        b = b + schedule[(i + 2) % 3] + jnp.uint32(i + 1)
-    return (a ^ b).astype(jnp.uint16)
-
-
 def noise_of_rows(
     leaf_key: PRNGKeyArray, first: Int[Array, ""] | int, shape: tuple[int, ...]
 ) -> UInt16[Array, "layers *rows n"]:
@@ -77,7 +53,5 @@ def noise_of_rows(
     A number's counter is its row, counted from the first layer, and its column: any part of a leaf can draw
     its own bits.
     """
-    *rows, n = shape
-    row = jnp.arange(math.prod(rows), dtype=jnp.uint32).reshape(*rows, 1)
-    before = jnp.asarray(first, jnp.uint32) * math.prod(rows[1:])
-    return fused_bits(jax.random.key_data(leaf_key), before + row, jnp.arange(n, dtype=jnp.uint32))
+    first_words, second_words = threefry(jax.random.key_data(leaf_key), *counters(first, shape))
+    return (first_words ^ second_words).astype(jnp.uint16)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._core.checks import check_rule
 from .._core.context import NO_CONTEXT, MatrixContext
-from .._core.keys import check_key, key_data, typed
+from .._core.keys import check_key_and_step, key_data, typed
 from .._linalg.rounding import ROUNDED, noise_of_rows, round_by
 from .._mesh.explicit import on_auto_axes
 from .storage import keys_of_leaves
@@ -63,10 +63,7 @@ def apply_updates(
     Raises:
       TypeError: `key` is no threefry key or seed, or `step` is no integer.
     """
-    check_key(key)
-    if not jnp.issubdtype(jnp.result_type(step), jnp.integer):
-        raise TypeError(f"step must be an integer, the number of the step; got {step!r}.")
-    step = jnp.asarray(step, jnp.int32)
+    step = check_key_and_step(key, step)
     own = jax.random.key_data(jax.random.fold_in(typed(key_data(key)), _STREAM))
     keys = keys_of_leaves(params, own, step, context.turn)
     rows = jax.tree.structure(params).unflatten(context.turn.rows(params))

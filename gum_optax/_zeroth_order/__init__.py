@@ -1,0 +1,1 @@
+"""Training without a backward pass: slopes along random directions."""

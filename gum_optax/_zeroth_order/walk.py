@@ -1,0 +1,97 @@
+"""Zeroth-order steps in the memory of inference: parameters walk along a direction and back, in place."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .._core.checks import check_number
+from .._core.xla import after
+from .directions import Directions, gaussian, leaf_keys, moved
+
+
+def walk(params: Any, key: Any, size: Any, step: Any = 0, *, directions: Directions = gaussian) -> Any:
+    """`θ + size · Z`, with the direction `Z` of this key and step, in place if `params` is donated.
+
+    With `size = -η · slope` it is a step of SGD on the gradient that `estimate` would return, which nobody
+    forms: see `project_loss`.
+
+    Args:
+      params: the parameters.
+      key: an integer seed or a JAX key; one serves a whole run.
+      size: a number, or a traced one.
+      step: the number of the step, an integer; may be traced.
+      directions: `gaussian` or `low_rank_directions(rank, period)`.
+
+    Returns:
+      The new parameters, in the dtypes of `params`.
+
+    Raises:
+      TypeError: `key` is no threefry key or seed, or `step` is no integer.
+    """
+    keys, step = leaf_keys(params, key, step)
+    leaves, treedef = jax.tree.flatten(params)
+    rows = zip(leaves, keys, strict=True)
+    return treedef.unflatten([moved(jnp.asarray(x), size, own, step, directions) for x, own in rows])
+
+
+def project_loss(
+    loss: Callable[[Any], Float[Array, ""]],
+    params: Any,
+    key: Any,
+    step: Any = 0,
+    *,
+    epsilon: Any = 1e-3,
+    directions: Directions = gaussian,
+) -> tuple[Float[Array, ""], Float[Array, ""], Any]:
+    """The slope of the loss along a random direction, with no memory but that of the loss.
+
+        slope = (f(θ + ε Z) - f(θ - ε Z)) / 2ε
+
+    The parameters walk to both places and back in place; the direction is drawn again each time. So a
+    training step needs what inference needs, and one scalar:
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def train_step(params, batch, step):
+            value, slope, params = gum_optax.project_loss(lambda p: loss(p, batch), params, 0, step)
+            return gum_optax.walk(params, 0, -rate * slope, step), value
+
+    This is MeZO. A gradient for another optimizer is `estimate`'s, which costs the memory of a gradient and
+    of the moved parameters.
+
+    Args:
+      loss: a function of the parameters; the same batch and the same dropout at both places.
+      params: the parameters that are trained, float32; close over frozen ones.
+      key: an integer seed or a JAX key; one serves a whole run.
+      step: the number of the step, an integer; may be traced.
+      epsilon: `ε`; 1e-3 as in MeZO.
+      directions: `gaussian` or `low_rank_directions(rank, period)`.
+
+    Returns:
+      The mean of the two losses, the slope, and the parameters, back at their place to rounding: donate
+      those that go in. A slope that is not finite is zero, so that `walk` stays.
+
+    Raises:
+      TypeError, ValueError: an argument is out of range or of the wrong type; a leaf is not float32, which
+        walking there and back would change for good.
+
+    References:
+      Malladi et al., MeZO, arXiv 2305.17333, Algorithm 1.
+    """
+    epsilon = check_number("epsilon", epsilon, at_least=1e-30)
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        if jnp.result_type(x) != jnp.float32:
+            raise ValueError(
+                f"leaf {jax.tree_util.keystr(path)} is {jnp.result_type(x)}: walking there and back would"
+                " change it for good. Use estimate, which moves a copy, or float32 parameters."
+            )
+    params = walk(params, key, epsilon, step, directions=directions)
+    up = jnp.asarray(loss(params), jnp.float32)
+    # Each walk waits for the loss before it, by the data: else XLA would copy the parameters.
+    params = walk(params, key, after(jnp.float32(-2 * epsilon), up), step, directions=directions)
+    down = jnp.asarray(loss(params), jnp.float32)
+    params = walk(params, key, after(jnp.float32(epsilon), down), step, directions=directions)
+    slope = (up - down) / (2 * epsilon)
+    return (up + down) / 2, jnp.where(jnp.isfinite(slope), slope, 0), params
