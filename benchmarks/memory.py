@@ -55,7 +55,7 @@ def optax_muon() -> Any:
 
 def optimizers(rank: int, momentum_dtype: str = "float32") -> dict[str, Callable[[], Any]]:
     """The library's optimizers, and the peers; `momentum_dtype` is for those that have one."""
-    stored = {"momentum_dtype": momentum_dtype}
+    stored: dict[str, Any] = {"momentum_dtype": momentum_dtype}
     return {
         "galore_muon": lambda: go.galore_muon(1e-3, rank, **stored),
         "gum": lambda: go.gum(1e-3, rank, full_rank_fraction=1 / 12, **stored),

@@ -18,102 +18,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import optax
-from flax import nnx
-
-import gum_optax
+from fine_tuner import BY_HEAD, KNOWN, PROTECTED, FineTuner, FinetuneSettings
 
 import smollm
 from answers import answer
 from corpus import CorpusError, replace_file
-from llama import Llama
-from lora import LORA, add_adapters, matching_rank, merge_adapters
-from losses import Batch
-from optimizers import MOMENTUM_DTYPE, OPTIMIZERS, OTHERS, Maker, Settings
+from lora import matching_rank
+from optimizers import MOMENTUM_DTYPE, OPTIMIZERS, OTHERS
 from options import add_files, add_memory, decay, exit_status, fraction, positive, rate
-from pretrained import PretrainedError, load, read_config, save, size_of
+from pretrained import PretrainedError, read_config, save, size_of
 from reporting import free_directory, plot_losses, summary_of
 from supervised import Chat, Data, Item, Windows, from_file, gsm_symbolic
-from training import RunDirectory, RunError, StopSignal, Trainer, train_to_the_end
+from training import RunDirectory, RunError, StopSignal, train_to_the_end
 
 ITEMS = 4000  # of the default data
-VALIDATION_BATCHES = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class FinetuneSettings(Settings):
-    """The settings of a fine-tuning run."""
-
-    last_layers: int = 0  # train only these; 0: every parameter
-    lora_rank: int = 0
-    head_dim: int = 0  # cuts queries, keys and values into matrices of this width; 0: whole kernels
-
-
-def _by_head(make: Maker) -> Maker:
-    """The same optimizer, to which each head may be a matrix of its own."""
-
-    def made(s: FinetuneSettings, lr: Any, **arguments: Any) -> optax.GradientTransformation:
-        if not s.head_dim:
-            return make(s, lr, **arguments)
-        heads = gum_optax.Parts(head_dim=s.head_dim)
-        patterns = {f"*{name}/kernel": heads for name in ("query", "key", "value")}
-        return make(s, lr, weight_dimension_numbers=patterns, **arguments)
-
-    return made
-
-
-BY_HEAD = {name: (_by_head(make), lr) for name, (make, lr) in OPTIMIZERS.items() if name != "adamw"}
-KNOWN = OPTIMIZERS | BY_HEAD | {"lora": LORA}
-
-
-class FineTuner(Trainer):
-    """A trainer that starts from a checkpoint and may train a part of it."""
-
-    makers = KNOWN
-    settings: FinetuneSettings
-    corpus: Windows
-
-    def __init__(self, settings: FinetuneSettings, windows: Windows, checkpoint: Path):
-        self.checkpoint = checkpoint
-        super().__init__(settings, windows)
-
-    def make_model(self, dtype: Any) -> Llama:
-        s = self.settings
-        model = load(self.checkpoint, dtype, s.weights_dtype)
-        if s.optimizer == "lora":
-            add_adapters(model, s.lora_rank, self.first_layer(model), nnx.Rngs(s.seed))
-        return model
-
-    def first_layer(self, model: Llama) -> int:
-        """The first layer that is trained."""
-        return len(model.layers) - self.settings.last_layers if self.settings.last_layers else 0
-
-    def trained(self, model: Llama) -> Any:
-        s = self.settings
-        if s.optimizer == "lora":
-            return nnx.LoRAParam
-        if not s.last_layers:
-            return nnx.Param
-        first = self.first_layer(model)
-
-        def in_last_layers(path: Any, _: Any) -> bool:
-            return path[0] == "layers" and path[1] >= first
-
-        return nnx.All(nnx.Param, in_last_layers)
-
-    def batch(self, step: int) -> Batch:
-        return self.corpus.batch(step, batch=self.settings.batch, seed=self.settings.seed)
-
-    def validation_batches(self) -> list[Batch]:
-        return self.corpus.validation_batches(batch=self.settings.batch, most=VALIDATION_BATCHES)
-
-    def finished(self) -> Llama:
-        """The model with the present weights, adapters merged."""
-        # `merge` shares the variables of the states, and merging the adapters changes them.
-        model = nnx.clone(self.model(self.state[0], self.frozen))
-        if self.settings.optimizer == "lora":
-            merge_adapters(model)
-        return model
 
 
 def parser() -> argparse.ArgumentParser:
@@ -143,6 +61,19 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="let each head of queries, keys and values be a matrix of its own",
     )
+    p.add_argument(
+        "--protect",
+        type=fraction,
+        default=0.0,
+        metavar="FRACTION",
+        help="keep this fraction of each matrix's singular vectors, the largest first (default: 0)",
+    )
+    p.add_argument(
+        "--watch",
+        type=Path,
+        metavar="JSONL",
+        help="report the held-out loss of these data too",
+    )
     p.add_argument("--lora-rank", type=positive, help="default: that at which LoRA's state is GUM's")
     p.add_argument("--answers", type=int, default=100, help="held-out items to answer (default: 100)")
     add_memory(p)
@@ -151,8 +82,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def default_rate(name: str) -> float:
-    """LoRA's own; of the others a sixteenth of that for pretraining, which is AdamW's usual one."""
-    return LORA[1] if name == "lora" else OPTIMIZERS[name][1] / 16
+    """LoRA's and MeZO's own; of the others a sixteenth of that for pretraining, AdamW's usual one."""
+    return OPTIMIZERS[name][1] / 16 if name in OPTIMIZERS else KNOWN[name][1]
 
 
 def name_of(checkpoint: Path) -> str:
@@ -190,6 +121,7 @@ def settings_of(options: argparse.Namespace, checkpoint: Path, data: Data) -> Fi
         layerwise=options.layerwise,
         last_layers=options.last_layers or 0,
         head_dim=size.head_width if options.per_head else 0,
+        protect=options.protect,
     )
     if name != "lora":
         return found
@@ -211,6 +143,10 @@ def check(options: argparse.Namespace, checkpoint: Path) -> None:
         raise RunError(f"--last-layers is {options.last_layers}, but the model has {size.layers} layers.")
     if options.per_head and options.optimizer not in BY_HEAD:
         raise RunError(f"--per-head is for {', '.join(BY_HEAD)}, not {options.optimizer}.")
+    if options.protect and options.optimizer not in PROTECTED:
+        raise RunError(f"--protect is for {', '.join(PROTECTED)}, not {options.optimizer}.")
+    if options.optimizer == "mezo" and (options.layerwise or options.weights_dtype != "float32"):
+        raise RunError("mezo has no gradients to take layer by layer, and moves float32 weights.")
     if options.lora_rank and options.optimizer != "lora":
         raise RunError(f"--lora-rank is for --optimizer lora, not {options.optimizer}.")
 
@@ -224,12 +160,13 @@ def run(options: argparse.Namespace) -> int:
     out = options.out or free_directory(f"finetune-{settings.optimizer}")
     directory = RunDirectory(out, settings, resume=options.resume)
     windows = Windows(data, chat, settings.seq)
+    watched = Windows(from_file(options.watch), chat, settings.seq) if options.watch else None
     if windows.left_out:
         print(f"{windows.left_out} items don't fit into --seq {settings.seq} tokens and are left out.")
     stop = StopSignal()
     print(f"{settings.optimizer}: compiling the step of {settings.model} ...", flush=True)
     trainer, items = FineTuner(settings, windows, checkpoint), windows.questions[: options.answers]
-    before = measured_before(trainer, chat, items, directory.path / "before.json")
+    before = measured_before(trainer, chat, items, watched, directory.path / "before.json")
     every = options.eval_every or max(1, settings.steps // 10)
     if not train_to_the_end(trainer, directory, stop, evaluate_every=every, save_every=options.save_every):
         at = f"Stopped and saved at step {trainer.step} of {settings.steps}"
@@ -237,7 +174,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     records = directory.records()
     plot_losses({settings.optimizer: records}, directory.path / "loss.png")
-    after = measured(trainer, chat, items)
+    after = measured(trainer, chat, items, watched)
     summary = summary_of(trainer, records) | {"before": before, "after": after, "left_out": windows.left_out}
     replace_file(directory.path / "summary.json", lambda part: part.write_text(json.dumps(summary, indent=1)))
     save(trainer.finished(), checkpoint, directory.path / "model")
@@ -245,16 +182,22 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def measured(trainer: FineTuner, chat: Chat, items: Sequence[Item]) -> dict[str, Any]:
-    """Held-out loss, and exact answers to the items."""
+def measured(
+    trainer: FineTuner, chat: Chat, items: Sequence[Item], watched: Windows | None
+) -> dict[str, Any]:
+    """Held-out losses, and exact answers to the items."""
     found: dict[str, Any] = {"val_loss": trainer.validation_loss()}
+    if watched is not None:
+        found["watched_loss"] = trainer.held_out_loss(watched)
     return found | (answer(trainer.finished(), chat, items) if items else {})
 
 
-def measured_before(trainer: FineTuner, chat: Chat, items: Sequence[Item], file: Path) -> dict[str, Any]:
+def measured_before(
+    trainer: FineTuner, chat: Chat, items: Sequence[Item], watched: Windows | None, file: Path
+) -> dict[str, Any]:
     """What the model does before the first step; a resumed run reads it."""
     if not file.exists():
-        found = measured(trainer, chat, items)
+        found = measured(trainer, chat, items, watched)
         replace_file(file, lambda part: part.write_text(json.dumps(found, indent=1)))
     return json.loads(file.read_text())
 
@@ -263,6 +206,8 @@ def report(summary: dict[str, Any], out: Path) -> None:
     for when in ("before", "after"):
         found = summary[when]
         line = f"{when}: held-out loss {found['val_loss']:.4f}"
+        if "watched_loss" in found:
+            line += f", {found['watched_loss']:.4f} of the watched data"
         if "of" in found:
             share = f"{100 * found['low']:.1f} to {100 * found['high']:.1f} %"
             line += f", {found['right']} of {found['of']} answers exact ({share})"

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
 from flax import nnx
 from tokenizers.pre_tokenizers import ByteLevel
 
@@ -416,8 +417,9 @@ def records(place):
         ("--optimizer", "gum", "--last-layers", "1"),
         ("--optimizer", "adamw", "--layerwise"),
         ("--optimizer", "lora", "--last-layers", "1"),
+        ("--optimizer", "mezo"),
     ],
-    ids=["gum", "layer by layer", "lora"],
+    ids=["gum", "layer by layer", "lora", "mezo"],
 )
 def test_a_run_is_written_and_resumed_to_the_bit(more, checkpoint, sums, tmp_path, monkeypatch, capsys):
     command = functools.partial(arguments, checkpoint, sums)
@@ -467,6 +469,30 @@ def test_only_the_last_layers_are_trained(checkpoint, sums, tmp_path):
     assert len(changed) == 9
 
 
+def test_a_second_task_is_watched_and_protected_weights_stand(checkpoint, sums, tmp_path):
+    """The top half of each matrix's singular values is that of the checkpoint; alone, AdamW moves it."""
+    more = ("--optimizer", "adamw", "--lr", "1e-3", "--answers", "0", "--weight-decay", "0.1")
+    kernel = "model.layers.0.mlp.up_proj.weight"
+    before = _tensor(checkpoint, kernel)
+    gaps = {}
+    for protect in ("0.5", "0"):
+        out = tmp_path / protect
+        given = arguments(checkpoint, sums, out, *more, "--protect", protect, "--watch", str(sums))
+        assert finetune.main(given) == 0
+        summary = json.loads((out / "summary.json").read_text())
+        for when in ("before", "after"):  # the same data here
+            assert summary[when]["watched_loss"] == pytest.approx(summary[when]["val_loss"], rel=1e-6)
+        u, s, vt = np.linalg.svd(before)
+        half = len(s) // 2
+        gaps[protect] = np.abs(_tensor(out / "model", kernel) @ vt[:half].T - u[:, :half] * s[:half]).max()
+    assert gaps["0.5"] < 1e-5 < 1e-3 < gaps["0"]
+
+
+def _tensor(place, name):
+    with safetensors.safe_open(str(place / "model.safetensors"), "numpy") as file:
+        return np.float64(file.get_tensor(name))
+
+
 def test_a_head_may_be_a_matrix_of_its_own(checkpoint):
     size = pretrained.size_of(pretrained.read_config(checkpoint))
     model = llama.Llama(size, dtype=jnp.float32, rngs=nnx.Rngs(0))
@@ -494,6 +520,9 @@ def test_a_head_may_be_a_matrix_of_its_own(checkpoint):
         (["--last-layers", "9"], "the model has 2 layers"),
         (["--lora-rank", "2"], "is for --optimizer lora, not gum"),
         (["--per-head", "--optimizer", "adamw"], "--per-head is for muon, "),
+        (["--protect", "0.5", "--optimizer", "lora"], "--protect is for adamw, "),
+        (["--optimizer", "mezo", "--layerwise"], "mezo has no gradients"),
+        (["--watch", "nothing.jsonl"], "There is no file nothing.jsonl"),
         (["--optimizer", "adamw", "--momentum-dtype", "bfloat16"], "--momentum-dtype is for"),
         (["--seq", "4"], "fits into --seq 4 tokens"),
         (["--data", "nothing.jsonl"], "There is no file nothing.jsonl"),
