@@ -198,7 +198,7 @@ def anchors(path):
 
 
 # Pages with the tables of the benchmarks, and tables so long that a page links to them.
-RESULTS = ("losses.md", "memory_and_compilation.md", "times.md", "devices.md", "claims.md")
+RESULTS = ("losses.md", "longer_runs.md", "memory_and_compilation.md", "times.md", "devices.md", "claims.md")
 LINKED = ("speed.md", "guard.md", "cost_model.md", "layerwise.md")
 
 
