@@ -156,13 +156,16 @@ def test_the_oldest_versions_that_nox_tests_are_those_that_the_package_allows():
         assert (version + ".0").startswith(lowest + "."), name
 
 
-def test_the_readme_has_exactly_the_two_commands_and_ci_runs_the_second():
+def test_the_readme_has_its_commands_and_ci_runs_the_last_two():
     commands = [line for block in blocks("") for line in block.splitlines() if "pip install" in line]
     assert commands == [
         "python -m pip install -e '.[examples]' && python examples/pretrain.py",
         "python -m pip install -e '.[test]' && python -m pytest -n 2",
+        "python -m pip install -e '.[docs]' && mkdocs build --strict",
     ]
-    assert commands[1] in (ROOT / ".ci" / "run").read_text().splitlines()
+    ci = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert commands[1] in ci
+    assert any(line.startswith(commands[2]) for line in ci)
 
 
 STATE = dict(re.findall(r"^\| `(\w+)` \|.*\| `([^`]*)` \|$", page("parts.md"), re.MULTILINE))
@@ -214,6 +217,39 @@ def test_the_pages_of_results_have_the_measured_tables():
 def test_the_first_pages_are_short():
     for path in (ROOT / "README.md", ROOT / "docs" / "results" / "README.md"):
         assert len(path.read_text().splitlines()) <= 150, path
+
+
+def test_the_lines_of_the_first_page_train_a_model_and_show_it(capsys):
+    train, look = blocks("python", page("index.md"))
+    names: dict = {}
+    exec(train, names)
+    assert float(names["value"]) < 0.5 < np.log(64)
+    exec(look, names)
+    shown = capsys.readouterr().out
+    assert "an embedding by name" in shown
+    assert "residual_share" in shown
+
+
+def test_the_lines_without_a_backward_pass_learn():
+    (code,) = blocks("python", page("finetuning.md"))
+    names: dict = {}
+    exec(code, names)
+    assert float(names["value"]) < 0.9  # at first 1
+
+
+def test_every_public_name_is_in_the_reference():
+    """And every name of the site's navigation is a page."""
+    source = (ROOT / "docs_hooks.py").read_text().replace("from mkdocs.structure.files import File\n", "")
+    names: dict = {"__file__": str(ROOT / "docs_hooks.py")}
+    exec(source, names)
+    pages = names["reference"]()
+    documented = re.findall(r"^::: gum_optax\.(\w+)$", "".join(pages.values()), re.MULTILINE)
+    public = {name for name in dir(go) if not name.startswith("_")} - {"report", "trainers"}
+    assert sorted(documented) == sorted(public)
+    navigation = re.findall(r": ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    for name in navigation:
+        assert name in pages or name in names["PAGES"].values() or (ROOT / "docs" / name).is_file(), name
+    assert set(pages) <= set(navigation)
 
 
 def test_the_lines_about_matrices_describe_a_model_and_take_each_leaf_for_its_role(capsys):

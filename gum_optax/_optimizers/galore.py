@@ -49,8 +49,8 @@ def galore_muon(
       key: an integer seed or a JAX key, for finders that draw.
       find_subspace: `track_subspace` (the default: two power steps at first, then one step of
         `subspace_iteration` at each refresh) or `svd_subspace` (as in the paper).
-      momentum, momentum_dtype, orthogonalizer, consistent_rms, weight_decay, weight_decay_mask,
-        weight_dimension_numbers, others: as in `muon`.
+      momentum, momentum_dtype, orthogonalizer, consistent_rms: as in `muon`.
+      weight_decay, weight_decay_mask, weight_dimension_numbers, others: as in `muon`.
 
     Raises:
       TypeError, ValueError: as for `muon`; also if `rank` or `period` is below 1 or not an integer.

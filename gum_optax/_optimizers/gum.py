@@ -54,8 +54,8 @@ def gum(
       key: an integer seed or a JAX key; the draws of period `p` are a function of the key and `p`.
       compensation: `complement` (the default, as in the paper) or `low_variance`.
       find_subspace: `track_subspace` (the default) or `svd_subspace` (as in the paper).
-      momentum, momentum_dtype, orthogonalizer, consistent_rms, weight_decay, weight_decay_mask,
-        weight_dimension_numbers, others: as in `muon`.
+      momentum, momentum_dtype, orthogonalizer, consistent_rms: as in `muon`.
+      weight_decay, weight_decay_mask, weight_dimension_numbers, others: as in `muon`.
 
     Raises:
       TypeError, ValueError: as for `galore_muon`; also if `full_rank_fraction` is outside `[0, 1]`.

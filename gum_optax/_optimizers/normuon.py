@@ -41,8 +41,8 @@ def normuon(
       learning_rate: a number or a schedule; the same as for `muon`.
       b2: `β₂` in `[0, 1)`; 0.95 as in the paper's code.
       eps: `ε`; 1e-8 as in microsoft/dion.
-      momentum, nesterov, momentum_dtype, orthogonalizer, consistent_rms, weight_decay, weight_decay_mask,
-        weight_dimension_numbers, others: as in `muon`.
+      momentum, nesterov, momentum_dtype, orthogonalizer, consistent_rms: as in `muon`.
+      weight_decay, weight_decay_mask, weight_dimension_numbers, others: as in `muon`.
 
     Raises:
       TypeError, ValueError: as for `muon`; also if `b2` or `eps` is out of range.

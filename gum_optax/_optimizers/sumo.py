@@ -55,8 +55,8 @@ def sumo(
       orthogonalizer: `polar` (the default), or `polar_by_products` on accelerators.
       residual: `add_raw` (the default, the printed form) or `drop` (the other form in circulation).
       norm_growth: the largest ratio between the norms of successive steps.
-      momentum, momentum_dtype, consistent_rms, weight_decay, weight_decay_mask, weight_dimension_numbers,
-        others: as in `muon`.
+      momentum, momentum_dtype, consistent_rms: as in `muon`.
+      weight_decay, weight_decay_mask, weight_dimension_numbers, others: as in `muon`.
 
     Raises:
       TypeError, ValueError: as for `galore_muon`; also if `norm_growth` is below 1.
