@@ -1,6 +1,7 @@
 """The documents are true."""
 
 import ast
+import functools
 import inspect
 import re
 from pathlib import Path
@@ -228,6 +229,28 @@ def test_the_lines_of_the_first_page_train_a_model_and_show_it(capsys):
     shown = capsys.readouterr().out
     assert "an embedding by name" in shown
     assert "residual_share" in shown
+
+
+def test_learning_rates_are_converted_by_the_size_of_the_steps(capsys):
+    """The RMS of real steps at a learning rate of one, on both orientations."""
+    (code,) = blocks("python", page("numbers.md"))
+    names: dict = {}
+    exec(code, names)
+    assert [float(line) for line in capsys.readouterr().out.split()] == pytest.approx([0.003125, 0.004])
+    makers = {
+        "muon": functools.partial(go.muon, orthogonalizer=go.polar),
+        "jordan": functools.partial(go.muon, orthogonalizer=go.polar, consistent_rms=None),
+        "sinkgd": go.sinkgd,
+    }
+    for shape in ((16, 40), (40, 16)):
+        params = {"kernel": jax.random.normal(jax.random.key(0), shape)}
+        for name, make in makers.items():
+            tx = make(1.0)
+            updates, _ = tx.update(params, tx.init(params), params)
+            rms = float(jnp.sqrt(jnp.mean(updates["kernel"] ** 2)))
+            assert rms == pytest.approx(names["step_rms"](name, *shape), rel=1e-3), (name, shape)
+            factor = go.shape_factor(None if name == "jordan" else 0.2)(*shape) / max(shape) ** 0.5
+            assert name == "sinkgd" or rms == pytest.approx(factor, rel=1e-3)
 
 
 def test_the_lines_without_a_backward_pass_learn():
