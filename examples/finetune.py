@@ -147,6 +147,10 @@ def check(options: argparse.Namespace, checkpoint: Path) -> None:
         raise RunError(f"--protect is for {', '.join(PROTECTED)}, not {options.optimizer}.")
     if options.optimizer == "mezo" and (options.layerwise or options.weights_dtype != "float32"):
         raise RunError("mezo has no gradients to take layer by layer, and moves float32 weights.")
+    if options.optimizer == "mezo" and options.weight_decay:
+        raise RunError("mezo has no decay: leave out --weight-decay.")
+    if options.protect and options.weights_dtype != "float32":
+        raise RunError("--protect needs float32 weights: rounding to bfloat16 moves what is protected.")
     if options.lora_rank and options.optimizer != "lora":
         raise RunError(f"--lora-rank is for --optimizer lora, not {options.optimizer}.")
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 Shape = tuple[int, ...]
 _full: contextvars.ContextVar[list[Shape] | None] = contextvars.ContextVar("full", default=None)
@@ -18,7 +19,7 @@ _full: contextvars.ContextVar[list[Shape] | None] = contextvars.ContextVar("full
 @contextlib.contextmanager
 def coordinates_of(weights: Any) -> Iterator[None]:
     """Within this context, leaves are coordinates of these weights."""
-    token = _full.set([x.shape for x in jax.tree.leaves(weights)])
+    token = _full.set([jnp.shape(x) for x in jax.tree.leaves(weights)])
     try:
         yield
     finally:
@@ -29,4 +30,4 @@ def full_shapes(tree: Any) -> list[Shape]:
     """The shape of the weight behind each leaf: its own, unless leaves are coordinates."""
     leaves, full = jax.tree.leaves(tree), _full.get()
     # optax also calls `init` with a placeholder for the whole tree, which has no leaves.
-    return [x.shape for x in leaves] if full is None or not leaves else full
+    return [jnp.shape(x) for x in leaves] if full is None or not leaves else full

@@ -37,7 +37,9 @@ def frobenius(x: Float[Array, "*b m n"]) -> Float[Array, "*b 1 1"]:
 
 def rms(x: Float[Array, "*b m n"]) -> Float[Array, "*b 1 1"]:
     """The root mean square of each matrix in float32; zero for a matrix without numbers."""
-    return frobenius(x) / max(1, x.shape[-2] * x.shape[-1]) ** 0.5
+    if not x.size:
+        return jnp.zeros((*x.shape[:-2], 1, 1), jnp.float32)
+    return frobenius(x) / (x.shape[-2] * x.shape[-1]) ** 0.5
 
 
 def to_norm_one(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:

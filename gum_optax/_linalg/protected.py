@@ -46,12 +46,19 @@ def extend_basis(
       moment: `M`, such as Adam's first moment at the end of a task.
       energy: `ε` in `[0, 1)`.
 
+    Returns:
+      The extended basis. A moment that is not finite adds nothing.
+
     References:
       Wang et al., GORP, arXiv 2507.02503, as summarized; the sum that counts the old directions is that of
       GPM (Saha et al., arXiv 2103.09762), its model.
     """
     m = moment.astype(jnp.float32)
-    rest = off_both_sides(basis, jnp.zeros((*m.shape[:-2], m.shape[-1], 0)), m)
+    largest = jnp.max(jnp.abs(m), axis=(-2, -1), keepdims=True)
+    m = m / jnp.where(largest > 0, largest, 1)
+    nothing, rest = jnp.zeros((*m.shape[:-2], m.shape[-1], 0)), m
+    for _ in range(2):  # the second time takes off the rounding of the first
+        rest = off_both_sides(basis, nothing, rest)
 
     def scaled(rest):
         """`U Σ`: one array, and the norms of its columns are the singular values."""
@@ -63,7 +70,8 @@ def extend_basis(
     total = jnp.sum(m * m, axis=(-2, -1))[..., None]
     before = total - jnp.sum(rest * rest, axis=(-2, -1))[..., None] + jnp.cumsum(squares, axis=-1) - squares
     is_new = (before < energy * total) & (squares > _LEAST_SHARE * total)
-    new = columns * jnp.where(is_new, 1 / jnp.sqrt(jnp.where(is_new, squares, 1)), 0)[..., None, :]
+    unit = columns / jnp.sqrt(jnp.where(is_new, squares, 1))[..., None, :]
+    new = jnp.where(is_new[..., None, :], unit, 0)
     both = jnp.concatenate([basis, new], axis=-1)
     is_free = jnp.sum(both * both, axis=-2) < 0.5
     order = jnp.argsort(is_free, axis=-1, stable=True)[..., : basis.shape[-1]]

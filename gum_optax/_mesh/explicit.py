@@ -19,6 +19,12 @@ def explicit_sharding(x: Any) -> NamedSharding | None:
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
+def whole(x: Any) -> Any:
+    """`x` whole on every device, if its type says that it is sharded."""
+    sharding = explicit_sharding(x)
+    return x if sharding is None else jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
+
+
 def spec_of(sharding: NamedSharding, ndim: int) -> tuple[Any, ...]:
     """The mesh axes that shard each of `ndim` axes; a spec may omit its last entries."""
     return (*sharding.spec, *[None] * (ndim - len(sharding.spec)))

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from .._core.checks import check_rule
+from .._core.context import NO_CONTEXT, MatrixContext
+from .._core.trees import is_masked
 from .._linalg.numerics import is_finite
 
 
@@ -35,11 +37,14 @@ def extrapolate(
         ...
         loss = validation_loss(gum_optax.evaluation_parameters(state, params))
 
-    With `optax.sgd(η)` inside it is `optax.optimistic_gradient_descent(η, 1.0, γ/η)`. A fresh gradient for
+    With `optax.sgd(η)` inside it is `optax.optimistic_gradient_descent(η, 1.0, γ/η)`, which takes the first
+    gradient for the last one of its first step, so that it lacks the shift by `-γ G₀`. A fresh gradient for
     the extrapolation, two gradients a step, is `optax.contrib.sam(inner, optax.scale(γ), sync_period=2)`.
 
     The paper's own algorithm was not to be found; this follows second-hand code (koncle/tmp at 79d6256) as
     it means to work. There, workers extrapolate by gradients of their own.
+    Put `protect` inside, so that it is `W` that keeps off its subspaces. `layerwise_update` refuses this
+    rule.
 
     Args:
       inner: the optimizer, which sees `W` as the parameters.
@@ -59,12 +64,18 @@ def extrapolate(
     ahead = optax.with_extra_args_support(check_rule("direction", direction))
 
     def init(params):
-        none = jax.tree.map(lambda w: jnp.zeros_like(w, jnp.promote_types(w.dtype, jnp.float32)), params)
+        none = jax.tree.map(lambda w: jnp.zeros(jnp.shape(w), _wide(w)), params)
         return ExtrapolateState(none, ahead.init(params), taking.init(params))
 
-    def update(updates, state, params=None, **extra_args):
+    def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
         if params is None:
             raise ValueError("extrapolate needs the parameters: call update(gradients, state, params).")
+        if context.measurements is not None:
+            raise ValueError(
+                "extrapolate needs the gradient itself, and projected_update never forms it: average the"
+                " gradients and call update."
+            )
+        extra_args["context"] = context
         origin = evaluation_parameters(state, params)
         steps, inner_state = taking.update(updates, state.inner, origin, **extra_args)
         finite = jax.tree.map(is_finite, updates)
@@ -86,13 +97,29 @@ def evaluation_parameters(state: optax.OptState, params: optax.Params) -> optax.
 
     Args:
       state: of `extrapolate`, or of an optimizer that has it in a chain.
-      params: `Y = W + E`.
+      params: `Y = W + E`; also an `nnx.State` beside the state of an `nnx.Optimizer`.
 
     Raises:
-      ValueError: there is no `extrapolate` in the state.
+      ValueError: there is no `extrapolate` in the state, or it is of other parameters.
       KeyError: there are several.
     """
-    extrapolation = optax.tree.get(state, "extrapolation")
+
+    def is_field(path, _):  # of a NamedTuple, and not a parameter of that name
+        return isinstance(path[-1], optax.tree_utils.NamedTupleKey)
+
+    extrapolation = optax.tree.get(state, "extrapolation", filtering=is_field)
     if extrapolation is None:
         raise ValueError(f"evaluation_parameters needs a state of extrapolate, got {type(state).__name__}.")
-    return jax.tree.map(lambda y, e: (y - e).astype(y.dtype), params, extrapolation)
+    leaves, treedef = jax.tree.flatten(params, is_leaf=is_masked)
+    shifts = jax.tree.leaves(extrapolation, is_leaf=is_masked)
+    if len(leaves) != len(shifts):
+        raise ValueError(
+            f"the state extrapolates {len(shifts)} leaves, and the parameters have {len(leaves)}; in Flax NNX"
+            " pass nnx.state(model, nnx.Param)."
+        )
+    rows = zip(leaves, shifts, strict=True)
+    return treedef.unflatten([y if is_masked(e) else (y - e).astype(y.dtype) for y, e in rows])
+
+
+def _wide(x: Any) -> Any:
+    return jnp.promote_types(jnp.result_type(x), jnp.float32)

@@ -29,8 +29,9 @@ def row_and_column(x: Float[Array, "*b m n"]) -> tuple[Float[Array, "*b m 1"], F
 def over_root(
     g: Float[Array, "*b m n"], r: Float[Array, "*b m 1"], c: Float[Array, "*b 1 n"]
 ) -> Float[Array, "*b m n"]:
-    """`G / √(r cᵀ / mean(r))`, one factor after the other: their product may underflow."""
-    return g * jax.lax.rsqrt(r / jnp.mean(r, axis=-2, keepdims=True)) * jax.lax.rsqrt(c)
+    """`G / √(r cᵀ / mean(r))`, with each root by itself: a quotient of squares may underflow."""
+    root_of_mean = jnp.sqrt(jnp.mean(r, axis=-2, keepdims=True))
+    return g * jax.lax.rsqrt(r) * (root_of_mean * jax.lax.rsqrt(c))
 
 
 def clip_rms(u: Float[Array, "*b m n"], threshold: Any) -> Float[Array, "*b m n"]:

@@ -1,9 +1,11 @@
 """Protects what a model has learned: steps stay off chosen subspaces of its matrices."""
 
+import math
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
@@ -15,6 +17,7 @@ from .._linalg.protected import extend_basis, off_both_sides, top_singular_vecto
 from .._matrices.as_matrices import as_matrices
 from .._matrices.decisions import Decisions
 from .._matrices.dimension_numbers import WeightDimensionNumbers
+from .._mesh.explicit import whole
 
 Pair = tuple[Float[Array, "*b fan_in k"], Float[Array, "*b fan_out l"]]
 # From a weight `(*blocks, fan_in, fan_out)` to orthonormal columns on either side.
@@ -54,7 +57,8 @@ def protected_subspace(fraction: Any = 0.5) -> FindBases:
 
     def find(w: Float[Array, "*b m n"]) -> Pair:
         short = min(w.shape[-2:])
-        return top_singular_vectors(w, min(int(fraction * short), max(short - 1, 0)))
+        k = math.floor(fraction * short + 1e-9)  # 0.29 of 100 is 29
+        return top_singular_vectors(whole(w), min(k, max(short - 1, 0)))
 
     return find
 
@@ -70,11 +74,36 @@ def empty_subspace(width: int) -> FindBases:
     return find
 
 
+def _sides(w: Array) -> list[tuple[int, ...]]:
+    """The shapes of both bases of a weight but for their last axis."""
+    *b, m, n = w.shape
+    return [(*b, m), (*b, n)]
+
+
+def _extended(v: Array, m: Array, energy: Any) -> Array:
+    """The basis of the outputs, extended by a moment."""
+    if not isinstance(v, jax.core.Tracer) and not (jnp.abs(v).max(-2, initial=0) == 0).any():
+        raise ValueError(
+            f"a basis of shape {v.shape} has no free column: give protect bases=empty_subspace(width) of a"
+            " larger width."
+        )
+    return extend_basis(v, m.mT, energy)
+
+
 def _projection(find: FindBases) -> optax.GradientTransformationExtraArgs:
     """Take updates off the bases, which are the state."""
 
+    def found(w):
+        bases = find(w)
+        if not isinstance(bases, tuple) or [jnp.shape(x)[:-1] for x in bases] != _sides(w):
+            raise ValueError(
+                f"bases must return columns of the shapes {_sides(w)} and their number for a weight of shape"
+                f" {w.shape}, got {jax.tree.map(jnp.shape, bases)}."
+            )
+        return bases
+
     def init(params):
-        return Bases(*columns(params, jax.tree.map(find, params), 2))
+        return Bases(*columns(params, jax.tree.map(found, params), 2))
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
@@ -88,8 +117,10 @@ def _extension(energy: Any) -> optax.GradientTransformationExtraArgs:
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
-        right = jax.tree.map(lambda v, m: extend_basis(v, m.mT, energy), state.right, updates)
-        return updates, state._replace(right=right)
+        # A state of Flax NNX has other containers than the moments.
+        leaves, treedef = jax.tree.flatten(state.right)
+        rows = zip(leaves, jax.tree.leaves(updates), strict=True)
+        return updates, state._replace(right=treedef.unflatten([_extended(v, m, energy) for v, m in rows]))
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
@@ -114,11 +145,13 @@ def _of_matrices(
         decisions.decide_at_init(params)
         return routed(params).init(params)
 
+    warned = decisions.warning_at_init(init)
+
     def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
         of_tree = routed(updates, context.turn)
         return of_tree.update(updates, state, params, context=context, **extra_args)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(warned, update)  # pyright: ignore[reportArgumentType]
 
 
 def protect(
@@ -139,7 +172,8 @@ def protect(
         tx = gum_optax.protect(gum_optax.gum(1e-4, weight_decay=0.1), gum_optax.protected_subspace(0.5))
 
     A new task begins with a new `init`, or with `extend_protection`. Embeddings, heads and vectors are not
-    protected: freeze them if they must stay.
+    protected: freeze them if they must stay. Weights in bfloat16 are rounded after the step, which moves the
+    protected part too.
 
     Args:
       inner: any optimizer.

@@ -61,13 +61,13 @@ def weight_normalized(
     of_magnitude = optax.with_extra_args_support(check_rule("magnitude", magnitude))
 
     def init(params):
-        return WeightNormalizedState(inner.init(params), magnitude.init(_norms(params)))
+        return WeightNormalizedState(inner.init(_wide(params)), magnitude.init(_norms(params)))
 
     def update(updates, state, params=None, **extra_args):
         if params is None and jax.tree.leaves(updates):
             raise ValueError("weight_normalized needs the parameters: call update(gradients, state, params).")
-        norms = _norms(params)
-        units = jax.tree.map(lambda w, nu: w.astype(jnp.float32) * safe_reciprocal(nu), params, norms)
+        params, norms = _wide(params), _norms(params)
+        units = jax.tree.map(lambda w, nu: w * safe_reciprocal(nu), params, norms)
         gammas = jax.tree.map(lambda g, unit: jnp.sum(g * unit, axis=-2, keepdims=True), updates, units)
         tangents = jax.tree.map(lambda g, unit, gamma: g - unit * gamma, updates, units, gammas)
         moves, direction = of_direction.update(tangents, state.direction, params, **extra_args)
@@ -76,6 +76,11 @@ def weight_normalized(
         return steps, WeightNormalizedState(direction, lengths)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _wide(params: Any) -> Any:
+    """The weights in float32, so that the state of both optimizers is float32 too."""
+    return jax.tree.map(lambda w: w.astype(jnp.float32), params)
 
 
 def _norms(params: Any) -> Any:
@@ -90,7 +95,6 @@ def _step(
     lengthening: Float[Array, "*b 1 n"],
 ) -> Float[Array, "*b m n"]:
     """`(ν + Δg) (W + Δv) / |W + Δv| - W`; `Δv` where `W` is zero."""
-    w = w.astype(jnp.float32)
     turned = w + move
     new = (nu + lengthening) * safe_reciprocal(norm(turned, -2)) * turned
     return jnp.where(nu > 0, new - w, move)

@@ -56,8 +56,9 @@ def with_second_moment(
     Args:
       inner: any rule whose state has fields `nu` in floating point, such as `optax.scale_by_adam`.
       start: `(key, shape, fans) -> V₀` for the shape of a matrix, or of its coordinates in a subspace;
-        `xavier_squares()` by default. Matrices of one shape start alike, in whatever stack they are. Vectors
-        and numbers start at zero.
+        `xavier_squares()` by default. `fans` is fan-in plus fan-out, those of the last two axes: inside
+        `matrix_optimizer` every leaf is seen as matrices. Matrices of one shape start alike, in whatever
+        stack they are. Vectors and numbers start at zero.
       key: an integer seed or a JAX key.
 
     Returns:
@@ -75,24 +76,35 @@ def with_second_moment(
 
     def init(params):
         state, own = inner.init(params), typed(key_data(key))
-        shapes = full_shapes(params)
-        leaves, treedef = jax.tree_util.tree_flatten_with_path(state)
-        moments = [i for i, (path, _) in enumerate(leaves) if _is_second_moment(path)]
-        values = [x for _, x in leaves]
-        if len(moments) % max(1, len(shapes)) or (shapes and not moments):
+        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        shapes = dict(zip(paths, full_shapes(params), strict=True))
+        moments = 0
+
+        def started(path, x):
+            nonlocal moments
+            if (leaf := _of_second_moment(path, shapes)) is None:
+                return x
+            moments += 1
+            return _started(x, shapes[leaf], draw, own)
+
+        state = jax.tree_util.tree_map_with_path(started, state)
+        if moments < len(shapes):
             raise ValueError(
                 "with_second_moment needs a rule whose state has a field nu for every leaf, as that of"
                 f" optax.scale_by_adam, got {type(state).__name__}."
             )
-        for number, i in enumerate(moments):
-            values[i] = _started(values[i], shapes[number % len(shapes)], draw, own)
-        return treedef.unflatten(values)
+        return state
 
     return optax.GradientTransformationExtraArgs(init, taking.update)
 
 
-def _is_second_moment(path: Any) -> bool:
-    return any(isinstance(key, jax.tree_util.GetAttrKey) and key.name == "nu" for key in path)
+def _of_second_moment(path: tuple[Any, ...], leaves: Any) -> Any:
+    """The path of the parameter whose second moment stands at a path of the state, or `None`."""
+    for i, key in enumerate(path):
+        is_field = isinstance(key, jax.tree_util.GetAttrKey) and key.name == "nu"
+        if is_field and path[i + 1 :] in leaves:
+            return path[i + 1 :]
+    return None
 
 
 def _started(nu: Array, full: tuple[int, ...], draw: Start, key: PRNGKeyArray) -> Array:
@@ -101,4 +113,4 @@ def _started(nu: Array, full: tuple[int, ...], draw: Start, key: PRNGKeyArray) -
         raise ValueError(f"with_second_moment needs a field nu of floating-point numbers, got {nu.dtype}.")
     if nu.ndim < 2:
         return nu
-    return nu + draw(key, (nu.shape[-2], nu.shape[-1]), full[-2] + full[-1]).astype(nu.dtype)
+    return nu + draw(key, (nu.shape[-2], nu.shape[-1]), max(1, full[-2] + full[-1])).astype(nu.dtype)

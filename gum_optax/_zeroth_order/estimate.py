@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._core.checks import check_integer, check_number
-from .directions import Directions, drawn, gaussian
+from .._core.checks import check_function, check_integer, check_number
+from .directions import Directions, check_directions, drawn, gaussian, scalar, wide
 
 
 def estimate(
@@ -41,7 +41,8 @@ def estimate(
       params: the parameters that are trained; close over frozen ones.
       key: an integer seed or a JAX key; one serves a whole run.
       step: the number of the step, an integer; may be traced.
-      epsilon: `ε`; 1e-3 as in MeZO. `None`: forward mode, which has no `ε` to tune.
+      epsilon: `ε`; 1e-3 as in MeZO. `None`: forward mode, which has no `ε` to tune. Weights in bfloat16 want
+        it: rounding swallows most of `ε Z`.
       queries: how many directions; 1 as in MeZO. It may not grow in a compiled step; AdaZeta's schedule,
         `min(max(⌊s eᵖ⌋, 1), Q)` at epoch `e`, compiles once for each number.
       directions: `gaussian` or `low_rank_directions(rank, period)`.
@@ -57,28 +58,30 @@ def estimate(
       AdaZeta, arXiv 2406.18060.
     """
     queries = check_integer("queries", queries, at_least=1)
+    check_function("loss", loss, "a function of the parameters")
+    directions = check_directions(directions)
     if epsilon is not None:
         epsilon = check_number("epsilon", epsilon, at_least=1e-30)
 
     def ahead(z, size):
-        return jax.tree.map(lambda x, d: (x.astype(jnp.float32) + size * d).astype(x.dtype), params, z)
+        return jax.tree.map(lambda x, d: (x.astype(d.dtype) + size * d).astype(x.dtype), params, z)
 
     def slope_along(z):
         if epsilon is None:
             tangents = jax.tree.map(lambda x, d: d.astype(x.dtype), params, z)
-            return jax.jvp(loss, (params,), (tangents,))
-        up, down = (jnp.asarray(loss(ahead(z, size)), jnp.float32) for size in (epsilon, -epsilon))
+            return jax.jvp(lambda params: scalar(loss(params)), (params,), (tangents,))
+        up, down = (scalar(loss(ahead(z, size))) for size in (epsilon, -epsilon))
         return (up + down) / 2, (up - down) / (2 * epsilon)
 
     def add_query(found, query):
         value, gradient = found
-        z = drawn(params, key, step * queries + query, directions)
+        z = drawn(params, key, step, query, directions)
         own, slope = slope_along(z)
-        gradient = jax.tree.map(lambda g, d: g + slope.astype(jnp.float32) * d / queries, gradient, z)
-        return (value + own.astype(jnp.float32) / queries, gradient), None
+        gradient = jax.tree.map(lambda g, d: g + (slope * d / queries).astype(g.dtype), gradient, z)
+        return (value + own / queries, gradient), None
 
     params = jax.tree.map(jnp.asarray, params)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
-    start = jnp.zeros((), jnp.float32), zeros
+    value = jax.eval_shape(lambda params: scalar(loss(params)), params)
+    start = jnp.zeros((), value.dtype), jax.tree.map(lambda x: jnp.zeros_like(x, wide(x)), params)
     (value, gradient), _ = jax.lax.scan(add_query, start, jnp.arange(queries))
     return value, jax.tree.map(lambda g, x: g.astype(x.dtype), gradient, params)

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._core.checks import check_number
+from .._core.checks import check_function, check_number
 from .._core.xla import after
-from .directions import Directions, gaussian, leaf_keys, moved
+from .._linalg.rounding import ROUNDED
+from .directions import Directions, check_directions, gaussian, leaf_keys, moved, scalar
 
 
 def walk(params: Any, key: Any, size: Any, step: Any = 0, *, directions: Directions = gaussian) -> Any:
@@ -29,12 +30,14 @@ def walk(params: Any, key: Any, size: Any, step: Any = 0, *, directions: Directi
       The new parameters, in the dtypes of `params`.
 
     Raises:
-      TypeError: `key` is no threefry key or seed, or `step` is no integer.
+      TypeError: `key` is no threefry key or seed, `step` is no integer, or a leaf has no real floating-point
+        numbers.
     """
+    directions = check_directions(directions)
     keys, step = leaf_keys(params, key, step)
     leaves, treedef = jax.tree.flatten(params)
     rows = zip(leaves, keys, strict=True)
-    return treedef.unflatten([moved(jnp.asarray(x), size, own, step, directions) for x, own in rows])
+    return treedef.unflatten([moved(jnp.asarray(x), size, own, (step, 0), directions) for x, own in rows])
 
 
 def project_loss(
@@ -63,7 +66,7 @@ def project_loss(
 
     Args:
       loss: a function of the parameters; the same batch and the same dropout at both places.
-      params: the parameters that are trained, float32; close over frozen ones.
+      params: the parameters that are trained, of at least float32; close over frozen ones.
       key: an integer seed or a JAX key; one serves a whole run.
       step: the number of the step, an integer; may be traced.
       epsilon: `ε`; 1e-3 as in MeZO.
@@ -74,24 +77,27 @@ def project_loss(
       those that go in. A slope that is not finite is zero, so that `walk` stays.
 
     Raises:
-      TypeError, ValueError: an argument is out of range or of the wrong type; a leaf is not float32, which
-        walking there and back would change for good.
+      TypeError, ValueError: an argument is out of range or of the wrong type; the loss is no number; a leaf
+        is bfloat16 or float16, which walking there and back would change for good.
 
     References:
       Malladi et al., MeZO, arXiv 2305.17333, Algorithm 1.
     """
+    if epsilon is None:
+        raise TypeError("epsilon must be a number: forward mode is estimate's.")
     epsilon = check_number("epsilon", epsilon, at_least=1e-30)
+    check_function("loss", loss, "a function of the parameters")
     for path, x in jax.tree_util.tree_leaves_with_path(params):
-        if jnp.result_type(x) != jnp.float32:
+        if jnp.result_type(x) in ROUNDED:
             raise ValueError(
                 f"leaf {jax.tree_util.keystr(path)} is {jnp.result_type(x)}: walking there and back would"
-                " change it for good. Use estimate, which moves a copy, or float32 parameters."
+                " change it for good. Use float32 parameters, or estimate with epsilon=None."
             )
     params = walk(params, key, epsilon, step, directions=directions)
-    up = jnp.asarray(loss(params), jnp.float32)
+    up = scalar(loss(params))
     # Each walk waits for the loss before it, by the data: else XLA would copy the parameters.
-    params = walk(params, key, after(jnp.float32(-2 * epsilon), up), step, directions=directions)
-    down = jnp.asarray(loss(params), jnp.float32)
-    params = walk(params, key, after(jnp.float32(epsilon), down), step, directions=directions)
+    params = walk(params, key, after(jnp.asarray(-2 * epsilon), up), step, directions=directions)
+    down = scalar(loss(params))
+    params = walk(params, key, after(jnp.asarray(epsilon), down), step, directions=directions)
     slope = (up - down) / (2 * epsilon)
     return (up + down) / 2, jnp.where(jnp.isfinite(slope), slope, 0), params

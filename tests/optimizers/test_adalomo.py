@@ -80,6 +80,22 @@ def test_zeros_stay_and_huge_gradients_leave_no_infinity():
     assert float(jnp.abs(updates[-1]["kernel"]).max()) == pytest.approx(0.1, rel=1e-4)
 
 
+@pytest.mark.parametrize("size", [1e-15, 1.0, 1e5, 1e14])
+@pytest.mark.parametrize("make", [go.adalomo, go.hfac])
+def test_a_row_of_zeros_beside_others_of_any_size_is_finite(make, size):
+    gradient = jnp.full((4, 6), size).at[1].set(0)
+    (updates,), _ = run(make(0.1), [{"kernel": gradient}], {"kernel": jnp.ones((4, 6))})
+    assert np.isfinite(updates["kernel"]).all()
+    assert (updates["kernel"][1] == 0).all()
+    assert (jnp.abs(updates["kernel"][0]) > 0.01).all()
+
+
+def test_empty_leaves_are_fine():
+    params = {"kernel": jnp.zeros((0, 6)), "bias": jnp.zeros((0,))}
+    (updates,), _ = run(go.adalomo(0.1), [params], params)
+    assert updates["kernel"].shape == (0, 6)
+
+
 def test_the_state_is_a_row_and_a_column():
     params = {"layers": {"kernel": jnp.ones((3, 6, 9))}, "embed": {"embedding": jnp.ones((20, 6))}}
     state = jax.eval_shape(go.adalomo(0.1).init, params)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import gum_optax as go
 
@@ -112,5 +113,27 @@ def test_what_is_missing_is_said():
     tx = go.extrapolate(optax.sgd(0.1), optax.scale(0.1))
     with pytest.raises(ValueError, match="extrapolate needs the parameters"):
         tx.update(START, tx.init(START))
+    with pytest.raises(ValueError, match="extrapolate needs the gradient itself"):
+        go.projected_update(tx, lambda p, b: loss(p) * jnp.sum(b), jnp.ones((2, 1)), tx.init(START), START)
+    with pytest.raises(ValueError, match="extrapolates 1 leaves, and the parameters have 2"):
+        go.evaluation_parameters(tx.init(START), START | {"bias": jnp.ones(2)})
     with pytest.raises(ValueError, match="needs a state of extrapolate"):
         go.evaluation_parameters(optax.sgd(0.1).init(START), START)
+
+
+def test_it_works_on_a_flax_nnx_optimizer_and_on_some_of_the_leaves():
+    model = nnx.Linear(4, 6, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, go.extrapolate(optax.sgd(0.1), optax.scale(0.5)), wrt=nnx.Param)
+    before = jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
+    gradients = jax.tree.map(jnp.ones_like, before)
+    optimizer.update(model, gradients)
+    found = go.evaluation_parameters(optimizer.opt_state, nnx.state(model, nnx.Param))
+    expected = jax.tree.map(lambda x: x - 0.1, before)
+    chex.assert_trees_all_close(found, expected, atol=1e-6)
+    params = {"extrapolation": jnp.ones(3), "frozen": jnp.ones(2)}
+    tx = optax.masked(
+        go.extrapolate(optax.sgd(0.1), optax.scale(0.5)), {"extrapolation": True, "frozen": False}
+    )
+    updates, state = tx.update(params, tx.init(params), params)
+    found = go.evaluation_parameters(state, optax.apply_updates(params, updates))
+    np.testing.assert_allclose(found["extrapolation"], 0.9, rtol=1e-6)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import gum_optax as go
 from gum_optax._linalg.protected import off_both_sides
@@ -185,3 +186,32 @@ def test_what_cannot_be_done_is_said(rng):
         go.extend_protection(tx.init(params), params, 1.5)
     with pytest.raises(ValueError, match="fraction must be between 0 and 1"):
         go.protected_subspace(1.5)
+
+
+def test_moments_may_be_gradients_of_a_flax_nnx_module():
+    model = nnx.Linear(6, 9, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, go.protect(ADAMW, go.empty_subspace(3)), wrt=nnx.Param)
+    gradients = nnx.grad(lambda model: jnp.sum(model(jnp.eye(6)) ** 2))(model)
+    state = go.extend_protection(optimizer.opt_state, gradients, 0.5)
+    (right,) = [x for x in jax.tree.leaves(state.bases) if x.shape == (9, 3)]
+    assert 1 <= np.linalg.matrix_rank(right) <= 3
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_moments_of_any_size_extend_alike(rng, size):
+    m = jnp.float32(rng.normal(size=(8, 5)))
+    expected = go.extend_basis(jnp.zeros((8, 4)), m, 0.7)
+    np.testing.assert_allclose(go.extend_basis(jnp.zeros((8, 4)), m * size, 0.7), expected, atol=1e-5)
+    basis = jnp.eye(8, 4)
+    np.testing.assert_array_equal(go.extend_basis(basis, jnp.full((8, 5), jnp.nan), 0.7), basis)
+
+
+def test_no_free_columns_and_wrong_bases_are_named(rng):
+    params = {"w": {"kernel": jnp.float32(rng.normal(size=(6, 9)))}}
+    state = go.protect(ADAMW).init(params)
+    with pytest.raises(ValueError, match="has no free column"):
+        go.extend_protection(state, params, 0.5)
+    with pytest.raises(ValueError, match=r"bases must return columns of the shapes \[\(6,\), \(9,\)\]"):
+        go.protect(ADAMW, lambda w: go.protected_subspace(0.5)(w)[::-1]).init(params)
+    with pytest.warns(go.RoutingWarning, match="patterns that decide no leaf"):
+        go.protect(ADAMW, weight_dimension_numbers={"nothing/kernel": go.LAST_TWO}).init(params)

@@ -109,3 +109,11 @@ def test_it_needs_parameters(leaves):
     tx = go.weight_normalized(optax.sgd(0.1), optax.sgd(0.1))
     with pytest.raises(ValueError, match="weight_normalized needs the parameters"):
         tx.update(leaves[0], tx.init(leaves[0]))
+
+
+def test_the_state_keeps_its_types_beside_weights_in_bfloat16(leaves):
+    params = {"w": leaves[0]["wide"].astype(jnp.bfloat16)}
+    tx = go.weight_normalized(optax.adam(0.1), optax.adam(0.1))
+    state = tx.init(params)
+    _, after = tx.update(params, state, params)
+    assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)

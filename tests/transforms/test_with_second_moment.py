@@ -1,5 +1,7 @@
 """A second moment that starts above zero: Adam in NumPy, in a subspace, and after restarts."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,3 +109,22 @@ def test_a_rule_without_second_moment_is_refused():
             go.with_second_moment(inner).init({"w": jnp.ones((600, 600))})
     with pytest.raises(ValueError, match="scale must be at least 0"):
         go.xavier_squares(-1.0)
+
+
+def test_each_of_several_adams_starts_at_the_fans_of_its_own_leaves():
+    labels = {"x": "b", "y": "a", "bias": "a"}
+    adams = optax.partition({"a": optax.adamw(1e-3), "b": optax.adamw(1e-4)}, labels)
+    params = {"x": jnp.ones((10, 10)), "y": jnp.ones((2, 2)), "bias": jnp.ones(3)}
+    state = go.with_second_moment(adams, ones).init(params)
+    found = {x.shape: float(x.max()) for x in jax.tree.leaves(state) if x.ndim == 2 and x.max() > 0}
+    assert found == {(10, 10): 20, (2, 2): 4}
+    go.with_second_moment(optax.adam(1e-3)).init({"empty": jnp.ones((0, 0)), "number": 1.0})
+
+
+def test_a_parameter_may_be_called_nu():
+    class Model(NamedTuple):
+        nu: jax.Array
+
+    state = go.with_second_moment(optax.scale_by_adam(), ones).init(Model(jnp.ones((2, 3))))
+    assert (state.mu.nu == 0).all()
+    assert (state.nu.nu == 5).all()
