@@ -134,12 +134,12 @@ def study(runs: Runs, base: Settings, long: int) -> Iterator[Settings]:
     best = {s.start.optimizer: found for s in compared if (found := s.best(runs))}
     yield from (replace(chosen, steps=long) for chosen in best.values())  # the longest runs start first
     yield from in_turns(search.wanted(runs) for search in cells)
-    if len(best) == len(COMPARED):
-        for seed in SEEDS[:2]:
-            yield from (replace(chosen, seed=seed) for chosen in factors(best))
     for search in all_searches:
         if found := search.best(runs):
             yield replace(found, seed=SEEDS[1])
+    if len(best) == len(COMPARED):
+        for seed in SEEDS[:2]:
+            yield from (replace(chosen, seed=seed) for chosen in factors(best))
     for seed, chosen in itertools.product(SEEDS[1:], best.values()):
         yield replace(chosen, seed=seed, steps=long)
 

@@ -16,8 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import matplotlib
 import numpy as np
+from flax import nnx
 from results import RESULTS
 
 from pretraining import (
@@ -40,8 +43,8 @@ import matplotlib.pyplot as plt
 
 # Importing `runs` put the examples on the path.
 from corpus import Corpus  # isort: skip
-from llama import SIZES  # isort: skip
-from optimizers import Settings  # isort: skip
+from llama import SIZES, Llama  # isort: skip
+from optimizers import Settings, optimizer  # isort: skip
 
 ROUNDS, STEPS_A_ROUND = 9, 5
 # Student's t for a two-sided interval of 95 %, by degrees of freedom.
@@ -144,8 +147,16 @@ def long_table(groups: list[Group], costs: dict[str, Any]) -> Iterator[str]:
         yield f"| `{group.name}` | {group.settings.lr:g} | {loss} | {gap} | {after} | {step} | {state} |"
 
 
+def state_of_matrices(chosen: Settings) -> float:
+    """MiB of the optimizer's state without that of embedding, head and norms."""
+    alone = replace(chosen, others="frozen", clip=0.0)
+    model = nnx.eval_shape(lambda: Llama(SIZES[chosen.model], dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    state = jax.eval_shape(optimizer(alone).init, nnx.state(model, nnx.Param))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) / 2**20
+
+
 def plane(study: Study) -> Iterator[str]:
-    """Rank by fraction: the mean loss of the seeds at the best rate, and that rate."""
+    """Rank by fraction: the mean loss of the seeds at the best rate, that rate, and the state."""
     yield "| rank | " + " | ".join(f"q = {q:g}" for q in FRACTIONS) + " |"
     yield "|---" * (len(FRACTIONS) + 1) + "|"
     for rank in RANKS:
@@ -153,7 +164,11 @@ def plane(study: Study) -> Iterator[str]:
         for fraction in FRACTIONS:
             best = study.best(optimizer="gum", rank=rank, full_rank_fraction=fraction)
             group = found(study.runs, "", best, SEEDS[:2]) if best else None
-            cells.append(f"{statistics.fmean(group.losses):.4f} at {group.settings.lr:g}" if group else "")
+            if group:
+                loss, state = statistics.fmean(group.losses), state_of_matrices(group.settings)
+                cells.append(f"{loss:.4f} ({len(group.runs)}) at {group.settings.lr:g}, {state:.2f} MiB")
+            else:
+                cells.append("")
         yield f"| {rank} of 192 | " + " | ".join(cells) + " |"
 
 

@@ -128,7 +128,12 @@ def test_the_report_has_intervals_tokens_and_changes(stored, tmp_path, capsys):
     # The curve of GUM is AdamW's, which reaches its own final loss at its end.
     assert "| +0.0000 ± 0.0000 | 5.00M tokens |" in table[5]
     ablation = (tmp_path / "ablation.md").read_text()
-    assert "| 4 of 192 | 1.0050 at 0.0001875 | 1.0050 at 0.0001875 | 1.0050 at 0.0001875 |" in ablation
+    # In each of four layers four matrices of 192 x 192 and three of 192 x 512.
+    numbers = 4 * (4 * (192 + 192) + 3 * (192 + 512)) * 4
+    slots = {"0.0": (0, 0), "0.0625": (1, 1), "0.25": (4, 3)}  # of 16 and of 12 blocks
+    mib = [4 * (numbers + 192 * 192 * a + 192 * 512 * b) / 2**20 for a, b in slots.values()]
+    cells = [f"1.0050 (2) at 0.0001875, {x:.2f} MiB" for x in mib]
+    assert f"| 4 of 192 | {' | '.join(cells)} |" in ablation
     assert "| `gum` | exact SVD | 1.0050 (2) | +0.0000 |" in ablation
     assert "| `galore_muon` | restarted | 1.6981 (2) | +0.6931 |" in ablation
     assert "| `gum` | period 200 |" in ablation
