@@ -40,8 +40,8 @@ def clip_rms(u: Float[Array, "*b m n"], threshold: Any) -> Float[Array, "*b m n"
 
 
 def check_divisor(name: str, value: Any) -> Any:
-    """Check for a number that float32 can divide by: at least 1e-30."""
-    return check_number(name, value, at_least=1e-30)
+    """Check for a number that float32 can divide by, and by whose root after that."""
+    return check_number(name, value, at_least=1e-35)
 
 
 def scale_by_factored_rms(decay_rate: Any = 0.8, eps: Any = 1e-30) -> optax.GradientTransformationExtraArgs:
@@ -57,7 +57,7 @@ def scale_by_factored_rms(decay_rate: Any = 0.8, eps: Any = 1e-30) -> optax.Grad
 
     Args:
       decay_rate: how fast `β` goes to 1; 0.8 as in Adafactor.
-      eps: `ε`; 1e-30 as in Adafactor, and not less.
+      eps: `ε`, at least 1e-35; 1e-30 as in Adafactor.
 
     Returns:
       A transformation over trees of `(*blocks, m, n)` leaves. State: `m + n` numbers per matrix.
@@ -94,7 +94,7 @@ def clip_by_rms(threshold: Any = 1.0) -> optax.GradientTransformation:
       threshold: `d`; 1 as in Adafactor.
 
     Raises:
-      TypeError, ValueError: `threshold` is no number of at least 1e-30.
+      TypeError, ValueError: `threshold` is no number of at least 1e-35.
     """
     threshold = check_divisor("threshold", threshold)
     return optax.stateless(lambda updates, _: jax.tree.map(lambda u: clip_rms(u, threshold), updates))
