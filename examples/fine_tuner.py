@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from flax import nnx
 
@@ -121,8 +120,7 @@ class FineTuner(Trainer):
     def held_out_loss(self, windows: Windows) -> float:
         """The held-out loss of other data."""
         batches = windows.validation_batches(batch=self.settings.batch, most=VALIDATION_BATCHES)
-        losses = [self.evaluate_batch(self.state[0], self.frozen, batch) for batch in batches]
-        return float(np.mean(jax.device_get(losses)))
+        return self.validation_loss(batches)
 
     def finished(self) -> Llama:
         """The model with the present weights, adapters merged."""

@@ -125,8 +125,8 @@ class Trainer:
         record = {"step": self.step, "train_loss": float(loss), "tokens": self.step * s.batch * s.seq}
         return record | {"seconds": self.seconds} | {name: x.item() for name, x in metrics.items()}
 
-    def validation_loss(self) -> float:
-        losses = [self.evaluate_batch(self.state[0], self.frozen, batch) for batch in self.validation]
+    def validation_loss(self, batches: list[Batch] | None = None) -> float:
+        losses = [self.evaluate_batch(self.state[0], self.frozen, x) for x in batches or self.validation]
         return float(np.mean(jax.device_get(losses)))
 
     def optimizer_bytes(self) -> int:

@@ -151,8 +151,8 @@ from ._linalg.normalizers import unit_frobenius as unit_frobenius
 from ._linalg.normalizers import unit_rows as unit_rows
 from ._linalg.normalizers import whiten as whiten
 from ._linalg.polar import polar as polar
-from ._linalg.protected import extend_basis as extend_basis
 from ._linalg.polar import polar_by_products as polar_by_products
+from ._linalg.protected import extend_basis as extend_basis
 
 # Draws, and what travels inside an update.
 from ._core.context import MatrixContext as MatrixContext

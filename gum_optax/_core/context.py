@@ -62,6 +62,18 @@ class MatrixContext:
     measurements: Measurements | None = None
     turn: WholeStep = WHOLE_STEP
 
+    def need_gradient(self, name: str) -> None:
+        """Refuse measurements, for a rule that needs the gradient itself.
+
+        Raises:
+          ValueError: nobody forms the gradient.
+        """
+        if self.measurements is not None:
+            raise ValueError(
+                f"{name} needs the gradient itself, and projected_update never forms it: average the"
+                " gradients and call update."
+            )
+
 
 # The default of the argument `context`: leaves are matrices, every one steps, the gradient is there.
 NO_CONTEXT = MatrixContext()

@@ -47,6 +47,11 @@ def to_norm_one(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
     return x * safe_reciprocal(frobenius(x))
 
 
+def wide_dtype(x: Any) -> Any:
+    """The dtype of `x`, or float32 where that has more bits."""
+    return jnp.promote_types(jnp.result_type(x), jnp.float32)
+
+
 def is_finite(*arrays: Any) -> Bool[Array, ""]:
     """Whether all numbers are finite."""
 

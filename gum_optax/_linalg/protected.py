@@ -5,6 +5,7 @@ from jaxtyping import Array, Float
 
 from .._core.xla import one_by_one_on_cpu
 from .numerics import exact_matmul
+from .orthonormal import outside
 
 # Directions with less of the squared norm than this are rounding of float32.
 _LEAST_SHARE = 1e-10
@@ -56,9 +57,7 @@ def extend_basis(
     m = moment.astype(jnp.float32)
     largest = jnp.max(jnp.abs(m), axis=(-2, -1), keepdims=True)
     m = m / jnp.where(largest > 0, largest, 1)
-    nothing, rest = jnp.zeros((*m.shape[:-2], m.shape[-1], 0)), m
-    for _ in range(2):  # the second time takes off the rounding of the first
-        rest = off_both_sides(basis, nothing, rest)
+    rest = outside(basis, m)
 
     def scaled(rest):
         """`U Σ`: one array, and the norms of its columns are the singular values."""

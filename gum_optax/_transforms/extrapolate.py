@@ -9,7 +9,7 @@ import optax
 from .._core.checks import check_rule
 from .._core.context import NO_CONTEXT, MatrixContext
 from .._core.trees import is_masked
-from .._linalg.numerics import is_finite
+from .._linalg.numerics import is_finite, wide_dtype
 
 
 class ExtrapolateState(NamedTuple):
@@ -43,6 +43,7 @@ def extrapolate(
 
     The paper's own algorithm was not to be found; this follows second-hand code (koncle/tmp at 79d6256) as
     it means to work. There, workers extrapolate by gradients of their own.
+
     Put `protect` inside, so that it is `W` that keeps off its subspaces. `layerwise_update` refuses this
     rule.
 
@@ -64,17 +65,13 @@ def extrapolate(
     ahead = optax.with_extra_args_support(check_rule("direction", direction))
 
     def init(params):
-        none = jax.tree.map(lambda w: jnp.zeros(jnp.shape(w), _wide(w)), params)
+        none = jax.tree.map(lambda w: jnp.zeros(jnp.shape(w), wide_dtype(w)), params)
         return ExtrapolateState(none, ahead.init(params), taking.init(params))
 
     def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
         if params is None:
             raise ValueError("extrapolate needs the parameters: call update(gradients, state, params).")
-        if context.measurements is not None:
-            raise ValueError(
-                "extrapolate needs the gradient itself, and projected_update never forms it: average the"
-                " gradients and call update."
-            )
+        context.need_gradient("extrapolate")
         extra_args["context"] = context
         origin = evaluation_parameters(state, params)
         steps, inner_state = taking.update(updates, state.inner, origin, **extra_args)
@@ -119,7 +116,3 @@ def evaluation_parameters(state: optax.OptState, params: optax.Params) -> optax.
         )
     rows = zip(leaves, shifts, strict=True)
     return treedef.unflatten([y if is_masked(e) else (y - e).astype(y.dtype) for y, e in rows])
-
-
-def _wide(x: Any) -> Any:
-    return jnp.promote_types(jnp.result_type(x), jnp.float32)

@@ -202,11 +202,7 @@ def protect(
         return ProtectState(projection.init(params), inner.init(params))
 
     def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
-        if context.measurements is not None:
-            raise ValueError(
-                "protect needs the gradient itself, and projected_update never forms it: average the"
-                " gradients and call update."
-            )
+        context.need_gradient("protect")
 
         def off(tree):
             steps, _ = projection.update(tree, state.bases, params, context=context)

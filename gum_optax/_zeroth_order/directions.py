@@ -17,7 +17,7 @@ from .._core.checks import check_function, check_integer
 from .._core.context import NO_CONTEXT
 from .._core.keys import check_key_and_step, key_data, typed
 from .._linalg.counter_bits import normal_by_place
-from .._linalg.numerics import exact_matmul
+from .._linalg.numerics import exact_matmul, wide_dtype
 from .._matrices.dimension_numbers import leaf_names
 from .._mesh.explicit import on_auto_axes
 
@@ -104,11 +104,6 @@ def check_directions(directions: Any) -> Directions:
     return check_function("directions", directions, "gum_optax.gaussian")
 
 
-def wide(x: Array) -> Any:
-    """The dtype in which a leaf is moved."""
-    return jnp.promote_types(x.dtype, jnp.float32)
-
-
 def moved(x: Array, size: Any, key: PRNGKeyArray, when: When, directions: Directions) -> Array:
     """`x + size · Z` of one leaf, in place if `x` is donated: one matrix of the leaf at a time.
 
@@ -125,7 +120,7 @@ def moved(x: Array, size: Any, key: PRNGKeyArray, when: When, directions: Direct
 
         def next_one(i, stack):
             w = jax.lax.dynamic_index_in_dim(stack, i, keepdims=False)
-            new = w.astype(wide(x)) + size * directions(key, when, i, (m, n))
+            new = w.astype(wide_dtype(x)) + size * directions(key, when, i, (m, n))
             return jax.lax.dynamic_update_index_in_dim(stack, new.astype(stack.dtype), i, 0)
 
         stack = next_one(0, stack) if len(stack) == 1 else jax.lax.fori_loop(0, len(stack), next_one, stack)
@@ -138,7 +133,7 @@ def drawn(params: Any, key: Any, step: Any, query: Any, directions: Directions) 
     """The whole direction, at least float32."""
     keys, step = leaf_keys(params, key, step)
     leaves, treedef = jax.tree.flatten(params)
-    zeros = [jnp.zeros_like(x, wide(x)) for x in leaves]
+    zeros = [jnp.zeros_like(x, wide_dtype(x)) for x in leaves]
     rows = zip(zeros, keys, strict=True)
     return treedef.unflatten([moved(x, 1.0, own, (step, query), directions) for x, own in rows])
 
@@ -153,4 +148,4 @@ def scalar(value: Any) -> Float[Array, ""]:
         raise TypeError(f"loss must return a number alone, got a {type(value).__name__}.")
     if jnp.shape(value):
         raise ValueError(f"loss must return a number, got shape {jnp.shape(value)}.")
-    return jnp.asarray(value, jnp.promote_types(jnp.result_type(value), jnp.float32))
+    return jnp.asarray(value, wide_dtype(value))

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._core.checks import check_function, check_integer, check_number
-from .directions import Directions, check_directions, drawn, gaussian, scalar, wide
+from .._linalg.numerics import wide_dtype
+from .directions import Directions, check_directions, drawn, gaussian, scalar
 
 
 def estimate(
@@ -82,6 +83,6 @@ def estimate(
 
     params = jax.tree.map(jnp.asarray, params)
     value = jax.eval_shape(lambda params: scalar(loss(params)), params)
-    start = jnp.zeros((), value.dtype), jax.tree.map(lambda x: jnp.zeros_like(x, wide(x)), params)
+    start = jnp.zeros((), value.dtype), jax.tree.map(lambda x: jnp.zeros_like(x, wide_dtype(x)), params)
     (value, gradient), _ = jax.lax.scan(add_query, start, jnp.arange(queries))
     return value, jax.tree.map(lambda g, x: g.astype(x.dtype), gradient, params)
