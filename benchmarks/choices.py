@@ -10,19 +10,18 @@ import argparse
 import dataclasses
 import functools
 import json
-import statistics
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-from results import RESULTS, Results
+from results import RESULTS, Results, mean_and_deviation
 
 import gum_optax as go
 
 from corpus_comparison import settings
-from runs import run
+from trainings import run
 
 # Importing `corpus_comparison` put the examples on the path.
 from corpus import Corpus  # isort: skip
@@ -66,8 +65,7 @@ def table(runs: dict[str, dict[str, dict[str, float]]]) -> list[str]:
         cells = []
         for column in columns:
             losses = list(row.get(column, {}).values())
-            spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
-            cells.append(f"{statistics.fmean(losses):.4f}{spread}" if losses else "")
+            cells.append(mean_and_deviation(losses))
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return lines
 

@@ -18,9 +18,9 @@ from typing import Any
 
 from results import RESULTS
 
-from runs import ROOT, commit
+from trainings import ROOT, commit
 
-# Importing `runs` put the examples on the path.
+# Importing `trainings` put the examples on the path.
 import finetune  # isort: skip
 from supervised import gsm_symbolic  # isort: skip
 

@@ -23,12 +23,12 @@ from typing import Any
 import jax
 import matplotlib
 
-from runs import ROOT, best_rate, next_rates, run, step_seconds
+from trainings import ROOT, best_rate, next_rates, run, step_seconds
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-# Importing `runs` put the examples on the path.
+# Importing `trainings` put the examples on the path.
 from corpus import Corpus, replace_file  # isort: skip
 from llama import SIZES  # isort: skip
 from optimizers import OPTIMIZERS, OTHERS_LR, Settings  # isort: skip

@@ -13,21 +13,21 @@ import importlib.util
 import json
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from results import RESULTS, Results
+from results import Results, mean_and_deviation
 
 import gum_optax as go
 from gum_optax._core.trees import columns
 from gum_optax._linalg.quantize import dequantize, quantize
 
-from runs import run, step_seconds
+import short_runs
+from trainings import run, step_seconds
 
-# Importing `runs` put the examples on the path.
+# Importing `trainings` put the examples on the path.
 from corpus import Corpus  # isort: skip
 from llama import SIZES  # isort: skip
 from optimizers import OPTIMIZERS, OTHERS, Maker, Settings, adamw_8bit, by_kind  # isort: skip
@@ -117,8 +117,7 @@ def table(rows: dict[str, dict[str, Any]]) -> list[str]:
     for name, row in rows.items():
         beside = rows.get(ROWS[name].beside, row)
         losses = list(row["losses"].values())
-        spread = f" ± {statistics.stdev(losses):.4f} ({len(losses)})" if len(losses) > 1 else ""
-        cells = [name, f"{statistics.fmean(losses):.4f}{spread}", "", f"{row['state'] / 2**20:.2f} MiB", ""]
+        cells = [name, mean_and_deviation(losses), "", f"{row['state'] / 2**20:.2f} MiB", ""]
         if beside is not row:
             # Paired by seed.
             pairs = [(loss, beside["losses"].get(seed)) for seed, loss in row["losses"].items()]
@@ -133,20 +132,13 @@ def table(rows: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def settings(options: argparse.Namespace, corpus: Corpus, row: Row, seed: int) -> Settings:
-    return Settings(
+    return short_runs.settings(
+        options,
+        corpus,
         optimizer=row.optimizer,
-        model=options.model,
-        steps=options.steps,
-        batch=options.batch,
-        seq=options.seq,
         lr=EightBitTrainer.makers[row.optimizer][1],
         others_lr=options.others_lr,
-        rank=SIZES[options.model].rank,
-        period=50,
-        full_rank_fraction=1 / 16,
-        weight_decay=0.1,
         seed=seed,
-        text=corpus.name,
         momentum_dtype=row.momentum_dtype,
         others=row.others,
     )
@@ -157,25 +149,17 @@ def state_bytes(trainer: Trainer) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--text", type=Path, help="default: chitchat-dataset")
+    p = short_runs.parser(__doc__, steps=1000, seeds="0,1,2")
     p.add_argument("--rows", help="some, separated by semicolons; default: all that can be imported")
-    p.add_argument("--seeds", default="0,1,2")
-    p.add_argument("--model", choices=SIZES, default="0.6m")
-    p.add_argument("--steps", type=int, default=1000)
-    p.add_argument("--batch", type=int, default=8)
-    p.add_argument("--seq", type=int, default=64)
     p.add_argument("--others-lr", type=float, default=1e-2, help="for embedding, head and norms")
     p.add_argument("--times", action="store_true", help="measure steps only, all rows in one process")
-    p.add_argument("--out", type=Path, default=RESULTS)
     options = p.parse_args(argv)
     corpus, stop = Corpus(options.text, SIZES[options.model].vocabulary), StopSignal()
     results = Results(options.out / "eight_bits.json", table)
     has_peer = importlib.util.find_spec("rollfast") is not None
     importable = [name for name, row in ROWS.items() if has_peer or row.optimizer != "rollfast"]
     names = options.rows.split(";") if options.rows else importable
-    tokens = f"{options.batch} × {options.seq} tokens"
-    protocol = f"validation loss, {options.model}, {options.steps} steps of {tokens}"
+    protocol = f"validation loss, {short_runs.protocol(options)}"
     if options.times:
         known = results.rows(protocol)
         chosen = {name: settings(options, corpus, ROWS[name], 0) for name in names if name in known}
@@ -191,11 +175,9 @@ def main(argv: list[str] | None = None) -> None:
                 continue
             place = options.out / "unfinished" / f"{name}, {seed}"
             chosen = settings(options, corpus, ROWS[name], seed)
-            record = run(
-                corpus, chosen, place, stop, EightBitTrainer, finish=lambda t: {"state": state_bytes(t)}
+            record = short_runs.finished(
+                run(corpus, chosen, place, stop, EightBitTrainer, finish=lambda t: {"state": state_bytes(t)})
             )
-            if record is None:
-                raise SystemExit("Stopped and saved; the same command goes on.")
             row["losses"][str(seed)], row["state"] = record["val_loss"], record["state"]
             results.add(protocol, rows, "flax")
             print(json.dumps({"run": place.name, "loss": record["val_loss"]}), flush=True)

@@ -8,27 +8,26 @@ The script writes every finished run to `docs/results/embedding_rules.json` at o
 interrupted run bit for bit.
 """
 
-import argparse
 import json
 import statistics
 from collections.abc import Hashable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from results import RESULTS, Results
+from results import Results, mean_and_deviation
 
 import gum_optax as go
 
-from runs import best_rate, next_rates, run
+import short_runs
+from trainings import best_rate, next_rates, run
 
-# Importing `runs` put the examples on the path.
+# Importing `trainings` put the examples on the path.
 from corpus import Corpus  # isort: skip
 from llama import SIZES, Llama  # isort: skip
-from optimizers import OPTIMIZERS, OTHERS, OthersMaker, Settings  # isort: skip
+from optimizers import OPTIMIZERS, OTHERS, OthersMaker  # isort: skip
 from training import StopSignal, Trainer  # isort: skip
 
 # The rate that the search starts from; a step of each rule has elements of about one.
@@ -148,56 +147,36 @@ def table(rows: dict[str, dict[str, Any]]) -> list[str]:
         if not row["seeds"]:
             continue
         found, beside = losses(row), losses(rows["adamw"])
-        spread = f" ± {statistics.stdev(found):.4f} ({len(found)})" if len(found) > 1 else ""
         # Paired by seed.
         gap = statistics.fmean(a - b for a, b in zip(found, beside, strict=False))
         lines.append(
-            f"| {name} | {best_rate(tried(row)):g} | {statistics.fmean(found):.4f}{spread} | {gap:+.4f}"
+            f"| {name} | {best_rate(tried(row)):g} | {mean_and_deviation(found)} | {gap:+.4f}"
             f" | {100 * row['state']:.2f} % |"
         )
     return lines
 
 
-def settings(options: argparse.Namespace, corpus: Corpus, others: str, rate: float, seed: int) -> Settings:
-    return Settings(
-        optimizer="gum",
-        model=options.model,
-        steps=options.steps,
-        batch=options.batch,
-        seq=options.seq,
-        lr=OPTIMIZERS["gum"][1],
-        others_lr=rate,
-        rank=SIZES[options.model].rank,
-        period=50,
-        full_rank_fraction=1 / 16,
-        weight_decay=0.1,
-        seed=seed,
-        text=corpus.name,
-        others=others,
-    )
-
-
 def main(argv: list[str] | None = None) -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--text", type=Path, help="default: chitchat-dataset")
+    p = short_runs.parser(__doc__, steps=300, seeds="0,1,2")
     p.add_argument("--rules", help="some, separated by semicolons; default: all")
-    p.add_argument("--seeds", default="0,1,2", help="the first one searches the rates (default: 0,1,2)")
-    p.add_argument("--model", choices=SIZES, default="0.6m")
-    p.add_argument("--steps", type=int, default=300)
-    p.add_argument("--batch", type=int, default=8)
-    p.add_argument("--seq", type=int, default=64)
-    p.add_argument("--out", type=Path, default=RESULTS)
     options = p.parse_args(argv)
     corpus, stop = Corpus(options.text, SIZES[options.model].vocabulary), StopSignal()
     results = Results(options.out / "embedding_rules.json", table)
-    protocol = f"{options.model}, {options.steps} steps of {options.batch} × {options.seq} tokens"
+    protocol = short_runs.protocol(options)
     first, *more = map(int, options.seeds.split(","))
 
     def loss_of(name: str, rate: float, seed: int) -> float:
         place = options.out / "unfinished" / f"{name}, {rate:g}, {seed}"
-        record = run(corpus, settings(options, corpus, name, rate, seed), place, stop, RuleTrainer)
-        if record is None:
-            raise SystemExit("Stopped and saved; the same command goes on.")
+        chosen = short_runs.settings(
+            options,
+            corpus,
+            optimizer="gum",
+            lr=OPTIMIZERS["gum"][1],
+            others_lr=rate,
+            seed=seed,
+            others=name,
+        )
+        record = short_runs.finished(run(corpus, chosen, place, stop, RuleTrainer))
         print(json.dumps({"run": place.name, "loss": record["val_loss"]}), flush=True)
         return record["val_loss"]
 

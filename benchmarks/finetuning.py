@@ -11,17 +11,16 @@ interrupted run bit for bit.
 
 import argparse
 import functools
-import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from results import RESULTS
+from results import RESULTS, mean_and_deviation
 
-from runs import ROOT, Record, Runs, Search, run, work
+from trainings import ROOT, Record, Runs, Search, run, work
 
-# Importing `runs` put the examples on the path.
+# Importing `trainings` put the examples on the path.
 import finetune  # isort: skip
 import smollm  # isort: skip
 from answers import answer, interval  # isort: skip
@@ -89,13 +88,12 @@ def table(runs: Runs, model: Path, text: str) -> str:
         if best is None or not found:
             continue
         losses = [r["val_loss"] for r in found]
-        spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
         right, of = (sum(r.get(field, 0) for r in found) for field in ("right", "of"))
         low, high = interval(right, of) if of else (0.0, 0.0)
         share = f"{right} of {of} ({100 * low:.1f} to {100 * high:.1f} %)" if of else ""
         lines.append(
             f"| `{name}`{', each head' * per_head} | {best.lr:.3g}"
-            f" | {statistics.fmean(losses):.4f}{spread} ({len(losses)}) | {share}"
+            f" | {mean_and_deviation(losses)} | {share}"
             f" | {found[0]['state_mib']:.1f} | {found[0]['peak_step_mib']:.0f} |"
         )
     return "\n".join(lines) + "\n"

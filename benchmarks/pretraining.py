@@ -23,9 +23,9 @@ from results import RESULTS
 
 import gum_optax as go
 
-from runs import ROOT, Record, Runs, Search, run, work
+from trainings import ROOT, Record, Runs, Search, run, work
 
-# Importing `runs` put the examples on the path.
+# Importing `trainings` put the examples on the path.
 from corpus import Corpus  # isort: skip
 from llama import SIZES  # isort: skip
 from optimizers import OPTIMIZERS, OTHERS_LR, Maker, Settings  # isort: skip

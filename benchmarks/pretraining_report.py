@@ -36,12 +36,12 @@ from pretraining import (
     searches,
     start,
 )
-from runs import Record, Runs, Search, step_seconds
+from trainings import Record, Runs, Search, step_seconds
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-# Importing `runs` put the examples on the path.
+# Importing `trainings` put the examples on the path.
 from corpus import Corpus  # isort: skip
 from llama import SIZES, Llama  # isort: skip
 from optimizers import Settings, optimizer  # isort: skip

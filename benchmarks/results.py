@@ -4,7 +4,8 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,14 @@ def versions(*more: str) -> dict[str, str]:
     """The versions of what the figures depend on."""
     found = {name: importlib.metadata.version(name) for name in ("jax", "optax", *more)}
     return found | {"python": platform.python_version()}
+
+
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """Mean, standard deviation and number of values, as a cell of a table; empty without values."""
+    if not values:
+        return ""
+    deviation = f" ± {statistics.stdev(values):.4f} ({len(values)})" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.4f}{deviation}"
 
 
 class Results:

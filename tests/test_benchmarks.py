@@ -149,7 +149,7 @@ def test_a_choice_changes_one_thing_of_a_run_and_its_losses_have_a_deviation_ove
     assert rate == choices.OPTIMIZERS["gum"][1]
     assert make.keywords["orthogonalizer"](jnp.eye(2, 4, dtype=jnp.bfloat16)).dtype == jnp.bfloat16
     runs = {"gum": {choices.DEFAULT: {"0": 4.0, "1": 5.0}, "`newton_schulz`": {"0": 4.25}}}
-    assert choices.table(runs)[2:] == ["| `gum` | 4.5000 ± 0.7071 |  | 4.2500 |  |"]
+    assert choices.table(runs)[2:] == ["| `gum` | 4.5000 ± 0.7071 (2) |  | 4.2500 |  |"]
 
 
 def test_compilation_is_measured_in_processes_beside_the_peer(tmp_path, monkeypatch):

@@ -31,8 +31,8 @@ import linear_regression  # noqa: E402
 import llama  # noqa: E402
 import optimizers  # noqa: E402
 import pretrain  # noqa: E402
-import runs  # noqa: E402
 import training  # noqa: E402
+import trainings  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("example_environment")
 
@@ -395,9 +395,9 @@ def test_a_stopped_run_of_a_benchmark_goes_on_to_the_bit(text, tmp_path):
             self.after -= 1
             return self.after < 0
 
-    whole = runs.run(words, chosen, tmp_path / "whole", Stop(100), evaluate_every=5)
-    assert runs.run(words, chosen, tmp_path / "cut", Stop(7), evaluate_every=5) is None
-    assert runs.run(words, chosen, tmp_path / "cut", Stop(100), evaluate_every=5) == whole
+    whole = trainings.run(words, chosen, tmp_path / "whole", Stop(100), evaluate_every=5)
+    assert trainings.run(words, chosen, tmp_path / "cut", Stop(7), evaluate_every=5) is None
+    assert trainings.run(words, chosen, tmp_path / "cut", Stop(100), evaluate_every=5) == whole
     assert sorted(whole["validation"]) == [5, 10, 12]
     assert not list(tmp_path.iterdir())
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import finetuning  # noqa: E402
 import pretraining  # noqa: E402
 import pretraining_report  # noqa: E402
-import runs  # noqa: E402
+import trainings  # noqa: E402
 
 # The rate at which each optimizer of the fake runs is best.
 BEST = {"adamw": 3e-3, "muon": 6e-3, "galore_muon": 1.5e-3, "gum": 3e-3, "gum, low variance": 3e-3}
@@ -43,13 +43,13 @@ def fake(done):
 
 @pytest.fixture
 def stored(tmp_path):
-    return runs.Runs(tmp_path / "found.json")
+    return trainings.Runs(tmp_path / "found.json")
 
 
 def test_the_study_of_pretraining_is_complete(stored, tmp_path):
     done = []
     base = pretraining.start("words")
-    runs.work(stored, lambda: pretraining.study(stored, base, 4883), fake(done), tmp_path, Never())
+    trainings.work(stored, lambda: pretraining.study(stored, base, 4883), fake(done), tmp_path, Never())
     assert len(done) == len(set(map(dataclasses.astuple, done))) == len(stored.all())
     # The embedding's rate comes first; then the long runs, of which two of three seeds wait for the ablation.
     assert [x.others_lr for x in done[:3]] == [0.048, 0.096, 0.024]
@@ -89,12 +89,12 @@ def test_a_study_goes_on_where_it_stopped_and_keeps_settings_and_commit(stored, 
         stop.came = len(done) == 5
         return do(chosen, place)
 
-    runs.work(stored, lambda: pretraining.study(stored, base, 4883), stopped, tmp_path, stop)
+    trainings.work(stored, lambda: pretraining.study(stored, base, 4883), stopped, tmp_path, stop)
     assert len(done) == 6
     first = stored.all()
     assert [r["settings"] for r in first] == list(map(dataclasses.asdict, done))
     assert all(len(r["commit"].rstrip("+")) >= 7 for r in first)
-    runs.work(stored, lambda: pretraining.study(stored, base, 4883), do, tmp_path, Never())
+    trainings.work(stored, lambda: pretraining.study(stored, base, 4883), do, tmp_path, Never())
     assert len(done) == len(set(map(dataclasses.astuple, done)))
     assert stored.all()[:6] == first
     json.loads((tmp_path / "found.json").read_text())
@@ -104,7 +104,7 @@ def test_two_workers_do_each_run_once(stored, tmp_path):
     done, base = [], pretraining.start("words")
 
     def work():
-        runs.work(stored, lambda: pretraining.study(stored, base, 4883), fake(done), tmp_path, Never())
+        trainings.work(stored, lambda: pretraining.study(stored, base, 4883), fake(done), tmp_path, Never())
 
     workers = [threading.Thread(target=work) for _ in range(2)]
     for worker in workers:
@@ -116,7 +116,7 @@ def test_two_workers_do_each_run_once(stored, tmp_path):
 
 def test_the_report_has_intervals_tokens_and_changes(stored, tmp_path, capsys):
     base = pretraining.start("words")
-    runs.work(stored, lambda: pretraining.study(stored, base, 4883), fake([]), tmp_path, Never())
+    trainings.work(stored, lambda: pretraining.study(stored, base, 4883), fake([]), tmp_path, Never())
     stored.path.rename(tmp_path / "pretraining.json")
     costs = {name: {"step_ms": 100.0, "state_mib": 2.0} for name in pretraining.COMPARED}
     (tmp_path / "pretraining_costs.json").write_text(json.dumps(costs))
@@ -151,11 +151,11 @@ def test_tokens_to_a_loss_lie_on_the_line_between_evaluations():
 
 
 def test_a_search_ends_between_two_worse_neighbours():
-    assert runs.next_rates({}, 0.5) == [0.5]
-    assert runs.next_rates({0.5: 1.0}, 0.5) == [1.0, 0.25]
-    assert runs.next_rates({0.5: 1.0, 1.0: 2.0}, 0.5) == [0.25]
-    assert runs.next_rates({0.5: 1.0, 1.0: 0.5}, 0.5) == [2.0]
-    assert runs.next_rates({0.5: 1.0, 1.0: 0.5, 2.0: 0.7}, 0.5) == []
+    assert trainings.next_rates({}, 0.5) == [0.5]
+    assert trainings.next_rates({0.5: 1.0}, 0.5) == [1.0, 0.25]
+    assert trainings.next_rates({0.5: 1.0, 1.0: 2.0}, 0.5) == [0.25]
+    assert trainings.next_rates({0.5: 1.0, 1.0: 0.5}, 0.5) == [2.0]
+    assert trainings.next_rates({0.5: 1.0, 1.0: 0.5, 2.0: 0.7}, 0.5) == []
 
 
 def test_the_study_of_fine_tuning_is_complete(stored, tmp_path, monkeypatch):
@@ -177,7 +177,7 @@ def test_the_study_of_fine_tuning_is_complete(stored, tmp_path, monkeypatch):
         found = {"val_loss": loss, "lr": chosen.lr, "state_mib": 1.0, "peak_step_mib": 2.0}
         return found | ({"right": 3, "of": 64} if chosen.seed else {})
 
-    runs.work(stored, lambda: finetuning.study(stored, tmp_path, "sums"), do, tmp_path, Never())
+    trainings.work(stored, lambda: finetuning.study(stored, tmp_path, "sums"), do, tmp_path, Never())
     rows = {(name, 8 * per_head): 5 for name, per_head in finetuning.ROWS}
     assert Counter((x.optimizer, x.head_dim) for x in done) == rows
     assert Counter(x.seed for x in done) == {0: 27, 1: 9, 2: 9}
