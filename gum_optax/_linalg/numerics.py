@@ -42,11 +42,6 @@ def rms(x: Float[Array, "*b m n"]) -> Float[Array, "*b 1 1"]:
     return frobenius(x) / (x.shape[-2] * x.shape[-1]) ** 0.5
 
 
-def to_norm_one(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
-    """`x` times the reciprocal of `|x|_F`; zero for zero, and where the norm is subnormal."""
-    return x * safe_reciprocal(frobenius(x))
-
-
 def wide_dtype(x: Any) -> Any:
     """The dtype of `x`, or float32 where that has more bits."""
     return jnp.promote_types(jnp.result_type(x), jnp.float32)

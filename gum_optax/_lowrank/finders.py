@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from .._core.keys import RowKey, normal, of_leaf
 from .._core.measurements import MeanOf
 from .._core.xla import one_by_one_on_cpu
-from .._linalg.numerics import exact_matmul, safe_reciprocal, to_norm_one
+from .._linalg.numerics import exact_matmul, safe_reciprocal, to_unit_norm
 from .._linalg.orthonormal import (
     orthonormal_or,
     orthonormalize,
@@ -155,7 +155,7 @@ def _from_sketch(mean_of: MeanOf, keys: Any, p: Any, iterations: int = 1) -> Any
         return g @ jnp.broadcast_to(s, (*g.shape[:-2], *s.shape))
 
     def start(p, y):
-        return orthonormal_or(orthonormalize(regularized(to_norm_one(y), p, _FLOOR_OF_A_SKETCH)), p)
+        return orthonormal_or(orthonormalize(regularized(to_unit_norm(y), p, _FLOOR_OF_A_SKETCH)), p)
 
     y = mean_of(lambda g: jax.tree.map(sketch, p, keys, g))
     return power_steps(mean_of, keys, jax.tree.map(start, p, y), iterations)
@@ -225,7 +225,7 @@ def randomized_svd(
     columns = min(m, r + oversampling)
     q = orthonormalize(normal(key, (*previous.shape[:-1], columns)))
     q = subspace_iteration(of_leaf(key), gradient, q, power_iterations)
-    b = to_norm_one(project(q, gradient))
+    b = to_unit_norm(project(q, gradient))
     v = one_by_one_on_cpu(lambda a: jnp.linalg.eigh(a)[1], exact_matmul(b, b.mT))  # ascending
     return exact_matmul(q, v[..., ::-1][..., :r])
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Int
 from .._core.checks import check_adam, check_function, check_integer, check_number
 from .._linalg.newton_schulz import Orthogonalizer, newton_schulz
 from .._linalg.normalizers import unit_frobenius
-from .._linalg.numerics import LARGEST, exact_matmul, to_norm_one
+from .._linalg.numerics import LARGEST, exact_matmul, to_unit_norm
 from .._linalg.orthonormal import lift, orthonormalize, outside, project, regularized
 from .._lowrank.finders import first_subspace
 from .._matrices.dimension_numbers import WeightDimensionNumbers
@@ -80,7 +80,7 @@ def scale_by_cosmos(
         m = b1 * m + (1 - b1) * g
         g = jnp.clip(g, -LARGEST, LARGEST)
         y = b2 * exact_matmul(u, s) + (1 - b2) * g @ project(u, g).mT
-        new = orthonormalize(regularized(to_norm_one(y), u))
+        new = orthonormalize(regularized(to_unit_norm(y), u))
         rotation, r = exact_matmul(new.mT, u), project(new, g)
         s = b2 * exact_matmul(exact_matmul(rotation, s), rotation.mT) + (1 - b2) * exact_matmul(r, r.mT)
         v = b2 * v + (1 - b2) * r**2

@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Int
 
 from .._core.checks import check_integer, check_number
-from .._linalg.numerics import exact_matmul, frobenius, norm, safe_reciprocal, to_norm_one
+from .._linalg.numerics import exact_matmul, frobenius, norm, safe_reciprocal, to_unit_norm
 from .._linalg.orthonormal import lift, orthonormal_or, orthonormalize, regularized
 from .._matrices.dimension_numbers import WeightDimensionNumbers
 from .._mesh.explicit import placed, zeros
@@ -83,7 +83,7 @@ def _completed(y: Array) -> Array:
     is lost then: the momentum keeps what the step does not take.
     """
     start = jnp.broadcast_to(jnp.eye(*y.shape[-2:], dtype=y.dtype), y.shape)
-    q = orthonormalize(regularized(to_norm_one(y), start, _EPS), shifted_passes=3)
+    q = orthonormalize(regularized(to_unit_norm(y), start, _EPS), shifted_passes=3)
     return orthonormal_or(q, start)
 
 

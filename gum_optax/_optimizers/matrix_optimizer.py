@@ -21,7 +21,7 @@ Steps 2 and 4 tell the rule what they know in one extra argument, `context`: see
 """
 
 import dataclasses
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +30,7 @@ import optax
 
 from .._core.checks import check_number, check_rule, is_function, is_rule
 from .._core.context import NO_CONTEXT, MatrixContext
+from .._core.partition import partition_matrices
 from .._core.trees import leaves_of_prefix, split
 from .._core.turns import Turn, WholeStep
 from .._matrices.as_matrices import as_matrices
@@ -199,10 +200,7 @@ def matrix_optimizer(
         matrices = optax.chain(as_matrices(rule, dims, wide=wide), rescale(dims), descent)
         rest = optax.chain(at_least_float32(adam() if others_rule is None else others_rule), descent)
         outer = rest if others is None else skip_as_one(others)
-        rules: dict[Hashable, optax.GradientTransformation] = {"matrices": matrices, "others": outer}
-        labels = treedef.unflatten(["others" if entry is None else "matrices" for entry in entries])
-        # Pass the labels as a function: `optax.partition` would call a tree of labels that is callable.
-        return optax.partition(rules, lambda _: labels)
+        return partition_matrices(matrices, outer, tree, entries)
 
     def init(params):
         entries = decisions.decide_at_init(params)

@@ -1,13 +1,13 @@
 """Rules for the leaves that are not hidden matrices: embedding tables, heads, and vectors."""
 
 from collections.abc import Hashable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from .._core.context import NO_CONTEXT, MatrixContext
+from .._core.partition import partition
 from .._matrices.dimension_numbers import names_of
 from .._matrices.hidden_matrices import policy
 
@@ -31,12 +31,10 @@ def others_by_kind(
     }
 
     def init(params):
-        return optax.partition(rules, _kinds).init(params)
+        return partition(rules, params, _kinds(params)).init(params)
 
     def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
-        kinds = context.turn.of_whole(updates, lambda whole: jax.tree.leaves(_kinds(whole)))
-        labels = jax.tree.structure(updates).unflatten(kinds)
-        of_leaves = optax.partition(rules, lambda _: labels)
+        of_leaves = partition(rules, updates, context.turn.of_whole(updates, _kinds))
         return of_leaves.update(updates, state, params, context=context, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -57,7 +55,7 @@ def as_rows(inner: optax.GradientTransformation) -> optax.GradientTransformation
     return optax.GradientTransformationExtraArgs(lambda params: inner.init(seen(params)), update)
 
 
-def _kinds(params: optax.Params) -> Any:
+def _kinds(params: optax.Params) -> list[str]:
     """The kind of each leaf, by name."""
 
     def kind(path, x, reading):
@@ -71,6 +69,5 @@ def _kinds(params: optax.Params) -> Any:
         is_table = reading.kind == "embedding" and names_of(path)[-1] != "kernel"
         return "tables" if is_table else "heads"
 
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
-    readings = policy(params)
-    return treedef.unflatten([kind(*leaf, reading) for leaf, reading in zip(leaves, readings, strict=True)])
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return [kind(*leaf, reading) for leaf, reading in zip(leaves, policy(params), strict=True)]

@@ -1,7 +1,7 @@
 """Protects what a model has learned: steps stay off chosen subspaces of its matrices."""
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from .._core.checks import check_fraction, check_function, check_integer, check_number, check_rule
 from .._core.context import NO_CONTEXT, MatrixContext
+from .._core.partition import partition_matrices
 from .._core.trees import columns
 from .._linalg.protected import extend_basis, off_both_sides, top_singular_vectors
 from .._matrices.as_matrices import as_matrices
@@ -133,13 +134,8 @@ def _of_matrices(
     def routed(tree, turn=NO_CONTEXT.turn):
         treedef = jax.tree.structure(tree)
         entries = turn.of_whole(tree, decisions.of)
-        labels = treedef.unflatten(["others" if entry is None else "matrices" for entry in entries])
         matrices = as_matrices(rule, treedef.unflatten(entries), wide=False)
-        rules: dict[Hashable, optax.GradientTransformation] = {
-            "matrices": matrices,
-            "others": optax.identity(),
-        }
-        return optax.partition(rules, lambda _: labels)
+        return partition_matrices(matrices, optax.identity(), tree, entries)
 
     def init(params):
         decisions.decide_at_init(params)
