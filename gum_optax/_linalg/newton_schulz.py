@@ -17,9 +17,16 @@ from .numerics import exact_matmul, to_unit_norm
 Coefficients = Sequence[tuple[float, float, float]]
 Orthogonalizer = Callable[[Float[Array, "*b m n"]], Float[Array, "*b m n"]]
 
-# Keller Jordan's quintic has the steepest slope at zero that keeps singular values in about [0.7, 1.2]
-# (https://kellerjordan.github.io/posts/muon). The table has his five steps.
 JORDAN: Coefficients = ((3.4445, -4.7750, 2.0315),) * 5
+"""Keller Jordan's quintic, in his five steps: singular values go to about [0.7, 1.2].
+
+It has the steepest slope at zero that keeps them there (https://kellerjordan.github.io/posts/muon).
+
+Examples:
+  >>> y = gum_optax.newton_schulz(jnp.diag(jnp.array([1.0, 0.1, 0.01, 0.0])), gum_optax.JORDAN)
+  >>> print(np.diagonal(y).round(1))
+  [0.7 0.7 0.7 0. ]
+"""
 
 # The minimax quintics of Polar Express (arXiv 2505.16932, Algorithm 1 and its listing) for
 # singular values in [1e-3, 1]. The last row is the Newton-Schulz step itself.
@@ -57,6 +64,13 @@ POLAR_EXPRESS: Coefficients = (
     *(_stretched(row, _HEADROOM) for row in POLAR_EXPRESS_MINIMAX[1:-1]),
     POLAR_EXPRESS_MINIMAX[-1],
 )
+"""Eight minimax quintics: singular values from 1e-3 of the largest go to 1 within 1e-5 (Polar Express).
+
+Examples:
+  >>> y = gum_optax.newton_schulz(jnp.diag(jnp.array([1.0, 0.1, 0.01, 0.0])), gum_optax.POLAR_EXPRESS)
+  >>> print(np.diagonal(y).round(3))
+  [1. 1. 1. 0.]
+"""
 
 
 def _as_wide(f: Orthogonalizer, x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
@@ -93,6 +107,12 @@ def newton_schulz(
 
     Returns:
       Matrices of the shape and dtype of `x`. The products have JAX's default precision.
+
+    Examples:
+      >>> x = jax.random.normal(jax.random.key(0), (4, 8))
+      >>> y = gum_optax.newton_schulz(x, gum_optax.POLAR_EXPRESS)
+      >>> print(np.linalg.svd(y, compute_uv=False).round(3))
+      [1. 1. 1. 1.]
 
     References:
       Jordan et al., Muon, https://kellerjordan.github.io/posts/muon; Amsel et al., The Polar
@@ -131,6 +151,12 @@ def gram_newton_schulz(
 
     Raises:
       TypeError, ValueError: `restart` is not an integer of at least 1.
+
+    Examples:
+      >>> x = jax.random.normal(jax.random.key(0), (4, 8))
+      >>> y = gum_optax.gram_newton_schulz(x)
+      >>> bool(jnp.allclose(y, gum_optax.newton_schulz(x), atol=1e-3))
+      True
     """
     restart = check_integer("restart", restart, at_least=1)
     rows = list(coefficients)
@@ -164,6 +190,12 @@ def fastest_newton_schulz(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
 
     Args:
       x: matrices in the last two axes, of any floating dtype.
+
+    Examples:
+      >>> x = jax.random.normal(jax.random.key(0), (4, 8))
+      >>> y = gum_optax.fastest_newton_schulz(x)
+      >>> bool(jnp.allclose(y, gum_optax.newton_schulz(x), atol=2e-3))
+      True
     """
     short, long = sorted(x.shape[-2:])
     if long < _WIDE_ENOUGH * short:

@@ -32,6 +32,11 @@ def sinkhorn(x: Float[Array, "*b m n"], rounds: int = 5, first: int = -1) -> Flo
 
     Raises:
       TypeError, ValueError: `rounds` below 1, or `first` neither -1 nor -2.
+
+    Examples:
+      >>> y = gum_optax.sinkhorn(jax.random.normal(jax.random.key(0), (4, 8)))
+      >>> print(np.linalg.norm(y, axis=0).round(3))  # √4
+      [2. 2. 2. 2. 2. 2. 2. 2.]
     """
     if first not in (-1, -2):
         raise ValueError(f"first must be -1 or -2, got {first!r}.")
@@ -66,6 +71,11 @@ def standardize_rows(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
     """Subtract each row's mean and divide by its standard deviation; constant rows become zero.
 
     (Ma et al., SWAN, arXiv 2412.13148, GradNorm.)
+
+    Examples:
+      >>> y = gum_optax.standardize_rows(jnp.array([[1.0, 3.0], [7.0, 5.0], [4.0, 4.0]]))
+      >>> y.round(3).tolist()
+      [[-1.0, 1.0], [1.0, -1.0], [0.0, 0.0]]
     """
     g = x.astype(jnp.float32)
     largest = jnp.max(jnp.abs(g), axis=-1, keepdims=True)
@@ -84,17 +94,35 @@ def _unit_rms(x: Float[Array, "*b m n"], axis: int | tuple[int, ...]) -> Float[A
 
 
 def unit_rows(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
-    """Scale every row to ℓ2-norm `√n`: the maximizer of `<x, z>` over `maxᵢ |zᵢ| <= √n`."""
+    """Scale every row to ℓ2-norm `√n`: the maximizer of `<x, z>` over `maxᵢ |zᵢ| <= √n`.
+
+    Examples:
+      >>> x = jnp.array([[4.0, 4.0, 4.0, 4.0], [0.0, -1.0, 0.0, 0.0]])
+      >>> gum_optax.unit_rows(x).round(3).tolist()
+      [[1.0, 1.0, 1.0, 1.0], [0.0, -2.0, 0.0, 0.0]]
+    """
     return _unit_rms(x, -1)
 
 
 def unit_columns(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
-    """Scale every column to ℓ2-norm `√m`."""
+    """Scale every column to ℓ2-norm `√m`.
+
+    Examples:
+      >>> x = jnp.array([[4.0, 0.0], [4.0, -1.0], [4.0, 0.0], [4.0, 0.0]])
+      >>> gum_optax.unit_columns(x).round(3).tolist()
+      [[1.0, 0.0], [1.0, -2.0], [1.0, 0.0], [1.0, 0.0]]
+    """
     return _unit_rms(x, -2)
 
 
 def unit_frobenius(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
-    """Scale the whole matrix to Frobenius norm `√(m n)`: normalized SGD."""
+    """Scale the whole matrix to Frobenius norm `√(m n)`: normalized SGD.
+
+    Examples:
+      >>> y = gum_optax.unit_frobenius(jnp.full((4, 8), -3.0))
+      >>> round(float(y[0, 0]), 3)
+      -1.0
+    """
     return _unit_rms(x, (-2, -1))
 
 
@@ -102,6 +130,11 @@ def whiten(x: Float[Array, "*b m n"], method: Orthogonalizer = polar) -> Float[A
     """The polar factor, scaled to the Frobenius norm of `x`: `O |x|_F / |O|_F`, `O = method(x)`.
 
     (Ma et al., SWAN, arXiv 2412.13148, GradWhitening.)
+
+    Examples:
+      >>> y = gum_optax.whiten(jnp.diag(jnp.array([7.0, 1.0])))
+      >>> print(np.linalg.svd(y, compute_uv=False).round(3))  # 7² + 1² = 5² + 5²
+      [5. 5.]
     """
     o = method(x)
     return (o.astype(jnp.float32) * (frobenius(x) * safe_reciprocal(frobenius(o)))).astype(x.dtype)
@@ -112,23 +145,45 @@ def spectral_lmo(x: Float[Array, "*b m n"], method: Orthogonalizer = newton_schu
 
     That set is the unit ball of the operator norm between RMS norms. (Pethick et al., Scion, arXiv
     2502.07529, Table 2.)
+
+    Examples:
+      >>> y = gum_optax.spectral_lmo(jax.random.normal(jax.random.key(0), (4, 16)), gum_optax.polar)
+      >>> print(np.linalg.svd(y, compute_uv=False).round(3))  # √(4 / 16)
+      [0.5 0.5 0.5 0.5]
     """
     m, n = x.shape[-2:]
     return (m / n) ** 0.5 * method(x)
 
 
 def sign_lmo(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
-    """`sign(x) / n`, outputs as rows: the maximizer over the ball of the largest entry (Scion, Table 3)."""
+    """`sign(x) / n`, outputs as rows: the maximizer over the ball of the largest entry (Scion, Table 3).
+
+    Examples:
+      >>> gum_optax.sign_lmo(jnp.array([[3.0, -4.0], [0.0, 0.5]])).tolist()
+      [[0.5, -0.5], [0.0, 0.5]]
+    """
     return jnp.sign(x) / x.shape[-1]
 
 
 def row_lmo(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
-    """Scale every row, an output, to ℓ2-norm `1/√n`: the ball of the largest row (Scion, RowNorm)."""
+    """Scale every row, an output, to ℓ2-norm `1/√n`: the ball of the largest row (Scion, RowNorm).
+
+    Examples:
+      >>> x = jnp.array([[4.0, 4.0, 4.0, 4.0], [0.0, -1.0, 0.0, 0.0]])
+      >>> gum_optax.row_lmo(x).round(3).tolist()
+      [[0.25, 0.25, 0.25, 0.25], [0.0, -0.5, 0.0, 0.0]]
+    """
     return unit_rows(x) / x.shape[-1]
 
 
 def column_lmo(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
-    """Scale every column, an input, to ℓ2-norm `√m`: the ball of the largest column (Scion, ColNorm)."""
+    """Scale every column, an input, to ℓ2-norm `√m`: the ball of the largest column (Scion, ColNorm).
+
+    Examples:
+      >>> x = jnp.array([[4.0, 0.0], [4.0, -1.0], [4.0, 0.0], [4.0, 0.0]])
+      >>> gum_optax.column_lmo(x).round(3).tolist()
+      [[1.0, 0.0], [1.0, -2.0], [1.0, 0.0], [1.0, 0.0]]
+    """
     return unit_columns(x)
 
 
@@ -144,6 +199,12 @@ def multi_norm(projections: Sequence[Normalizer], rounds: int = 1) -> Normalizer
     Raises:
       TypeError, ValueError: `projections` is empty or holds something other than a function, or `rounds` is
         below 1.
+
+    Examples:
+      >>> x = jax.random.normal(jax.random.key(0), (4, 8))
+      >>> method = gum_optax.multi_norm((gum_optax.unit_rows, gum_optax.unit_columns), rounds=5)
+      >>> bool(jnp.allclose(method(x), gum_optax.sinkhorn(x), atol=1e-5))
+      True
 
     References:
       Scetbon et al., Gradient Multi-Normalization, arXiv 2502.06742, Algorithm 1.

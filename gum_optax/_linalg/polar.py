@@ -36,6 +36,11 @@ def polar(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
 
     Returns:
       Matrices of the shape and dtype of `x`, computed in float32 by an SVD.
+
+    Examples:
+      >>> y = gum_optax.polar(jnp.diag(jnp.array([3.0, 1e-3, 0.0])))
+      >>> print(np.linalg.svd(y, compute_uv=False).round(3))
+      [1. 1. 0.]
     """
 
     def factor(x):
@@ -57,6 +62,11 @@ def polar_by_products(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
 
     Args:
       x: matrices in the last two axes, of any floating dtype; null spaces become zero within 0.025.
+
+    Examples:
+      >>> y = gum_optax.polar_by_products(jnp.diag(jnp.array([3.0, 1e-3, 0.0])))
+      >>> print(np.linalg.svd(y, compute_uv=False).round(3))
+      [1. 1. 0.]
     """
     with jax.default_matmul_precision("highest"):
         return newton_schulz(x, _EXACT)

@@ -50,6 +50,12 @@ def extend_basis(
     Returns:
       The extended basis. A moment that is not finite adds nothing.
 
+    Examples:
+      >>> basis = jnp.eye(4, 1) * jnp.array([1.0, 0.0])  # one direction, and a free column
+      >>> moment = jnp.diag(jnp.array([1.0, 2.0, 0.1, 0.0]))
+      >>> jnp.abs(gum_optax.extend_basis(basis, moment, energy=0.9)).round(3).tolist()
+      [[1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0]]
+
     References:
       Wang et al., GORP, arXiv 2507.02503, as summarized; the sum that counts the old directions is that of
       GPM (Saha et al., arXiv 2103.09762), its model.
