@@ -38,13 +38,6 @@ from .turns import WHOLE_STEP, WholeStep
 class MatrixContext:
     """The extra argument `context` of an update: what a wrapper knows of the leaves that a rule is given.
 
-    A rule reads it so:
-
-        def update(updates, state, params=None, *, context=MatrixContext(), **extra_args):
-            ...
-            if context.accept is not None:
-                momentum = context.accept.keep_if_rejected(momentum, state.momentum)
-
     Attributes:
       views: a tree with a `View` at each leaf: how the leaf is stored and sharded. `None`: leaves are
         `(*blocks, m, n)` as they stand.
@@ -55,6 +48,18 @@ class MatrixContext:
         the updates are the whole tree.
 
     The table of this module shows who passes each field and who reads it.
+
+    Examples:
+      >>> def update(updates, state, params=None, *, context=gum_optax.MatrixContext(), **extra_args):
+      ...     momentum = jax.tree.map(lambda m, g: 0.9 * m + g, state, updates)
+      ...     if context.accept is not None:
+      ...         momentum = context.accept.keep_if_rejected(momentum, state)
+      ...     return momentum, momentum
+      >>> rule = optax.GradientTransformationExtraArgs(optax.tree.ones_like, update)
+      >>> tx, params = gum_optax.skip_non_finite(rule), {"w": jnp.ones(2)}
+      >>> updates, state = tx.update({"w": jnp.full(2, jnp.nan)}, tx.init(params), params)
+      >>> updates["w"].tolist(), state.inner["w"].tolist()
+      ([0.0, 0.0], [1.0, 1.0])
     """
 
     views: Any = None
