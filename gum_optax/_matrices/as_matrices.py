@@ -41,6 +41,13 @@ def as_matrices(
     Raises:
       ValueError: at `init`, a leaf has no two matrix axes, or dimension numbers overlap.
       TypeError: at `init`, a leaf is complex or integer.
+
+    Examples:
+      >>> for numbers in (gum_optax.LAST_TWO, optax.contrib.MuonDimensionNumbers(0, -1)):
+      ...     rule = gum_optax.as_matrices(optax.trace(0.9), numbers)
+      ...     print(rule.init({"kernel": jnp.ones((8, 3, 4))}).trace["kernel"].shape)
+      (8, 3, 4)
+      (3, 4, 8)
     """
     inner = optax.with_extra_args_support(check_rule("inner", inner))
 

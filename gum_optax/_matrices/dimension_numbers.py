@@ -13,16 +13,55 @@ from .._core.checks import is_function
 from .._core.trees import key_name
 from .._mesh.axis_names import is_box
 
-# Roles of a leaf, alone or in a stack. A Flax kernel: the last two axes, fan-in before fan-out.
+# Roles of a leaf, alone or in a stack.
 LAST_TWO = MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
-# A linear layer of PyTorch and Equinox, `(out, in)`.
+"""A kernel of Flax: the last two axes, fan-in before fan-out; axes before them are blocks.
+
+Examples:
+  >>> rule = gum_optax.as_matrices(optax.trace(0.9), gum_optax.LAST_TWO, wide=False)
+  >>> rule.init({"kernel": jnp.ones((3, 4, 8))}).trace["kernel"].shape  # blocks, fan-in, fan-out
+  (3, 4, 8)
+"""
 OUT_IN = MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
-# Attention with a separate axis for heads: `(embed, heads, head_dim)` and `(heads, head_dim, embed)`.
+"""A linear layer of PyTorch and Equinox, `(out, in)`.
+
+Examples:
+  >>> rule = gum_optax.as_matrices(optax.trace(0.9), gum_optax.OUT_IN, wide=False)
+  >>> rule.init({"weight": jnp.ones((8, 4))}).trace["weight"].shape  # fan-in and fan-out
+  (4, 8)
+"""
 SPLIT_HEADS_INPUT = MuonDimensionNumbers(reduction_axis=-3, output_axis=(-2, -1))
+"""Queries, keys or values with a separate axis for heads, `(embed, heads, head_dim)`.
+
+Examples:
+  >>> rule = gum_optax.as_matrices(optax.trace(0.9), gum_optax.SPLIT_HEADS_INPUT, wide=False)
+  >>> rule.init({"query": jnp.ones((16, 4, 8))}).trace["query"].shape  # fan-in and fan-out
+  (16, 32)
+"""
 SPLIT_HEADS_OUTPUT = MuonDimensionNumbers(reduction_axis=(-3, -2), output_axis=-1)
-# Two-dimensional convolutions: Flax's `(height, width, in, out)`, and `(out, in, height, width)`.
+"""The output of attention with a separate axis for heads, `(heads, head_dim, embed)`.
+
+Examples:
+  >>> rule = gum_optax.as_matrices(optax.trace(0.9), gum_optax.SPLIT_HEADS_OUTPUT, wide=False)
+  >>> rule.init({"out": jnp.ones((4, 8, 16))}).trace["out"].shape  # fan-in and fan-out
+  (32, 16)
+"""
 CONV_HWIO = MuonDimensionNumbers(reduction_axis=(-4, -3, -2), output_axis=-1)
+"""A two-dimensional convolution of Flax, `(height, width, in, out)`.
+
+Examples:
+  >>> rule = gum_optax.as_matrices(optax.trace(0.9), gum_optax.CONV_HWIO, wide=False)
+  >>> rule.init({"kernel": jnp.ones((3, 3, 4, 8))}).trace["kernel"].shape  # fan-in and fan-out
+  (36, 8)
+"""
 CONV_OIHW = MuonDimensionNumbers(reduction_axis=(-3, -2, -1), output_axis=-4)
+"""A two-dimensional convolution of PyTorch and Equinox, `(out, in, height, width)`.
+
+Examples:
+  >>> rule = gum_optax.as_matrices(optax.trace(0.9), gum_optax.CONV_OIHW, wide=False)
+  >>> rule.init({"weight": jnp.ones((8, 4, 3, 3))}).trace["weight"].shape  # fan-in and fan-out
+  (36, 8)
+"""
 
 WeightDimensionNumbers = MuonDimensionNumbers | Any | Callable[[Any], Any] | None
 
@@ -53,6 +92,11 @@ class Parts(NamedTuple):
 
     The state at the kernel's place is a tuple with one entry per part, or a single array if `sizes` is
     `None`.
+
+    Examples:
+      >>> tx = gum_optax.muon(1e-3, weight_dimension_numbers={"*/qkv": gum_optax.Parts((16, 8, 8))})
+      >>> gum_optax.describe(tx, {"attention": {"qkv": jnp.ones((16, 32))}}).leaves[0].blocks
+      '1 of 16 × 16 + 1 of 8 × 16 + 1 of 8 × 16'
     """
 
     sizes: tuple[int, ...] | None = None  # sizes of the parts along the axis; None: one part

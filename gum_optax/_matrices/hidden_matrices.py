@@ -18,7 +18,17 @@ from .rules.policy import readings
 
 
 class RoutingWarning(UserWarning):
-    """A leaf has a second plausible reading, or a pattern of paths decides no leaf."""
+    """A leaf has a second plausible reading, or a pattern of paths decides no leaf.
+
+    Examples:
+      >>> import warnings
+      >>> tx = gum_optax.muon(1e-3, weight_dimension_numbers={"mlp/*": gum_optax.LAST_TWO})
+      >>> with warnings.catch_warnings(record=True) as caught:
+      ...     warnings.simplefilter("always")
+      ...     state = tx.init({"up": {"kernel": jnp.ones((4, 8))}})
+      >>> caught[0].category.__name__, str(caught[0].message).split(";")[0]
+      ('RoutingWarning', "weight_dimension_numbers has patterns that decide no leaf: ['mlp/*']")
+    """
 
 
 @runtime_checkable
@@ -64,6 +74,11 @@ def hidden_matrices(params: Any, *, routers: bool = True) -> Any:
       A tree of the same structure with `optax.contrib.MuonDimensionNumbers` or `None` at the leaves. If your
       model differs, override entries and pass the tree as `weight_dimension_numbers`, or pass a mapping from
       patterns: `{"*/kernel_of_layers": MuonDimensionNumbers(0, -1), "*/gate/*": None}`.
+
+    Examples:
+      >>> params = {"bias": jnp.ones(8), "embedding": jnp.ones((16, 4)), "kernel": jnp.ones((4, 8))}
+      >>> gum_optax.hidden_matrices(params)
+      {'bias': None, 'embedding': None, 'kernel': MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)}
     """
     return jax.tree.structure(params).unflatten(
         [reading.entry for reading in policy(params, routers=routers)]

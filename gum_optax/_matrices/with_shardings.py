@@ -32,6 +32,15 @@ def with_shardings(
 
     Raises:
       TypeError: a matrix has no `NamedSharding`; raised when the result is called with parameters.
+
+    Examples:
+      >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", None))
+      >>> numbers = gum_optax.with_shardings({"kernel": sharding})
+      >>> tx = gum_optax.galore_muon(1e-3, rank=2, weight_dimension_numbers=numbers)
+      >>> state = tx.init({"kernel": jnp.ones((4, 8))})
+      >>> optax.tree.get(state, "projectors")["kernel"].shape  # of the side that is whole
+      (8, 2)
     """
     leaves = jax.tree_util.tree_leaves_with_path(param_shardings)
     return _WithShardings({names_of(path): x for path, x in leaves}, weight_dimension_numbers)

@@ -191,6 +191,13 @@ def with_axis_names(tx: optax.GradientTransformation) -> optax.GradientTransform
 
     Raises:
       TypeError: `tx` is not a transformation.
+
+    Examples:
+      >>> from flax.core.meta import Partitioned
+      >>> params = {"kernel": Partitioned(jnp.ones((8, 4)), ("mlp", "embed"))}
+      >>> tx = gum_optax.with_axis_names(gum_optax.as_matrices(gum_optax.low_rank(optax.trace(0.9), 2, 200)))
+      >>> tx.init(params).low.trace["kernel"].names
+      (None, 'mlp')
     """
     check_rule("tx", tx)
     tx = optax.with_extra_args_support(tx)

@@ -16,10 +16,7 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, param_shardin
 
     A state array beside a parameter is sharded like the parameter along every axis that both share. A rank
     axis, and an array that belongs to no parameter, is whole on every device, so a rank need not be a
-    multiple of a mesh axis. Pass the result to `jit`, so that `init` creates the state in its final place:
-
-        shardings = state_shardings(tx, params, param_shardings)
-        state = jax.jit(tx.init, out_shardings=shardings)(params)
+    multiple of a mesh axis. Pass the result to `jit`, so that `init` creates the state in its final place.
 
     A mesh of Explicit axes (the default of `jax.make_mesh`) does not need this function: there `init` reads
     the shardings from the types of the parameters.
@@ -36,6 +33,15 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, param_shardin
       TypeError: a sharding is not a `NamedSharding`, or `tx` is not a transformation.
       ValueError: the shardings are on several meshes, there is no sharding, or a sharding does not fit its
         leaf.
+
+    Examples:
+      >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", None))
+      >>> tx, params = gum_optax.galore_muon(1e-3, rank=2), {"kernel": jnp.ones((4, 8))}
+      >>> shardings = gum_optax.state_shardings(tx, params, {"kernel": sharding})
+      >>> state = jax.jit(tx.init, out_shardings=shardings)(params)
+      >>> tuple(optax.tree.get(state, "projectors")["kernel"].sharding.spec)
+      ('data', None)
     """
     check_rule("tx", tx)
     shardings = jax.tree.structure(params).flatten_up_to(param_shardings)
@@ -90,6 +96,12 @@ def check_processes_agree(state: optax.OptState) -> None:
 
     Raises:
       ValueError: an array differs; the message names the array and the value in each process.
+
+    Examples:
+      >>> state = gum_optax.gum(1e-3, rank=2).init({"kernel": jnp.ones((4, 8))})
+      >>> gum_optax.check_processes_agree(state)  # no error
+      >>> jax.process_count()
+      1
     """
     if jax.process_count() == 1:
         return
