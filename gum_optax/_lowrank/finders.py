@@ -76,6 +76,12 @@ def svd_subspace(
 
     It is exact and slow: its cost grows with `m² n`, whatever the rank.
     (GaLore, arXiv 2403.03507, Algorithm 2; GUM, arXiv 2510.17802, Algorithm 2.)
+
+    Examples:
+      >>> gradient = jnp.diag(jnp.array([1.0, 2.0, 3.0, 4.0]))
+      >>> p = gum_optax.svd_subspace(jax.random.key(0), gradient, jnp.zeros((4, 2)))
+      >>> jnp.abs(p).tolist()
+      [[0.0, 0.0], [0.0, 0.0], [0.0, 1.0], [1.0, 0.0]]
     """
     del key
     # Columns beyond `min(m, n)` can only come from the null space.
@@ -128,6 +134,12 @@ def subspace_iteration(
       gradient: `(*, m, n)`.
       previous: `(*, m, r)`, orthonormal columns, the start.
       iterations: power steps. One step follows a slowly moving subspace; a random start takes two or three.
+
+    Examples:
+      >>> gradient = jnp.diag(jnp.array([4.0, 3.0, 2.0, 1.0]))
+      >>> p = gum_optax.subspace_iteration(jax.random.key(0), gradient, jnp.full((4, 1), 0.5), iterations=1)
+      >>> print(np.asarray(p / p[0]).ravel().round(2))  # the squares of 4, 3, 2, 1
+      [1.   0.56 0.25 0.06]
     """
     return power_steps(functools.partial(_of, gradient), key, previous, iterations)
 
@@ -182,6 +194,12 @@ def sketched_subspace(
       previous: `(*, m, r)`, orthonormal columns, which fill up what the gradient leaves open.
       iterations: power steps after the sketch.
 
+    Examples:
+      >>> gradient = jnp.diag(jnp.array([4.0, 3.0, 2.0, 1.0]))
+      >>> p = gum_optax.sketched_subspace(jax.random.key(0), gradient, jnp.eye(4, 2), iterations=8)
+      >>> round(float(jnp.sum((p.T @ gradient) ** 2)), 2)  # 4² + 3²
+      25.0
+
     References:
       Halko et al., arXiv 0909.4061, Algorithm 4.4; the sketch of Clarkson and Woodruff, arXiv 1207.6365.
     """
@@ -220,6 +238,12 @@ def randomized_svd(
       previous: `(*, m, r)`; only its shape is used.
       oversampling: extra columns; 5 to 10 in Halko et al., arXiv 0909.4061, section 4.2.
       power_iterations: steps with `G Gᵀ`; 1 to 2 there (section 4.5).
+
+    Examples:
+      >>> gradient = jnp.diag(jnp.array([4.0, 3.0, 2.0, 1.0]))
+      >>> p = gum_optax.randomized_svd(jax.random.key(0), gradient, jnp.zeros((4, 2)))
+      >>> round(float(jnp.sum((p.T @ gradient) ** 2)), 2)  # 4² + 3²
+      25.0
     """
     m, r = previous.shape[-2:]
     columns = min(m, r + oversampling)
@@ -243,6 +267,11 @@ def random_subspace(
 
     `E[P Pᵀ] = (r/m) I`, so a projection on it is unbiased up to that factor.
     (GoLore, arXiv 2410.11289; Flora, arXiv 2402.03293.)
+
+    Examples:
+      >>> p = gum_optax.random_subspace(jax.random.key(0), jnp.ones((4, 8)), jnp.zeros((4, 2)))
+      >>> bool(jnp.allclose(p.T @ p, jnp.eye(2), atol=1e-5))
+      True
     """
     del gradient
     return orthonormalize(normal(key, previous.shape))

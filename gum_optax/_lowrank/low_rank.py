@@ -39,7 +39,14 @@ from .switch import track_subspace
 
 
 class LowRankState(NamedTuple):
-    """State of `low_rank`; a leaf that is not projected is masked (`optax.MaskedNode`)."""
+    """State of `low_rank`; a leaf that is not projected is masked (`optax.MaskedNode`).
+
+    Examples:
+      >>> rule = gum_optax.low_rank(optax.trace(0.9), rank=2, period=200)
+      >>> state = rule.init({"kernel": jnp.ones((4, 8))})
+      >>> state.projectors["kernel"].shape, state.low.trace["kernel"].shape
+      ((4, 2), (2, 8))
+    """
 
     count: Int[Array, ""]  # steps taken  # pyright: ignore[reportIncompatibleMethodOverride]
     refreshes: Int[Array, ""]  # subspaces found
@@ -95,6 +102,15 @@ def low_rank(
 
     Raises:
       TypeError, ValueError: an argument or a leaf is out of range or of the wrong type.
+
+    Examples:
+      >>> rule = gum_optax.low_rank(optax.identity(), 2, 200, find_subspace=gum_optax.svd_subspace)
+      >>> gradients = {"kernel": jnp.diag(jnp.array([4.0, 3.0, 2.0, 1.0]))}
+      >>> steps, state = rule.update(gradients, rule.init(gradients))
+      >>> print(np.linalg.norm(steps["kernel"], axis=1).round(2))  # the two largest rows
+      [4. 3. 0. 0.]
+      >>> round(float(state.captured), 3)  # 25 of 30
+      0.833
 
     References:
       Zhao et al., GaLore, arXiv 2403.03507, Algorithm 2.

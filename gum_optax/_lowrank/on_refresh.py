@@ -19,7 +19,15 @@ OnRefresh = Callable[[Any, Any, Any, Any, Any], Any]
 
 
 def keep(inner: Any, state: Any, coordinates: Any, rotation: Any, is_refresh: Any) -> Any:
-    """The state stays: coordinates in the old subspace count as coordinates in the new one (GaLore)."""
+    """The state stays: coordinates in the old subspace count as coordinates in the new one (GaLore).
+
+    Examples:
+      >>> state = optax.TraceState(jnp.array([[1.0, 2.0], [3.0, 4.0]]))
+      >>> rotation = jnp.array([[0.0, 1.0], [1.0, 0.0]])  # P_newᵀ P_old: the columns change places
+      >>> kept = gum_optax.keep(optax.trace(0.9), state, jnp.zeros((2, 2)), rotation, jnp.asarray(True))
+      >>> kept.trace.tolist()
+      [[1.0, 2.0], [3.0, 4.0]]
+    """
     del inner, coordinates, rotation, is_refresh
     return state
 
@@ -36,6 +44,13 @@ def rotate(inner: Any, state: Any, coordinates: Any, rotation: Any, is_refresh: 
 
     This is right for accumulators that are linear in the gradient, such as that of `optax.trace`; a second
     moment is not linear. Leaves of inner's state without the coordinates' shape, such as norms, stay.
+
+    Examples:
+      >>> state = optax.TraceState(jnp.array([[1.0, 2.0], [3.0, 4.0]]))
+      >>> rotation = jnp.array([[0.0, 1.0], [1.0, 0.0]])  # P_newᵀ P_old: the columns change places
+      >>> new = gum_optax.rotate(optax.trace(0.9), state, jnp.zeros((2, 2)), rotation, jnp.asarray(True))
+      >>> new.trace.tolist()
+      [[3.0, 4.0], [1.0, 2.0]]
     """
 
     def follow(m, q, r):
@@ -57,6 +72,13 @@ def rotate_first_moment(inner: Any, state: Any, coordinates: Any, rotation: Any,
     Raises:
       ValueError: there is no such field.
       KeyError: there are several.
+
+    Examples:
+      >>> inner, m = optax.scale_by_adam(), jnp.array([[1.0, 2.0], [3.0, 4.0]])
+      >>> state, rotation = inner.init(m)._replace(mu=m, nu=m), jnp.array([[0.0, 1.0], [1.0, 0.0]])
+      >>> new = gum_optax.rotate_first_moment(inner, state, jnp.zeros((2, 2)), rotation, jnp.asarray(True))
+      >>> new.mu.tolist(), new.nu.tolist()
+      ([[3.0, 4.0], [1.0, 2.0]], [[1.0, 2.0], [3.0, 4.0]])
     """
     del inner
     if not jax.tree.leaves(coordinates):
@@ -80,7 +102,14 @@ FOLLOWING = (keep, rotate, rotate_first_moment)
 
 
 def restart(inner: Any, state: Any, coordinates: Any, rotation: Any, is_refresh: Any) -> Any:
-    """The state starts again from `inner.init` (GUM)."""
+    """The state starts again from `inner.init` (GUM).
+
+    Examples:
+      >>> state = optax.TraceState(jnp.array([[1.0, 2.0], [3.0, 4.0]]))
+      >>> new = gum_optax.restart(optax.trace(0.9), state, jnp.zeros((2, 2)), jnp.eye(2), jnp.asarray(True))
+      >>> new.trace.tolist()
+      [[0.0, 0.0], [0.0, 0.0]]
+    """
     del rotation
     # XLA makes a choice entry by entry where it next reads the state; a branch would copy the state.
     return jax.tree.map(lambda new, old: jnp.where(is_refresh, new, old), inner.init(coordinates), state)

@@ -45,13 +45,7 @@ def projected_update(
     energy outside, which is right in the mean.
 
     On several devices, call it within `jax.shard_map` over the mesh axes of the data. Each device holds the
-    whole parameters and state, or these are sharded over other axes, which are Auto axes:
-
-        @jax.jit
-        @partial(jax.shard_map, mesh=mesh, in_specs=(P(), P(), P(None, "data")), out_specs=P())
-        def train_step(params, state, batches):  # (microbatches, windows, tokens)
-            value, updates, state = projected_update(tx, loss, batches, state, params, axes="data")
-            return optax.apply_updates(params, updates), state, value
+    whole parameters and state, or these are sharded over other axes, which are Auto axes.
 
     Args:
       tx: any optax transformation. If it holds no low-rank rule, or passes it no extra arguments, it gets the
@@ -71,6 +65,22 @@ def projected_update(
       ValueError: `batches` is empty or its leaves count different microbatches; a transformation before the
         rule changes the gradient, or runs the rule in a conditional; a `residual` other than `drop`, which
         needs all of it; Explicit mesh axes outside of a `shard_map`.
+
+    Examples:
+      >>> tx, P = gum_optax.galore_muon(1e-3, rank=2), jax.sharding.PartitionSpec
+      >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> def train_step(params, state, batches):  # (microbatches, windows, features)
+      ...     loss = lambda params, x: jnp.mean((x @ params["kernel"]) ** 2)
+      ...     value, updates, state = gum_optax.projected_update(
+      ...         tx, loss, batches, state, params, axes="data"
+      ...     )
+      ...     return optax.apply_updates(params, updates), state, value
+      >>> specs = P(), P(), P(None, "data")
+      >>> step = jax.jit(jax.shard_map(train_step, mesh=mesh, in_specs=specs, out_specs=P()))
+      >>> params = {"kernel": jnp.ones((4, 8))}
+      >>> params, state, value = step(params, tx.init(params), jnp.ones((2, 3, 4)))
+      >>> float(value), int(gum_optax.metrics(state)["refresh_count"])
+      (16.0, 1)
     """
     check_rule("tx", tx)
     update = optax.with_extra_args_support(tx).update

@@ -24,7 +24,14 @@ def drop(
     r: Float[Array, "*b r n"],
     s: Float[Array, "*b r n"],
 ) -> Float[Array, "*b m n"]:
-    """Drop what lies outside the subspace: `P S` (GaLore)."""
+    """Drop what lies outside the subspace: `P S` (GaLore).
+
+    Examples:
+      >>> g, p = jnp.full((3, 2), 4.0), jnp.eye(3, 1)
+      >>> r, s = p.T @ g, jnp.ones((1, 2))
+      >>> gum_optax.drop(g, p, r, s).tolist()
+      [[1.0, 1.0], [0.0, 0.0], [0.0, 0.0]]
+    """
     del g, r
     return lift(p, s)
 
@@ -35,7 +42,14 @@ def add_raw(
     r: Float[Array, "*b r n"],
     s: Float[Array, "*b r n"],
 ) -> Float[Array, "*b m n"]:
-    """Add what lies outside unchanged: `P S + (G - P R) = G + P (S - R)` (SUMO, as printed)."""
+    """Add what lies outside unchanged: `P S + (G - P R) = G + P (S - R)` (SUMO, as printed).
+
+    Examples:
+      >>> g, p = jnp.full((3, 2), 4.0), jnp.eye(3, 1)
+      >>> r, s = p.T @ g, jnp.ones((1, 2))
+      >>> gum_optax.add_raw(g, p, r, s).tolist()
+      [[1.0, 1.0], [4.0, 4.0], [4.0, 4.0]]
+    """
     return g + lift(p, s - r)
 
 
@@ -46,6 +60,13 @@ def scale_as_inside() -> optax.GradientTransformationExtraArgs:
 
     A rule for `low_rank(residual=...)`, which passes `coordinates` (R) and `steps` (S). No state.
     (Fira, arXiv 2410.01623, equation 8.)
+
+    Examples:
+      >>> rule, rest = gum_optax.scale_as_inside(), jnp.array([[0.0, 0.0], [2.0, 4.0]])
+      >>> r, s = jnp.array([[4.0, 1.0]]), jnp.array([[1.0, 2.0]])  # factors 1/4 and 2
+      >>> steps, _ = rule.update(rest, rule.init(rest), coordinates=r, steps=s)
+      >>> steps.round(3).tolist()
+      [[0.0, 0.0], [0.5, 8.0]]
     """
 
     def update(updates, state, params=None, **extra_args):

@@ -46,6 +46,11 @@ def switch_subspace(steps: int, first: SubspaceFinder, then: SubspaceFinder) -> 
 
     Raises:
       TypeError, ValueError: `steps` is not an integer of at least 0, or a finder is not a function.
+
+    Examples:
+      >>> find = gum_optax.switch_subspace(1000, gum_optax.svd_subspace, gum_optax.random_subspace)
+      >>> find.steps, [finder.__name__ for finder in find.finders]
+      ((1000,), ['svd_subspace', 'random_subspace'])
     """
     steps = check_integer("steps", steps, at_least=0)
     check_function("first", first, "gum_optax.svd_subspace")
@@ -92,3 +97,11 @@ track_subspace = switch_subspace(
     functools.partial(subspace_iteration, iterations=2),
     functools.partial(subspace_iteration, iterations=1),
 )
+"""The default finder: two steps of `subspace_iteration` at the first refresh, and one at each later one.
+
+Examples:
+  >>> gradient = jnp.diag(jnp.array([4.0, 3.0, 2.0, 1.0]))
+  >>> p = gum_optax.track_subspace(jax.random.key(0), gradient, jnp.full((4, 1), 0.5))
+  >>> print(np.asarray(p / p[0]).ravel().round(2))  # two steps: the fourth powers of 4, 3, 2, 1
+  [1.   0.32 0.06 0.  ]
+"""

@@ -34,6 +34,12 @@ from .switch import track_subspace
 class Weights(NamedTuple):
     """The input of each branch; its mean over the draw is `G` when
     `(1-q) low + q inside = 1` and `q outside = 1`.
+
+    Examples:
+      >>> q, weights = 0.5, gum_optax.Weights(low=1.5, inside=0.5, outside=2.0)
+      >>> tx = gum_optax.gum(1e-3, full_rank_fraction=q, compensation=lambda q: weights)
+      >>> (1 - q) * weights.low + q * weights.inside, q * weights.outside  # unbiased
+      (1.0, 1.0)
     """
 
     low: float  # low-rank branch: low · PᵀG
@@ -49,6 +55,10 @@ def complement(q: float) -> Weights:
 
     Variance of the estimate: `q/(1-q) |P PᵀG|² + (1-q)/q |G - P PᵀG|²`.
     (Pan et al., GUM, arXiv 2510.17802, Algorithms 1 and 2.)
+
+    Examples:
+      >>> gum_optax.complement(0.25)
+      Weights(low=1.3333333333333333, inside=0.0, outside=4.0)
     """
     return Weights(low=1 / (1 - q), inside=0.0, outside=1 / q)
 
@@ -58,6 +68,10 @@ def low_variance(q: float) -> Weights:
 
     Variance of the estimate: `(1-q)/q |G - P PᵀG|²`, never more than `complement`'s. Under an
     orthogonalizer that says little: its sampled blocks spend their step on the subspace too.
+
+    Examples:
+      >>> gum_optax.low_variance(0.25)
+      Weights(low=1.0, inside=1.0, outside=4.0)
     """
     return Weights(low=1.0, inside=1.0, outside=1 / q)
 
@@ -66,6 +80,12 @@ class SampledState(NamedTuple):
     """What `unbiased_low_rank` keeps of its sampled blocks. A group is named by its shape, as in `"64x256"`.
 
     Where no group is sampled, `index` and `slots` are the scalar 0.
+
+    Examples:
+      >>> rule = gum_optax.unbiased_low_rank(optax.trace(0.9), 2, 200, full_rank_fraction=0.25)
+      >>> sampled = rule.init({"kernel": jnp.ones((8, 4, 8))}).outside
+      >>> sampled.index["4x8"].shape, sampled.slots.trace["4x8"].shape
+      ((2,), (2, 4, 8))
     """
 
     index: Any  # {group: (k,) int32}, the sampled blocks of each group, counted over its leaves
@@ -121,6 +141,13 @@ def unbiased_low_rank(
 
     Raises:
       TypeError, ValueError: an argument or a leaf is out of range or of the wrong type.
+
+    Examples:
+      >>> rule = gum_optax.unbiased_low_rank(optax.identity(), 1, 200, 0.5)
+      >>> gradients = {"kernel": jax.random.normal(jax.random.key(0), (2, 4, 8))}
+      >>> steps, state = rule.update(gradients, rule.init(gradients))
+      >>> sorted(np.linalg.matrix_rank(steps["kernel"], tol=1e-3).tolist())  # low-rank, sampled
+      [1, 3]
 
     References:
       Pan et al., Unbiased Gradient Low-Rank Projection, arXiv 2510.17802, Algorithm 1.
