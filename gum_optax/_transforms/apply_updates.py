@@ -36,14 +36,9 @@ def apply_updates(
     `W + U`, so that no float32 copy of the weights is needed. Leaves of other dtypes get optax's result. A
     sum that is not finite stays so; beyond the largest number of the dtype, rounding is to nearest.
 
-        updates, state = tx.update(gradients, state, params)
-        params = gum_optax.apply_updates(params, updates, key=0, step=step)
-
-    Wrap `tx` in `float32_steps`, so that the updates of bfloat16 weights are not rounded on the way. For a
-    step layer by layer:
-
-        apply = functools.partial(gum_optax.apply_updates, key=0, step=step)
-        gum_optax.layerwise_update(tx, embed, layer, head, batch, state, params, apply=apply)
+    Wrap the optimizer in `float32_steps`, so that the updates of bfloat16 weights are not rounded on the way.
+    For a step layer by layer, pass `apply=functools.partial(gum_optax.apply_updates, key=0, step=step)` to
+    `layerwise_update`.
 
     The bits are a function of key, step, leaf and position: a resumed run, a sharded one, and one that takes
     a layer at a time draw the same. Inside `jax.shard_map`, positions are those in a device's shard: fold
@@ -62,6 +57,13 @@ def apply_updates(
 
     Raises:
       TypeError: `key` is no threefry key or seed, or `step` is no integer.
+
+    Examples:
+      >>> params, updates = jnp.ones((64, 64), jnp.bfloat16), jnp.full((64, 64), 1e-3)
+      >>> nearest = optax.apply_updates(params, updates)
+      >>> params = gum_optax.apply_updates(params, updates, key=0, step=0)
+      >>> [round(float(x.mean(dtype=jnp.float32)), 3) for x in (nearest, params)]
+      [1.0, 1.001]
     """
     step = check_key_and_step(key, step)
     own = jax.random.key_data(jax.random.fold_in(typed(key_data(key)), _STREAM))
@@ -85,8 +87,6 @@ def float32_steps(inner: optax.GradientTransformation) -> optax.GradientTransfor
     too. Updates in bfloat16 have eight bits: `1.002 η`, a step of one and its decay, becomes `η`, and a
     weight decays no more. The updates of this wrapper are what `apply_updates` adds in float32.
 
-        tx = gum_optax.float32_steps(gum_optax.gum(1e-3, weight_decay=0.1))
-
     No float32 copy of the weights is made: XLA converts them where decay reads them. A state from before
     stays valid if `inner` is an optimizer of this library, whose state is float32 anyway.
 
@@ -95,6 +95,14 @@ def float32_steps(inner: optax.GradientTransformation) -> optax.GradientTransfor
 
     Returns:
       A transformation with the state of `inner`.
+
+    Examples:
+      >>> tx = gum_optax.sinkgd(1e-3, weight_decay=0.1)
+      >>> params = {"kernel": jnp.ones((4, 8), jnp.bfloat16)}
+      >>> wrapped = gum_optax.float32_steps(tx)
+      >>> updates, state = wrapped.update(params, wrapped.init(params), params)
+      >>> updates["kernel"].dtype.name
+      'float32'
     """
     taking = optax.with_extra_args_support(check_rule("inner", inner))
 

@@ -15,9 +15,7 @@ def cautious_weight_decay(weight_decay: Any, mask: Any = None) -> optax.Gradient
         u ← u + λ 1[u W >= 0] W
 
     `u` points up the gradient, and the learning rate follows, as with `optax.add_decayed_weights`. Every
-    optimizer of this library takes the rule in place of the number `weight_decay`:
-
-        tx = gum_optax.gum(1e-3, weight_decay=gum_optax.cautious_weight_decay(0.1))
+    optimizer of this library takes the rule in place of the number `weight_decay`.
 
     Args:
       weight_decay: `λ`; the paper takes the usual one.
@@ -29,6 +27,13 @@ def cautious_weight_decay(weight_decay: Any, mask: Any = None) -> optax.Gradient
     Raises:
       TypeError, ValueError: `weight_decay` is not a number of at least 0; at the update, parameters are
         missing.
+
+    Examples:
+      >>> rule, w = gum_optax.cautious_weight_decay(0.5), jnp.array([2.0, -2.0, -2.0])
+      >>> steps, state = rule.update(jnp.array([1.0, 1.0, -1.0]), rule.init(w), w)
+      >>> steps.tolist()
+      [2.0, 1.0, -2.0]
+      >>> tx = gum_optax.gum(1e-3, weight_decay=rule)
 
     References:
       Chen et al., Cautious Weight Decay, arXiv 2510.12402, Algorithm 1.

@@ -13,7 +13,14 @@ from .._linalg.numerics import is_finite, wide_dtype
 
 
 class ExtrapolateState(NamedTuple):
-    """State of `extrapolate`."""
+    """State of `extrapolate`.
+
+    Examples:
+      >>> tx, params = gum_optax.extrapolate(optax.sgd(0.5), optax.scale(0.25)), {"w": jnp.ones(1)}
+      >>> updates, state = tx.update({"w": jnp.full(1, 4.0)}, tx.init(params), params)
+      >>> state.extrapolation["w"].tolist()
+      [-1.0]
+    """
 
     extrapolation: optax.Updates  # E, where the parameters stand beside those to evaluate; like them, float32
     direction: Any  # state of the direction's rule
@@ -31,11 +38,7 @@ def extrapolate(
     With `direction=optax.scale(γ)` this is extrapolation from the past, an extragradient method of one
     gradient a step, for large batches. Another direction is any rule, such as a scaled
     `optax.scale_by_sign()`, or noise by `optax.chain(optax.set_to_zero(), optax.add_noise(...))`. It goes
-    outside the whole optimizer, and the parameters to evaluate and to save are `evaluation_parameters`:
-
-        tx = gum_optax.extrapolate(gum_optax.gum(1e-3), optax.scale(0.1))
-        ...
-        loss = validation_loss(gum_optax.evaluation_parameters(state, params))
+    outside the whole optimizer, and the parameters to evaluate and to save are `evaluation_parameters`.
 
     With `optax.sgd(η)` inside it is `optax.optimistic_gradient_descent(η, 1.0, γ/η)`, which takes the first
     gradient for the last one of its first step, so that it lacks the shift by `-γ G₀`. A fresh gradient for
@@ -57,6 +60,14 @@ def extrapolate(
 
     Raises:
       TypeError, ValueError: an argument is not a transformation; at the update, there are no parameters.
+
+    Examples:
+      >>> tx = gum_optax.extrapolate(optax.sgd(0.5), optax.scale(0.25))
+      >>> params = {"w": jnp.ones(1)}
+      >>> updates, state = tx.update({"w": jnp.full(1, 4.0)}, tx.init(params), params)
+      >>> params = optax.apply_updates(params, updates)
+      >>> params["w"].tolist(), gum_optax.evaluation_parameters(state, params)["w"].tolist()  # Y, W
+      ([-2.0], [-1.0])
 
     References:
       Lin et al., Extrapolation for Large-batch Training, arXiv 2006.05720.
@@ -99,6 +110,12 @@ def evaluation_parameters(state: optax.OptState, params: optax.Params) -> optax.
     Raises:
       ValueError: there is no `extrapolate` in the state, or it is of other parameters.
       KeyError: there are several.
+
+    Examples:
+      >>> tx, params = gum_optax.extrapolate(optax.sgd(0.5), optax.scale(0.25)), {"w": jnp.ones(1)}
+      >>> updates, state = tx.update({"w": jnp.full(1, 4.0)}, tx.init(params), params)
+      >>> gum_optax.evaluation_parameters(state, optax.apply_updates(params, updates))["w"].tolist()
+      [-1.0]
     """
 
     def is_field(path, _):  # of a NamedTuple, and not a parameter of that name

@@ -14,7 +14,13 @@ from .per_matrix import per_matrix
 
 
 class FactoredRmsState(NamedTuple):
-    """State of `scale_by_factored_rms`."""
+    """State of `scale_by_factored_rms`.
+
+    Examples:
+      >>> state = gum_optax.scale_by_factored_rms().init({"kernel": jnp.ones((3, 4, 8))})
+      >>> state.rows["kernel"].shape, state.columns["kernel"].shape
+      ((3, 4, 1), (3, 1, 8))
+    """
 
     count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
     rows: optax.Updates  # r, each leaf (*blocks, m, 1) float32: mean squares over the columns
@@ -65,6 +71,13 @@ def scale_by_factored_rms(decay_rate: Any = 0.8, eps: Any = 1e-30) -> optax.Grad
     Raises:
       TypeError, ValueError: an argument is out of range or of the wrong type; at `init`, a leaf is no matrix.
 
+    Examples:
+      >>> gradients = {"kernel": jnp.outer(jnp.arange(1.0, 5.0), jnp.arange(1.0, 9.0))}
+      >>> rule = gum_optax.scale_by_factored_rms()
+      >>> steps, state = rule.update(gradients, rule.init(gradients))
+      >>> bool(jnp.allclose(steps["kernel"], 1.0, atol=1e-5))  # at rank 1 a row and a column are exact
+      True
+
     References:
       Shazeer and Stern, Adafactor, arXiv 1804.04235, Algorithm 4.
     """
@@ -95,6 +108,13 @@ def clip_by_rms(threshold: Any = 1.0) -> optax.GradientTransformation:
 
     Raises:
       TypeError, ValueError: `threshold` is no number of at least 1e-35.
+
+    Examples:
+      >>> steps = [jnp.full((4, 8), 3.0), jnp.full((4, 8), 0.5)]
+      >>> rule = gum_optax.clip_by_rms(1.0)
+      >>> clipped, state = rule.update(steps, rule.init(steps))
+      >>> [round(float(x[0, 0]), 3) for x in clipped]
+      [1.0, 0.5]
     """
     threshold = check_divisor("threshold", threshold)
     return optax.stateless(lambda updates, _: jax.tree.map(lambda u: clip_rms(u, threshold), updates))
@@ -113,6 +133,13 @@ def scale_by_parameter_rms(eps: Any = 1e-3) -> optax.GradientTransformation:
 
     Raises:
       TypeError, ValueError: `eps` is out of range; at the update, there are no parameters.
+
+    Examples:
+      >>> params, steps = [jnp.full((4, 8), 2.0), jnp.zeros((4, 8))], [jnp.ones((4, 8)), jnp.ones((4, 8))]
+      >>> rule = gum_optax.scale_by_parameter_rms(1e-3)
+      >>> steps, state = rule.update(steps, rule.init(params), params)
+      >>> [round(float(x[0, 0]), 3) for x in steps]
+      [2.0, 0.001]
     """
     eps = check_number("eps", eps, at_least=0)
 

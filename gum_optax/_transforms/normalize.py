@@ -24,6 +24,13 @@ def normalize(method: Normalizer) -> optax.GradientTransformation:
 
     Raises:
       TypeError: `method` is not a function.
+
+    Examples:
+      >>> gradients = {"kernel": jnp.diag(jnp.array([4.0, -3.0, 2.0, -1.0]))}
+      >>> rule = gum_optax.normalize(gum_optax.unit_rows)
+      >>> steps, state = rule.update(gradients, rule.init(gradients))
+      >>> print(np.diagonal(steps["kernel"]).round(3))  # each row has norm √4
+      [ 2. -2.  2. -2.]
     """
     check_function("method", method, "gum_optax.sinkhorn")
     return _stateless(method, jax.tree.map, jax.tree.map)

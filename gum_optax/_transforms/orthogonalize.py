@@ -31,6 +31,13 @@ def orthogonalize(
 
     Raises:
       TypeError: `method` is not a function.
+
+    Examples:
+      >>> gradients = {"kernel": jax.random.normal(jax.random.key(0), (4, 8))}
+      >>> rule = gum_optax.orthogonalize(gum_optax.polar)
+      >>> steps, state = rule.update(gradients, rule.init(gradients))
+      >>> print(np.linalg.svd(steps["kernel"], compute_uv=False).round(3))
+      [1. 1. 1. 1.]
     """
     check_function("method", method, "gum_optax.newton_schulz")
     batched = renamed_argument("orthogonalize", "together", together, "batched", batched)

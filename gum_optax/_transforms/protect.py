@@ -26,14 +26,28 @@ FindBases = Callable[[Float[Array, "*b fan_in fan_out"]], Pair]
 
 
 class Bases(NamedTuple):
-    """The protected subspaces."""
+    """The protected subspaces.
+
+    Examples:
+      >>> tx = gum_optax.protect(optax.sgd(0.1), gum_optax.protected_subspace(0.5))
+      >>> state = tx.init({"kernel": jnp.diag(jnp.array([4.0, 3.0, 2.0, 1.0]))})
+      >>> optax.tree.get(state.bases, "left")["kernel"].shape
+      (4, 2)
+    """
 
     left: Any  # U, each leaf (*blocks, fan_in, k) float32
     right: Any  # V, each leaf (*blocks, fan_out, l) float32
 
 
 class ProtectState(NamedTuple):
-    """State of `protect`."""
+    """State of `protect`.
+
+    Examples:
+      >>> tx = gum_optax.protect(optax.adam(1e-3), gum_optax.protected_subspace(0.5))
+      >>> state = tx.init({"kernel": jnp.diag(jnp.array([4.0, 3.0, 2.0, 1.0]))})
+      >>> type(state.inner[0]).__name__, optax.tree.get(state.bases, "right")["kernel"].shape
+      ('ScaleByAdamState', (4, 2))
+    """
 
     bases: Any  # of the matrices
     inner: Any
@@ -51,6 +65,11 @@ def protected_subspace(fraction: Any = 0.5) -> FindBases:
     Raises:
       TypeError, ValueError: `fraction` is no number in `[0, 1]`.
 
+    Examples:
+      >>> left, right = gum_optax.protected_subspace(0.5)(jnp.diag(jnp.array([4.0, 3.0, 2.0, 1.0])))
+      >>> jnp.abs(left).tolist()
+      [[1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0]]
+
     References:
       Nayak et al., Sculpting Subspaces, arXiv 2504.07097.
     """
@@ -65,7 +84,13 @@ def protected_subspace(fraction: Any = 0.5) -> FindBases:
 
 
 def empty_subspace(width: int) -> FindBases:
-    """Protect nothing at first; `extend_protection` may add up to `width` directions of the outputs."""
+    """Protect nothing at first; `extend_protection` may add up to `width` directions of the outputs.
+
+    Examples:
+      >>> left, right = gum_optax.empty_subspace(width=2)(jnp.ones((4, 8)))
+      >>> left.shape, right.shape, bool(right.any())
+      ((4, 0), (8, 2), False)
+    """
     width = check_integer("width", width, at_least=1)
 
     def find(w: Float[Array, "*b m n"]) -> Pair:
@@ -163,9 +188,7 @@ def protect(
     So `(W + step) V = W V` and `Uᵀ (W + step) = Uᵀ W`: the protected singular triplets stand to rounding.
     The step is projected too, with learning rate and decay in it, because a step number by number, as
     Adam's, and decay of the weights leave the complement of the subspaces. It goes outside of a whole
-    optimizer:
-
-        tx = gum_optax.protect(gum_optax.gum(1e-4, weight_decay=0.1), gum_optax.protected_subspace(0.5))
+    optimizer.
 
     A new task begins with a new `init`, or with `extend_protection`. Embeddings, heads and vectors are not
     protected: freeze them if they must stay. Weights in bfloat16 are rounded after the step, which moves the
@@ -185,6 +208,14 @@ def protect(
     Raises:
       TypeError, ValueError: an argument is of the wrong type; a gradient that is only measured, as in
         `projected_update`, cannot be projected.
+
+    Examples:
+      >>> params = {"kernel": jnp.diag(jnp.array([4.0, 3.0, 2.0, 1.0]))}
+      >>> optimizer = gum_optax.sinkgd(1.0, weight_decay=0.1)
+      >>> tx = gum_optax.protect(optimizer, gum_optax.protected_subspace(0.5))
+      >>> updates, state = tx.update({"kernel": jnp.ones((4, 4))}, tx.init(params), params)
+      >>> print(np.linalg.norm(updates["kernel"], axis=0).round(2))  # 4 and 3 stay
+      [0.   0.   0.28 0.18]
 
     References:
       Nayak et al., Sculpting Subspaces, arXiv 2504.07097, which prints `G - U Uᵀ G V Vᵀ`; the authors' and
@@ -234,6 +265,15 @@ def extend_protection(
 
     Raises:
       TypeError, ValueError: `energy` is out of range, or `state` is not that of `protect`.
+
+    Examples:
+      >>> params = {"kernel": jnp.ones((4, 4))}
+      >>> tx = gum_optax.protect(optax.sgd(1.0), gum_optax.empty_subspace(width=2))
+      >>> moments = {"kernel": jnp.eye(1, 4) * jnp.ones((4, 1))}  # the first task moves output 0
+      >>> state = gum_optax.extend_protection(tx.init(params), moments, energy=0.9)
+      >>> updates, state = tx.update(params, state, params)
+      >>> print(np.linalg.norm(updates["kernel"], axis=0).round(3))
+      [0. 2. 2. 2.]
 
     References:
       Wang et al., GORP, arXiv 2507.02503: see `extend_basis`.

@@ -22,10 +22,7 @@ def qk_clip(
         W_q ← √γ (W_q + U_q),   W_k ← √γ (W_k + U_k)
         W_q ←  γ (W_q + U_q)                              where heads share keys, which stay
 
-    So the head's logits shrink by `γ`. It is the last part of a chain, whatever the optimizer is:
-
-        tx = optax.chain(gum_optax.muon(1e-3), gum_optax.qk_clip())
-        updates, state = tx.update(gradients, state, params, max_logits=max_logits)
+    So the head's logits shrink by `γ`. It is the last part of a chain, whatever the optimizer is.
 
     The model reports the logits: `max_logits` has an array `(*layers, heads)` at the path of each attention
     module, or below it. In Flax NNX, a module sows them as `nnx.Intermediate`, and `docs/muon.md` shows the
@@ -47,6 +44,14 @@ def qk_clip(
     Raises:
       TypeError, ValueError: an argument is out of range or of the wrong type; at the update, parameters or
         logits are missing, or do not fit.
+
+    Examples:
+      >>> tx = optax.chain(optax.sgd(0.1), gum_optax.qk_clip(threshold=100.0))
+      >>> params = {"attention": {"query": jnp.ones((4, 4)), "key": jnp.ones((4, 4))}}  # 2 heads of width 2
+      >>> gradients, max_logits = optax.tree.zeros_like(params), {"attention": jnp.array([50.0, 400.0])}
+      >>> updates, state = tx.update(gradients, tx.init(params), params, max_logits=max_logits)
+      >>> optax.apply_updates(params, updates)["attention"]["query"][0].tolist()
+      [1.0, 1.0, 0.5, 0.5]
 
     References:
       Kimi Team, Kimi K2, arXiv 2507.20534, Algorithm 1.

@@ -37,6 +37,13 @@ def scale_by_muon(
     Raises:
       TypeError, ValueError: an argument is out of range or of the wrong type.
 
+    Examples:
+      >>> gradients = {"kernel": jax.random.normal(jax.random.key(0), (4, 8))}
+      >>> rule = gum_optax.scale_by_muon(orthogonalizer=gum_optax.polar)
+      >>> steps, state = rule.update(gradients, rule.init(gradients))
+      >>> bool(jnp.allclose(steps["kernel"] @ steps["kernel"].T, jnp.eye(4), atol=1e-4))
+      True
+
     References:
       Jordan et al., https://kellerjordan.github.io/posts/muon.
     """

@@ -13,7 +13,13 @@ from .per_matrix import per_matrix
 
 
 class NeuronRmsState(NamedTuple):
-    """State of `scale_by_neuron_rms`."""
+    """State of `scale_by_neuron_rms`.
+
+    Examples:
+      >>> state = gum_optax.scale_by_neuron_rms().init({"kernel": jnp.ones((4, 8))})
+      >>> state.nu["kernel"].shape
+      (1, 8)
+    """
 
     count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
     nu: optax.Updates  # each leaf (*blocks, 1, fan_out) float32: the mean square of each neuron's steps
@@ -27,11 +33,7 @@ def scale_by_neuron_rms(b2: Any = 0.95, eps: Any = 1e-8) -> optax.GradientTransf
 
     After Muon's rule this is NorMuon: an orthogonal step still moves some neurons more than others. The rule
     wants steps `(*blocks, fan_in, fan_out)`, whose columns are the neurons, as `matrix_optimizer` gives them
-    to a `scale`. It works on the steps of every rule; this is GUM with it:
-
-        rule = gum_optax.unbiased_low_rank(gum_optax.scale_by_muon(), 128, 200, 1 / 16)
-        scale = optax.chain(gum_optax.scale_by_neuron_rms(), gum_optax.scale_by_shape())
-        tx = gum_optax.matrix_optimizer(rule, 1e-3, scale)
+    to a `scale`. It works on the steps of every rule; the example is GUM with it.
 
     The bias of `v` towards its start is the same for all neurons, so that it cancels.
 
@@ -44,6 +46,13 @@ def scale_by_neuron_rms(b2: Any = 0.95, eps: Any = 1e-8) -> optax.GradientTransf
 
     Raises:
       TypeError, ValueError: an argument is out of range or of the wrong type; at `init`, a leaf is no matrix.
+
+    Examples:
+      >>> rule = gum_optax.unbiased_low_rank(gum_optax.scale_by_muon(), 2, 200, 1 / 16)
+      >>> scale = optax.chain(gum_optax.scale_by_neuron_rms(), gum_optax.scale_by_shape())
+      >>> tx = gum_optax.matrix_optimizer(rule, 1e-3, scale)
+      >>> gum_optax.memory_report(tx, {"kernel": jnp.ones((3, 4, 8))}).state["nu"]  # bytes of 3 × 8 neurons
+      96
 
     References:
       Li et al., NorMuon, arXiv 2510.05491, Algorithm 1.

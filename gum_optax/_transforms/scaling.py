@@ -26,6 +26,10 @@ def shape_factor(consistent_rms: Any = 0.2) -> Callable[[int, int], Any]:
 
     Raises:
       TypeError, ValueError: `consistent_rms` is not a number of at least 0.
+
+    Examples:
+      >>> gum_optax.shape_factor(0.2)(4, 16), gum_optax.shape_factor(None)(4, 16)
+      (0.8, 2.0)
     """
     if consistent_rms is not None:
         consistent_rms = check_number("consistent_rms", consistent_rms, at_least=0)
@@ -39,7 +43,12 @@ def shape_factor(consistent_rms: Any = 0.2) -> Callable[[int, int], Any]:
 
 
 def fan_ratio(fan_in: int, fan_out: int) -> float:
-    """`√(fan_out / fan_in)`: gives an orthogonal step the operator norm 1 between RMS norms."""
+    """`√(fan_out / fan_in)`: gives an orthogonal step the operator norm 1 between RMS norms.
+
+    Examples:
+      >>> gum_optax.fan_ratio(4, 16)
+      2.0
+    """
     return (fan_out / fan_in) ** 0.5
 
 
@@ -57,6 +66,12 @@ def scale_by_shape(
 
     Raises:
       TypeError, ValueError: `consistent_rms` is not a number of at least 0, or a leaf is no matrix.
+
+    Examples:
+      >>> rule, steps = gum_optax.scale_by_shape(consistent_rms=0.25), {"kernel": jnp.ones((4, 16))}
+      >>> steps, state = rule.update(steps, rule.init(steps))
+      >>> float(steps["kernel"][0, 0])  # 0.25 √16
+      1.0
     """
     return scale_by_fans(weight_dimension_numbers, shape_factor(consistent_rms))
 
@@ -80,7 +95,14 @@ def scale_by_fans(
 
 
 class LimitNormGrowthState(NamedTuple):
-    """State of `limit_norm_growth`."""
+    """State of `limit_norm_growth`.
+
+    Examples:
+      >>> rule, steps = gum_optax.limit_norm_growth(), {"kernel": jnp.ones((3, 4, 4))}
+      >>> steps, state = rule.update(steps, rule.init(steps))
+      >>> state.norms["kernel"].tolist()
+      [4.0, 4.0, 4.0]
+    """
 
     norms: optax.Updates  # each leaf (*,) float32: the norm of each block's last step, 0 before the first
 
@@ -99,6 +121,13 @@ def limit_norm_growth(ratio: Any = 1.1) -> optax.GradientTransformation:
 
     Raises:
       TypeError, ValueError: `ratio` is not a number of at least 1.
+
+    Examples:
+      >>> rule, steps = gum_optax.limit_norm_growth(1.5), {"kernel": jnp.ones((4, 4))}
+      >>> _, state = rule.update(steps, rule.init(steps))
+      >>> limited, state = rule.update({"kernel": jnp.full((4, 4), 10.0)}, state)
+      >>> round(float(limited["kernel"][0, 0]), 3)
+      1.5
     """
     ratio = check_number("ratio", ratio, at_least=1)
 

@@ -17,7 +17,14 @@ from .._linalg.numerics import is_finite
 
 
 class SkipNonFiniteState(NamedTuple):
-    """State of `skip_non_finite`, and of every optimizer here."""
+    """State of `skip_non_finite`, and of every optimizer here.
+
+    Examples:
+      >>> tx, params = gum_optax.sinkgd(1e-3), {"kernel": jnp.ones((4, 8))}
+      >>> updates, state = tx.update({"kernel": jnp.full((4, 8), jnp.nan)}, tx.init(params), params)
+      >>> int(state.skipped), bool(updates["kernel"].any())
+      (1, False)
+    """
 
     skipped: Int[Array, ""]  # steps so far that some leaf has skipped
     inner: Any
@@ -92,12 +99,9 @@ def skip_non_finite(inner: optax.GradientTransformation) -> optax.GradientTransf
     """Skip a step whose gradient holds a NaN or an infinity: updates are zero, and inner's state stays.
 
     Every optimizer of this library skips by itself, leaf by leaf: a leaf whose gradient is not finite keeps
-    its parameter and its state. Put this around one, or around any chain, to skip the whole step instead:
-
-        tx = skip_non_finite(optax.chain(optax.clip_by_global_norm(1.0), gum(1e-3)))
-
-    The first step then waits for the last gradient, so that all of them are in memory at once; leaf by leaf,
-    a gradient is used up when the backward pass has made it.
+    its parameter and its state. Put this around one, or around any chain, to skip the whole step instead. The
+    first step then waits for the last gradient, so that all of them are in memory at once; leaf by leaf, a
+    gradient is used up when the backward pass has made it.
 
     Unlike `optax.apply_if_finite` it never gives up and applies such a step. It selects and does not branch,
     so that state is updated in place, if the rule reads `accept` of the argument `context` (see
@@ -108,6 +112,14 @@ def skip_non_finite(inner: optax.GradientTransformation) -> optax.GradientTransf
     skipped refresh comes a step later. A schedule outside, such as that of `optax.inject_hyperparams`, goes
     on. Under `vmap` over runs with their own gradients these counts may therefore differ, and every step
     computes a refresh.
+
+    Examples:
+      >>> tx = gum_optax.skip_non_finite(optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)))
+      >>> params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+      >>> gradients = {"a": jnp.ones(2), "b": jnp.array([1.0, jnp.nan])}
+      >>> updates, state = tx.update(gradients, tx.init(params), params)
+      >>> updates["a"].tolist(), int(state.skipped)
+      ([0.0, 0.0], 1)
     """
     return _skipping(_whole, inner)
 

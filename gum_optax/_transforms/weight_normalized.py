@@ -12,7 +12,14 @@ from .._linalg.numerics import norm, safe_reciprocal
 
 
 class WeightNormalizedState(NamedTuple):
-    """State of `weight_normalized`."""
+    """State of `weight_normalized`.
+
+    Examples:
+      >>> rule = gum_optax.weight_normalized(optax.adam(1e-2), optax.adam(1e-2))
+      >>> state = rule.init({"kernel": jnp.ones((4, 8))})
+      >>> optax.tree.get(state.magnitude, "mu")["kernel"].shape
+      (1, 8)
+    """
 
     direction: Any  # of `inner`
     magnitude: Any  # over leaves (*blocks, 1, fan_out)
@@ -29,19 +36,11 @@ def weight_normalized(
         W ← (ν + Δg) (W + Δv) / |W + Δv|
 
     This is weight normalization with `|v| = g` restored in every step, the exact form of GradNormLoRP, which
-    has GaLore inside:
-
-        galore = gum_optax.as_matrices(gum_optax.low_rank(optax.scale_by_adam(), 128, 250))
-        inner = optax.chain(galore, optax.scale(0.25), optax.scale_by_learning_rate(1e-2))
-        rule = gum_optax.weight_normalized(inner, optax.adam(1e-2))
-        tx = gum_optax.matrix_optimizer(
-            optax.chain(rule, optax.scale(-1.0)), 1.0, 1.0, wide=False, others=optax.adamw(1e-2)
-        )
-
-    Its state is then `m r + 2 r n + 2 fan_out` numbers. The authors' file (Jhhuangkay at 66c8e767) differs:
-    it leaves out the second term of `T`, sets the magnitude back to `|v|` in every step, so that what it
-    learned is lost, and holds a full copy `v` of the weight. To first order in the steps both optimizers of
-    plain SGD together are SGD. Decay of `W` by `inner` changes no direction: give it to `magnitude`.
+    has GaLore inside, as in the example. Its state is then `m r + 2 r n + 2 fan_out` numbers. The authors'
+    file (Jhhuangkay at 66c8e767) differs: it leaves out the second term of `T`, sets the magnitude back to
+    `|v|` in every step, so that what it learned is lost, and holds a full copy `v` of the weight. To first
+    order in the steps both optimizers of plain SGD together are SGD. Decay of `W` by `inner` changes no
+    direction: give it to `magnitude`.
 
     Args:
       inner: an optimizer for the direction, its learning rate included; sees the weights.
@@ -53,6 +52,14 @@ def weight_normalized(
 
     Raises:
       TypeError, ValueError: an argument is not a transformation; at the update, there are no parameters.
+
+    Examples:
+      >>> galore = gum_optax.as_matrices(gum_optax.low_rank(optax.scale_by_adam(), 2, 250))
+      >>> inner = optax.chain(galore, optax.scale(0.25), optax.scale_by_learning_rate(1e-2))
+      >>> rule = optax.chain(gum_optax.weight_normalized(inner, optax.adam(1e-2)), optax.scale(-1.0))
+      >>> tx = gum_optax.matrix_optimizer(rule, 1.0, 1.0, wide=False, others=optax.adamw(1e-2))
+      >>> gum_optax.memory_report(tx, {"kernel": jnp.ones((4, 8))}).state  # bytes
+      {'projectors': 32, 'mu': 96, 'nu': 96, 'bookkeeping': 44}
 
     References:
       Huang et al., GradNormLoRP, arXiv 2412.19616; Salimans and Kingma, arXiv 1602.07868.

@@ -26,6 +26,12 @@ def xavier_squares(scale: Any = 1.0) -> Start:
 
     Raises:
       TypeError, ValueError: `scale` is no number of at least 0.
+
+    Examples:
+      >>> start = gum_optax.xavier_squares(scale=128.0)
+      >>> v = start(jax.random.key(0), (64, 64), 128)  # σ 2 / (fan_in + fan_out) = 2
+      >>> bool((v >= 0).all()), round(float(v.mean()))
+      (True, 2)
     """
     scale = check_number("scale", scale, at_least=0)
 
@@ -47,11 +53,7 @@ def with_second_moment(
     beside the squares of the gradients, about 10⁴ steps there; before, the rule is close to SGD with momentum
     at another rate. Tune the learning rate for it.
 
-    Under `low_rank` the fans are those of the full weight, and `restart` starts at `V₀` again:
-
-        inner = gum_optax.with_second_moment(optax.scale_by_adam())
-        rule = gum_optax.low_rank(inner, 128, 200, on_refresh=gum_optax.restart)
-        tx = gum_optax.matrix_optimizer(rule, 1e-3, 1.0)
+    Under `low_rank` the fans are those of the full weight, and `restart` starts at `V₀` again.
 
     Args:
       inner: any rule whose state has fields `nu` in floating point, such as `optax.scale_by_adam`.
@@ -66,6 +68,13 @@ def with_second_moment(
 
     Raises:
       TypeError, ValueError: an argument is of the wrong type; at `init`, the state has no such field.
+
+    Examples:
+      >>> inner = gum_optax.with_second_moment(optax.scale_by_adam())
+      >>> rule = gum_optax.low_rank(inner, 2, 200, on_refresh=gum_optax.restart)
+      >>> state = rule.init({"kernel": jnp.ones((4, 8))})
+      >>> bool((state.low.nu["kernel"] > 0).all()), bool(state.low.mu["kernel"].any())
+      (True, False)
 
     References:
       Abuduweili and Liu, arXiv 2412.02153, and Walleclipse/Adam_Initialization at fd68828.
