@@ -45,12 +45,7 @@ def layerwise_update(
 
     Parameters and state come out as `tx.update` of the whole gradient and `optax.apply_updates` make them, up
     to rounding, with the same random draws and metrics. In memory are the inputs `xₗ` of all layers, and the
-    gradient and the activations of one layer. Donate `state` and `params`, and they are written in place:
-
-        @functools.partial(jax.jit, donate_argnums=(0, 1))
-        def train_step(params, state, batch):
-            loss, params, state = layerwise_update(tx, embed, layer, head, batch, state, params)
-            return params, state, loss
+    gradient and the activations of one layer. Donate `state` and `params`, and they are written in place.
 
     What every layer reads besides its parameters, such as a mask or the tables of rotary positions, is
     computed before and closed over: `lambda w, x: block(w, x, mask)`. A loss that layers contribute to, such
@@ -95,6 +90,19 @@ def layerwise_update(
         of several layers at once; it runs an optimizer of this library within a conditional, as
         `optax.MultiSteps` does.
       TypeError: `tx` is not a transformation, or `embed`, `layer` or `head` is not a function.
+
+    Examples:
+      >>> params = {"embed": jnp.ones((5, 4)), "layers": jnp.ones((3, 4, 4)), "head": jnp.ones((4, 5))}
+      >>> tx = gum_optax.adalomo(1e-2)
+      >>> def train_step(params, state, tokens):
+      ...     embed, layer = lambda w, tokens: w[tokens], lambda w, x: jnp.tanh(x @ w)
+      ...     head = lambda w, x, tokens: jnp.mean((x @ w) ** 2)
+      ...     return gum_optax.layerwise_update(tx, embed, layer, head, tokens, state, params)
+      >>> step = jax.jit(train_step, donate_argnums=(0, 1))  # writes them in place
+      >>> first, params, state = step(params, tx.init(params), jnp.arange(5))
+      >>> second, params, state = step(params, state, jnp.arange(5))
+      >>> bool(second < first)
+      True
     """
     check_rule("tx", tx)
     for name, function in (("embed", embed), ("layer", layer), ("head", head)):

@@ -34,7 +34,13 @@ def _folded(key: PRNGKeyArray, when: When) -> PRNGKeyArray:
 
 
 def gaussian(key: PRNGKeyArray, when: When, matrix: Any, shape: tuple[int, int]) -> Float[Array, "m n"]:
-    """Standard normal numbers everywhere (MeZO)."""
+    """Standard normal numbers everywhere (MeZO).
+
+    Examples:
+      >>> draw = lambda step: gum_optax.gaussian(jax.random.key(0), (jnp.int32(step), 0), 0, (4, 8))
+      >>> draw(0).shape, bool((draw(0) == draw(0)).all()), bool((draw(0) == draw(1)).any())
+      ((4, 8), True, False)
+    """
     return normal_by_place(_folded(key, when), matrix, (1, *shape))[0]
 
 
@@ -55,6 +61,12 @@ def low_rank_directions(rank: int, period: int) -> Directions:
 
     Raises:
       TypeError, ValueError: an argument is not an integer of at least 1.
+
+    Examples:
+      >>> directions = gum_optax.low_rank_directions(rank=2, period=1000)
+      >>> z = gum_optax.walk(jnp.zeros((4, 8)), key=0, size=1.0, directions=directions)
+      >>> int(np.linalg.matrix_rank(z, tol=1e-3))
+      2
 
     References:
       Yu et al., SubZero, arXiv 2410.08989, and zimingyy/SubZero at cf6effdd.

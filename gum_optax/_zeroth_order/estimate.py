@@ -30,9 +30,6 @@ def estimate(
     Its mean is the gradient, and its squared norm is `d + 2` times the gradient's for `d` parameters and one
     query: take small steps.
 
-        value, gradients = gum_optax.estimate(lambda p: loss(p, batch), params, key=0, step=step)
-        updates, state = tx.update(gradients, state, params)
-
     No activations are kept. In memory are the estimate, one direction, and the moved parameters;
     `project_loss` needs none of these. The estimate of one query from `low_rank_directions` has rank `r`, and
     that of `gaussian` ones full rank: a subspace that an optimizer finds in it is that of the noise.
@@ -53,6 +50,13 @@ def estimate(
 
     Raises:
       TypeError, ValueError: an argument is out of range or of the wrong type.
+
+    Examples:
+      >>> loss = lambda params: jnp.sum(params["w"] ** 2)
+      >>> params = {"w": jnp.array([1.0, -2.0])}
+      >>> value, gradients = gum_optax.estimate(loss, params, key=0, queries=1000)
+      >>> round(float(value), 2), gradients["w"].round().tolist()  # the gradient is 2 w
+      (5.0, [2.0, -4.0])
 
     References:
       Malladi et al., MeZO, arXiv 2305.17333; Baydin et al., arXiv 2202.08587, for forward mode; Yang et al.,

@@ -32,6 +32,12 @@ def walk(params: Any, key: Any, size: Any, step: Any = 0, *, directions: Directi
     Raises:
       TypeError: `key` is no threefry key or seed, `step` is no integer, or a leaf has no real floating-point
         numbers.
+
+    Examples:
+      >>> there = gum_optax.walk({"w": jnp.ones((2, 2))}, key=0, size=1.0)
+      >>> back = gum_optax.walk(there, key=0, size=-1.0)
+      >>> bool(jnp.ptp(there["w"]) > 0.1), bool(jnp.ptp(back["w"]) < 1e-5)
+      (True, True)
     """
     directions = check_directions(directions)
     keys, step = leaf_keys(params, key, step)
@@ -54,15 +60,9 @@ def project_loss(
         slope = (f(θ + ε Z) - f(θ - ε Z)) / 2ε
 
     The parameters walk to both places and back in place; the direction is drawn again each time. So a
-    training step needs what inference needs, and one scalar:
-
-        @functools.partial(jax.jit, donate_argnums=0)
-        def train_step(params, batch, step):
-            value, slope, params = gum_optax.project_loss(lambda p: loss(p, batch), params, 0, step)
-            return gum_optax.walk(params, 0, -rate * slope, step), value
-
-    This is MeZO. A gradient for another optimizer is `estimate`'s, which costs the memory of a gradient and
-    of the moved parameters.
+    training step needs what inference needs, and one scalar. With a `walk` down the slope this is MeZO. A
+    gradient for another optimizer is `estimate`'s, which costs the memory of a gradient and of the moved
+    parameters.
 
     Args:
       loss: a function of the parameters; the same batch and the same dropout at both places.
@@ -79,6 +79,13 @@ def project_loss(
     Raises:
       TypeError, ValueError: an argument is out of range or of the wrong type; the loss is no number; a leaf
         is bfloat16 or float16, which walking there and back would change for good.
+
+    Examples:
+      >>> loss = lambda params: jnp.sum(params["w"] ** 2)
+      >>> value, slope, params = gum_optax.project_loss(loss, {"w": jnp.ones((2, 2))}, key=0, step=0)
+      >>> params = gum_optax.walk(params, 0, -0.01 * slope, step=0)
+      >>> round(float(value), 2), bool(loss(params) < value)
+      (4.0, True)
 
     References:
       Malladi et al., MeZO, arXiv 2305.17333, Algorithm 1.
