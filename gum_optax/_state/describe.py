@@ -24,7 +24,14 @@ Names = tuple[str, ...]
 
 
 class LeafDescription(NamedTuple):
-    """A row of `describe`."""
+    """A row of `describe`.
+
+    Examples:
+      >>> params = {"embedding": jnp.ones((16, 4)), "kernel": jnp.ones((4, 8))}
+      >>> leaf = gum_optax.describe(gum_optax.muon(1e-3), params).leaves[0]
+      >>> leaf.kind, leaf.reason, leaf.state
+      ('embedding', 'an embedding by name', 512)
+    """
 
     name: str  # the leaf's path, "layers/0/kernel"
     shape: tuple[int, ...]
@@ -37,7 +44,14 @@ class LeafDescription(NamedTuple):
 
 
 class Description(NamedTuple):
-    """Rows, and notes for the user; `str()` is a table, with one row for leaves that differ in a number."""
+    """Rows, and notes for the user; `str()` is a table, with one row for leaves that differ in a number.
+
+    Examples:
+      >>> params = {"gate": {"kernel": jnp.ones((4, 8))}, "up": {"kernel": jnp.ones((8, 16))}}
+      >>> description = gum_optax.describe(gum_optax.galore_muon(1e-3, rank=4), params)
+      >>> print(*description.notes)
+      gate/kernel: a side is at most the rank 4, so the rule runs at full rank, with a full-size momentum
+    """
 
     leaves: tuple[LeafDescription, ...]
     notes: tuple[str, ...]
@@ -83,6 +97,16 @@ def describe(tx: optax.GradientTransformation, params: Any) -> Description:
 
     Raises:
       TypeError: `tx` is not an `optax.GradientTransformation`.
+
+    Examples:
+      >>> params = {"embedding": jnp.ones((16, 4)), "kernel": jnp.ones((12, 4, 8))}
+      >>> print(gum_optax.describe(gum_optax.gum(1e-3, rank=2), params))
+             leaf   shape  taken for       blocks    step    slots  state MiB                reason
+        embedding    16×4  embedding                                   0.0005  an embedding by name
+           kernel  12×4×8     matrix  12 of 4 × 8  rank 2  1 of 12     0.0011     the last two axes
+      bookkeeping       -      state                                   0.0000     of no single leaf
+            slots       -      state                                   0.0001     of no single leaf
+      1 of 2 leaves are matrices, 1 of them projected; state 0.0017 MiB
     """
     check_rule("tx", tx)
     with listening() as record:

@@ -17,7 +17,13 @@ _SLOTS, _BOOKKEEPING = "slots", "bookkeeping"
 
 
 class LeafMemory(NamedTuple):
-    """A row of `memory_report`, in bytes."""
+    """A row of `memory_report`, in bytes.
+
+    Examples:
+      >>> report = gum_optax.memory_report(gum_optax.galore(1e-3, rank=2), {"kernel": jnp.ones((4, 8))})
+      >>> report.leaves[0].name, report.leaves[0].parameters, report.leaves[0].state
+      ('kernel', 128, {'projectors': 32, 'mu': 64, 'nu': 64})
+    """
 
     name: str  # the leaf's path, "layers/0/kernel", or a name for shared state
     shape: tuple[int, ...]  # the shape of the parameter, () for shared state
@@ -27,7 +33,13 @@ class LeafMemory(NamedTuple):
 
 
 class MemoryReport(NamedTuple):
-    """Bytes per leaf and in total; `str()` is a table."""
+    """Bytes per leaf and in total; `str()` is a table.
+
+    Examples:
+      >>> report = gum_optax.memory_report(optax.adamw(1e-3), {"kernel": jnp.ones((4, 8))})
+      >>> report.parameters, report.gradients, report.state, report.total  # bytes
+      (128, 128, {'mu': 128, 'nu': 128, 'bookkeeping': 4}, 516)
+    """
 
     leaves: tuple[LeafMemory, ...]
     temporaries: (
@@ -114,6 +126,16 @@ def memory_report(
 
     Raises:
       TypeError: `tx` is not an `optax.GradientTransformation`.
+
+    Examples:
+      >>> params = {"layers": {"kernel": jax.ShapeDtypeStruct((80, 8192, 28672), jnp.bfloat16)}}
+      >>> print(gum_optax.memory_report(gum_optax.gum(1e-3), params))
+               leaf          shape  parameters  gradients  projectors   trace  bookkeeping   slots
+      layers/kernel  80×8192×28672     35840.0    35840.0       320.0  1120.0            -       -
+        bookkeeping              -           -          -           -       -       0.0000       -
+              slots              -           -          -           -       -            -  4480.0
+        total (MiB)                    35840.0    35840.0       320.0  1120.0       0.0000  4480.0
+      state 5920.0 MiB, temporaries not compiled, in all 77600.0 MiB
     """
     check_rule("tx", tx)
     shapes = jax.eval_shape(lambda tree: jax.tree.map(jnp.asarray, tree), params)

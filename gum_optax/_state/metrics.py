@@ -26,6 +26,14 @@ def metrics(state: Any) -> dict[str, Scalar | Array]:
       - `realised_fraction`: sampled blocks over the blocks of sampled groups, `γ/L`;
       - `sampled/64x256/0`: the block in that slot of that group, counted over the group's leaves;
       - `skipped_steps`: the number of steps that some leaf skipped because its gradient was not finite.
+
+    Examples:
+      >>> tx = gum_optax.gum(1e-3, rank=2, full_rank_fraction=0.25)
+      >>> values = gum_optax.metrics(tx.init({"kernel": jnp.ones((4, 4, 8))}))
+      >>> print(*sorted(values))
+      captured_energy realised_fraction refresh_count residual_share sampled/4x8/0 skipped_steps
+      >>> float(values["realised_fraction"])
+      0.25
     """
     arrays = named_arrays(state)
     places = low_rank_places(arrays)

@@ -57,6 +57,14 @@ def check_state(tx: optax.GradientTransformation, state: Any, params: Any) -> No
     Raises:
       ValueError: the state belongs to another optimizer, to another version of this library, or to another
         `rank`, `full_rank_fraction`, `period` or `momentum_dtype`; the message names each difference.
+
+    Examples:
+      >>> params = {"kernel": jnp.ones((4, 8))}
+      >>> state = gum_optax.galore_muon(1e-3, rank=2, period=200).init(params)
+      >>> gum_optax.check_state(gum_optax.galore_muon(1e-3, rank=2, period=100), state, params)
+      Traceback (most recent call last):
+          ...
+      ValueError: this state is of another optimizer: period is 200 in place of 100. ...
     """
     check_rule("tx", tx)
     like = jax.eval_shape(tx.init, params)
@@ -98,6 +106,13 @@ def convert_state(tx: optax.GradientTransformation, state: Any, params: optax.Pa
     Raises:
       TypeError: the state has shapes in place of arrays.
       ValueError: the state is within a period, or belongs to another kind of optimizer or other parameters.
+
+    Examples:
+      >>> params = {"kernel": jnp.ones((4, 8))}
+      >>> state = gum_optax.galore_muon(1e-3, rank=2).init(params)
+      >>> state = gum_optax.convert_state(gum_optax.galore_muon(1e-3, rank=3), state, params)
+      >>> optax.tree.get(state, "projectors")["kernel"].shape
+      (4, 3)
     """
     check_rule("tx", tx)
     new = tx.init(params)
