@@ -49,6 +49,13 @@ def adalomo(
     Raises:
       TypeError, ValueError: an argument is out of range or of the wrong type; as for `muon`.
 
+    Examples:
+      >>> params, gradients = {"kernel": jnp.full((4, 8), 2.0)}, {"kernel": jnp.full((4, 8), 1e-3)}
+      >>> tx = gum_optax.adalomo(0.1)
+      >>> updates, state = tx.update(gradients, tx.init(params), params)
+      >>> round(float(updates["kernel"][0, 0]), 3)  # a tenth of the weight, whatever the gradient
+      -0.2
+
     References:
       Lv et al., AdaLomo, arXiv 2310.10195, and OpenLMLab/LOMO at 45d4bac, `lomo_optim/adalomo.py`.
     """

@@ -21,10 +21,7 @@ def adamw_8bit(
 
         W ← W - η (Adam(G) + λ W)
 
-    It is for the leaves that are not hidden matrices, whose moments are most of what is left of a state:
-
-        others = gum_optax.adamw_8bit(3e-4, weight_decay=0.1)
-        tx = gum_optax.gum(1e-3, momentum_dtype="int8", others=others)
+    It is for the leaves that are not hidden matrices, whose moments are most of what is left of a state.
 
     Args:
       learning_rate: a number or a schedule.
@@ -37,6 +34,13 @@ def adamw_8bit(
 
     Raises:
       TypeError, ValueError: an argument is out of range or of the wrong type.
+
+    Examples:
+      >>> params = {"embedding": jnp.ones((64, 128)), "kernel": jnp.ones((64, 128))}
+      >>> others = gum_optax.adamw_8bit(3e-4, weight_decay=0.1)
+      >>> tx = gum_optax.gum(1e-3, momentum_dtype="int8", others=others)
+      >>> gum_optax.memory_report(tx, params).leaves[0].state  # of the embedding, in bytes
+      {'mu': 8192, 'nu': 8192, 'mu_scales': 256, 'nu_scales': 256}
     """
     return optax.chain(
         scale_by_adam_8bit(b1, b2, eps),

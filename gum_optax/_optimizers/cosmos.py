@@ -20,7 +20,13 @@ from .matrix_optimizer import WeightDecay, matrix_optimizer
 
 
 class CosmosState(NamedTuple):
-    """State of `scale_by_cosmos`."""
+    """State of `scale_by_cosmos`.
+
+    Examples:
+      >>> state = gum_optax.scale_by_cosmos(rank=2).init({"kernel": jnp.ones((4, 8))})
+      >>> state.basis["kernel"].shape, state.spectrum["kernel"].shape, state.squares["kernel"].shape
+      ((4, 2), (2, 2), (2, 8))
+    """
 
     count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
     momentum: optax.Updates  # M, each leaf (*, m, n) float32
@@ -63,6 +69,13 @@ def scale_by_cosmos(
 
     Raises:
       TypeError, ValueError: an argument or a leaf is out of range or of the wrong type.
+
+    Examples:
+      >>> gradients = {"kernel": jax.random.normal(jax.random.key(0), (4, 8))}
+      >>> rule = gum_optax.scale_by_cosmos(rank=2)
+      >>> steps, state = rule.update(gradients, rule.init(gradients))
+      >>> round(float(jnp.mean(steps["kernel"] ** 2)), 3)  # the step has element RMS one
+      1.0
 
     References:
       Liu et al., COSMOS, arXiv 2502.17410, Algorithm 1.
@@ -125,6 +138,11 @@ def cosmos(
 
     Raises:
       TypeError, ValueError: as for `muon`; also if `rank` is below 1 or not an integer.
+
+    Examples:
+      >>> params = {"kernel": jnp.ones((4, 8))}
+      >>> gum_optax.memory_report(gum_optax.cosmos(1e-3, rank=2), params).state  # bytes
+      {'momentum': 128, 'basis': 32, 'spectrum': 16, 'squares': 64, 'bookkeeping': 12}
 
     References:
       Liu et al., COSMOS, arXiv 2502.17410, Algorithm 1.

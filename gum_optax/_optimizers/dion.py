@@ -23,7 +23,13 @@ _ROUNDINGS = 64.0
 
 
 class DionState(NamedTuple):
-    """State of `scale_by_dion`."""
+    """State of `scale_by_dion`.
+
+    Examples:
+      >>> state = gum_optax.scale_by_dion(rank=2).init({"kernel": jnp.ones((4, 8))})
+      >>> state.momentum["kernel"].shape, state.right["kernel"].shape
+      ((4, 8), (8, 2))
+    """
 
     count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
     momentum: optax.Updates  # M, each leaf (*, m, n) float32
@@ -50,6 +56,13 @@ def scale_by_dion(rank: int, momentum: Any = 0.95, key: int | jax.Array = 0) -> 
 
     Raises:
       TypeError, ValueError: an argument or a leaf is out of range or of the wrong type.
+
+    Examples:
+      >>> gradients = {"kernel": jax.random.normal(jax.random.key(0), (4, 8))}
+      >>> rule = gum_optax.scale_by_dion(rank=2)
+      >>> steps, state = rule.update(gradients, rule.init(gradients))
+      >>> round(float(jnp.sum(steps["kernel"] ** 2)), 3)  # P Qᵀ has r unit columns
+      2.0
 
     References:
       Ahn et al., Dion, arXiv 2504.05295, Algorithm 1.
@@ -114,6 +127,13 @@ def dion(
 
     Raises:
       TypeError, ValueError: as for `muon`; also if `rank` is below 1 or not an integer.
+
+    Examples:
+      >>> gradients = {"kernel": jax.random.normal(jax.random.key(0), (4, 8))}
+      >>> tx = gum_optax.dion(1.0, rank=2)
+      >>> updates, state = tx.update(gradients, tx.init(gradients))
+      >>> int(np.linalg.matrix_rank(updates["kernel"], tol=1e-3))
+      2
 
     References:
       Ahn et al., Dion, arXiv 2504.05295, Algorithm 1.

@@ -49,6 +49,13 @@ def fira(
     Raises:
       TypeError, ValueError: as for `galore`; also if `norm_growth` is below 1.
 
+    Examples:
+      >>> gradients = {"kernel": jax.random.normal(jax.random.key(0), (4, 8))}
+      >>> tx = gum_optax.fira(1.0, rank=2)
+      >>> updates, state = tx.update(gradients, tx.init(gradients))
+      >>> int(np.linalg.matrix_rank(updates["kernel"], tol=1e-3))  # GaLore's step has rank 2
+      4
+
     References:
       Chen et al., Fira, arXiv 2410.01623, Algorithm 1.
     """

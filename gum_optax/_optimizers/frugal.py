@@ -50,6 +50,13 @@ def frugal(
     Raises:
       TypeError, ValueError: as for `galore_muon`; also if `b1` or `b2` is outside `[0, 1)`, or `eps` below 0.
 
+    Examples:
+      >>> gradients = {"kernel": jnp.diag(jnp.array([4.0, 3.0, 2.0, 1.0]))}
+      >>> tx = gum_optax.frugal(1.0, rank=2, find_subspace=gum_optax.svd_subspace)
+      >>> updates, state = tx.update(gradients, tx.init(gradients))
+      >>> print(np.linalg.norm(updates["kernel"], axis=1).round(3))  # Adam for two rows, signs for two
+      [1. 1. 1. 1.]
+
     References:
       Zmushko et al., FRUGAL, arXiv 2411.07837, Algorithm 1.
     """

@@ -55,6 +55,13 @@ def galore_muon(
     Raises:
       TypeError, ValueError: as for `muon`; also if `rank` or `period` is below 1 or not an integer.
 
+    Examples:
+      >>> gradients = {"kernel": jax.random.normal(jax.random.key(0), (4, 16))}
+      >>> tx = gum_optax.galore_muon(1.0, rank=2, orthogonalizer=gum_optax.polar)
+      >>> updates, state = tx.update(gradients, tx.init(gradients))
+      >>> print(np.linalg.svd(updates["kernel"], compute_uv=False).round(3))  # 0.2 √16, in two directions
+      [0.8 0.8 0.  0. ]
+
     References:
       Zhao et al., GaLore, arXiv 2403.03507, Algorithm 2; Pan et al., arXiv 2510.17802, section 3.
     """
@@ -113,6 +120,13 @@ def galore(
     Raises:
       TypeError, ValueError: as for `galore_muon`; also if `scale` or `eps` is below 0, or `b1` or `b2` is
         outside `[0, 1)`.
+
+    Examples:
+      >>> gradients = {"kernel": jnp.diag(jnp.array([4.0, 3.0, 2.0, 1.0]))}
+      >>> tx = gum_optax.galore(1.0, rank=2, find_subspace=gum_optax.svd_subspace)
+      >>> updates, state = tx.update(gradients, tx.init(gradients))
+      >>> print(np.linalg.norm(updates["kernel"], axis=1).round(3))  # two rows are outside the subspace
+      [0.25 0.25 0.   0.  ]
 
     References:
       Zhao et al., GaLore, arXiv 2403.03507, Algorithm 2.

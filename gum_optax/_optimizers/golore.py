@@ -53,6 +53,13 @@ def golore(
     Raises:
       TypeError, ValueError: as for `galore`; also if `random_after` is below 0 or not an integer.
 
+    Examples:
+      >>> gradients = {"kernel": jnp.outer(jnp.arange(1.0, 5.0), jnp.ones(8))}  # of rank 1
+      >>> tx = gum_optax.golore(1e-2, rank=1, random_after=0)
+      >>> updates, state = tx.update(gradients, tx.init(gradients))
+      >>> bool(gum_optax.metrics(state)["captured_energy"] < 0.9)  # a random subspace misses much of it
+      True
+
     References:
       He et al., GoLore, arXiv 2410.11289, Algorithm 2; FedSLoP, arXiv 2604.24012.
     """

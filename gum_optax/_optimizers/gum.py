@@ -60,6 +60,13 @@ def gum(
     Raises:
       TypeError, ValueError: as for `galore_muon`; also if `full_rank_fraction` is outside `[0, 1]`.
 
+    Examples:
+      >>> params = {"kernel": jnp.ones((8, 4, 16))}  # 8 layers
+      >>> tx = gum_optax.gum(1e-3, rank=2, full_rank_fraction=0.25)
+      >>> leaf = gum_optax.describe(tx, params).leaves[0]
+      >>> leaf.blocks, leaf.rank, leaf.slots
+      ('8 of 4 × 16', 2, '2 of 8')
+
     References:
       Pan et al., Unbiased Gradient Low-Rank Projection, arXiv 2510.17802, Algorithm 2.
     """

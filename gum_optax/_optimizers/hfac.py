@@ -16,7 +16,13 @@ from .matrix_optimizer import WeightDecay, matrix_optimizer
 
 
 class HFacState(NamedTuple):
-    """State of `scale_by_hfac`, float32."""
+    """State of `scale_by_hfac`, float32.
+
+    Examples:
+      >>> state = gum_optax.scale_by_hfac().init({"kernel": jnp.ones((4, 8))})
+      >>> state.u["kernel"].shape, state.v["kernel"].shape
+      ((4, 1), (1, 8))
+    """
 
     count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
     u: optax.Updates  # each leaf (*blocks, m, 1): averages of the gradient over the columns
@@ -38,6 +44,13 @@ def scale_by_hfac(
 
     Raises:
       TypeError, ValueError: an argument is out of range or of the wrong type; at `init`, a leaf is no matrix.
+
+    Examples:
+      >>> gradients = {"kernel": jnp.outer(jnp.arange(1.0, 5.0), jnp.arange(1.0, 9.0))}
+      >>> rule = gum_optax.scale_by_hfac()
+      >>> steps, state = rule.update(gradients, rule.init(gradients))
+      >>> bool(jnp.allclose(steps["kernel"], 1.0, atol=1e-5))  # at rank 1 a row and a column are exact
+      True
     """
     b1, b2, _ = check_adam(b1, b2, eps)
     eps, threshold = check_divisor("eps", eps), check_divisor("threshold", threshold)
@@ -95,6 +108,11 @@ def hfac(
 
     Raises:
       TypeError, ValueError: as for `muon`; also if `b1`, `b2`, `eps` or `threshold` is out of range.
+
+    Examples:
+      >>> params = {"kernel": jnp.ones((4, 8))}
+      >>> gum_optax.memory_report(gum_optax.hfac(1e-3), params).state  # bytes
+      {'u': 16, 'v': 32, 'r': 16, 's': 32, 'bookkeeping': 12}
 
     References:
       Nguyen et al., H-Fac, arXiv 2406.09958.

@@ -143,10 +143,8 @@ def matrix_optimizer(
 
     The optimizer finds the matrices of the model, passes them to the rule as `(*blocks, m, n)` with `m <= n`,
     and updates all other leaves by AdamW. It skips a leaf whose gradient holds a NaN or an infinity: the
-    parameter and its state stay unchanged. This is GaLore with the sign of a momentum in place of Adam:
-
-        rule = gum_optax.low_rank(optax.scale_by_lion(), rank=128, period=200)
-        tx = gum_optax.matrix_optimizer(rule, 1e-4, 1.0, weight_decay=0.1)
+    parameter and its state stay unchanged. The example is GaLore with the sign of a momentum in place of
+    Adam.
 
     Args:
       rule: any transformation over trees of `(*blocks, m, n)` leaves, whose step points up the gradient:
@@ -178,6 +176,13 @@ def matrix_optimizer(
     Raises:
       TypeError, ValueError: an argument is out of range or of the wrong type; at `init`, dimension numbers do
         not fit a leaf, or a matrix is complex or integer.
+
+    Examples:
+      >>> params = {"embedding": jnp.ones((16, 4)), "kernel": jnp.ones((4, 8))}
+      >>> rule = gum_optax.low_rank(optax.scale_by_lion(), rank=2, period=200)
+      >>> tx = gum_optax.matrix_optimizer(rule, 1e-4, 1.0, weight_decay=0.1)
+      >>> [(leaf.name, leaf.kind, leaf.rank) for leaf in gum_optax.describe(tx, params).leaves[:2]]
+      [('embedding', 'embedding', None), ('kernel', 'matrix', 2)]
     """
     check_rule("rule", rule)
     rescale = _rescaling(scale)

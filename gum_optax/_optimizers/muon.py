@@ -51,6 +51,13 @@ def muon(
       TypeError, ValueError: an argument is out of range or of the wrong type; at `init`, dimension numbers do
         not fit a leaf, or a matrix is complex or integer.
 
+    Examples:
+      >>> gradients = {"kernel": jax.random.normal(jax.random.key(0), (4, 16))}
+      >>> tx = gum_optax.muon(1.0, orthogonalizer=gum_optax.polar)
+      >>> updates, state = tx.update(gradients, tx.init(gradients))
+      >>> print(np.linalg.svd(updates["kernel"], compute_uv=False).round(3))  # 0.2 √16
+      [0.8 0.8 0.8 0.8]
+
     References:
       Jordan et al., https://kellerjordan.github.io/posts/muon; Liu et al., arXiv 2502.16982.
     """

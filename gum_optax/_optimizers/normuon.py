@@ -47,6 +47,14 @@ def normuon(
     Raises:
       TypeError, ValueError: as for `muon`; also if `b2` or `eps` is out of range.
 
+    Examples:
+      >>> gradients = {"kernel": jax.random.normal(jax.random.key(0), (4, 8))}
+      >>> tx = gum_optax.normuon(1.0)
+      >>> updates, state = tx.update(gradients, tx.init(gradients))
+      >>> norms = jnp.linalg.norm(updates["kernel"], axis=0)  # one for each neuron
+      >>> round(float(norms.max() / norms.min()), 3)
+      1.0
+
     References:
       Li et al., NorMuon, arXiv 2510.05491, Algorithm 1.
     """

@@ -58,6 +58,13 @@ def scion(
       TypeError, ValueError: as for `muon`; also if a radius is below 0, an `lmo` is not a function, or a leaf
         is complex.
 
+    Examples:
+      >>> gradients = {"embedding": jnp.ones((16, 4)), "kernel": jnp.ones((4, 8))}
+      >>> tx = gum_optax.scion(2**-12)
+      >>> updates, state = tx.update(gradients, tx.init(gradients))
+      >>> float(updates["embedding"][0, 0]) * 2**12  # the edge radius over the width
+      -750.0
+
     References:
       Pethick et al., Scion, arXiv 2502.07529, Algorithms 1 and 2, Tables 2 to 4.
     """

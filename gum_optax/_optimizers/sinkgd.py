@@ -36,6 +36,13 @@ def sinkgd(
     Raises:
       TypeError, ValueError: as for `muon`; also if `scale` is below 0, or `rounds` below 1.
 
+    Examples:
+      >>> gradients = {"kernel": jax.random.normal(jax.random.key(0), (4, 8))}
+      >>> tx = gum_optax.sinkgd(1.0)
+      >>> updates, state = tx.update(gradients, tx.init(gradients))
+      >>> round(float(jnp.sqrt(jnp.mean(updates["kernel"] ** 2))), 3)  # α
+      0.05
+
     References:
       Scetbon et al., SinkGD, arXiv 2502.06742, Algorithm 4.
     """

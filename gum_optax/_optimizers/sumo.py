@@ -61,6 +61,11 @@ def sumo(
     Raises:
       TypeError, ValueError: as for `galore_muon`; also if `norm_growth` is below 1.
 
+    Examples:
+      >>> params = {"kernel": jnp.ones((4, 8))}
+      >>> gum_optax.memory_report(gum_optax.sumo(1e-3, rank=2), params).state  # bytes
+      {'projectors': 32, 'trace': 64, 'norms': 4, 'bookkeeping': 32}
+
     References:
       Refael et al., SUMO, arXiv 2505.24749, Algorithm 1.
     """

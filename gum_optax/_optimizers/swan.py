@@ -38,6 +38,13 @@ def swan(
     Raises:
       TypeError, ValueError: as for `muon`; also if `scale` is below 0.
 
+    Examples:
+      >>> gradients = {"kernel": jax.random.normal(jax.random.key(0), (4, 8))}
+      >>> tx = gum_optax.swan(1.0)
+      >>> updates, state = tx.update(gradients, tx.init(gradients))
+      >>> print(np.linalg.svd(updates["kernel"], compute_uv=False).round(3))  # without means, of rank 3
+      [0.163 0.163 0.163 0.   ]
+
     References:
       Ma et al., SWAN, arXiv 2412.13148, Algorithm 1.
     """

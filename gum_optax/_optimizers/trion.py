@@ -29,6 +29,11 @@ def dct_columns(m: Float[Array, "*b m n"], rank: int) -> Float[Array, "*b m r"]:
 
     Raises:
       TypeError, ValueError: `rank` is out of range or not an integer.
+
+    Examples:
+      >>> d = gum_optax.dct_columns(jnp.ones((4, 8)), rank=1)
+      >>> print(np.asarray(d).ravel().round(3))  # the constant column
+      [0.5 0.5 0.5 0.5]
     """
     size = m.shape[-2]
     rank = check_integer("rank", rank, at_least=1)
@@ -46,7 +51,13 @@ def dct_columns(m: Float[Array, "*b m n"], rank: int) -> Float[Array, "*b m r"]:
 
 
 class TrionState(NamedTuple):
-    """State of `scale_by_trion`."""
+    """State of `scale_by_trion`.
+
+    Examples:
+      >>> state = gum_optax.scale_by_trion(rank=2).init({"kernel": jnp.ones((4, 8))})
+      >>> state.momentum["kernel"].shape  # of full size, whatever the rank
+      (4, 8)
+    """
 
     count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
     momentum: optax.Updates  # M, each leaf (*, m, n) float32
@@ -71,6 +82,13 @@ def scale_by_trion(
 
     Raises:
       TypeError, ValueError: an argument or a leaf is out of range or of the wrong type.
+
+    Examples:
+      >>> gradients = {"kernel": jax.random.normal(jax.random.key(0), (4, 8))}
+      >>> rule = gum_optax.scale_by_trion(rank=2, orthogonalizer=gum_optax.polar)
+      >>> steps, state = rule.update(gradients, rule.init(gradients))
+      >>> print(np.linalg.svd(steps["kernel"], compute_uv=False).round(3))
+      [1. 1. 0. 0.]
 
     References:
       Modoranu et al., arXiv 2505.17967, Algorithm 2 (Trion).
@@ -121,6 +139,11 @@ def trion(
 
     Raises:
       TypeError, ValueError: as for `muon`; also if `rank` is below 1 or not an integer.
+
+    Examples:
+      >>> params = {"kernel": jnp.ones((4, 8))}
+      >>> gum_optax.memory_report(gum_optax.trion(1e-3, rank=2), params).state  # bytes
+      {'momentum': 128, 'bookkeeping': 12}
 
     References:
       Modoranu et al., arXiv 2505.17967, Algorithm 2.
