@@ -399,12 +399,3 @@ def test_a_name_that_does_not_exist_is_found(name):
 
 def test_a_call_of_a_function_that_does_not_exist_is_found():
     assert invented("`switch(steps, first, then)` and `switch_subspace(steps, first, then)`") == {"switch"}
-
-
-PUBLIC = [name for name, x in vars(go).items() if not name.startswith("_") and not inspect.ismodule(x)]
-
-
-@pytest.mark.parametrize("name", PUBLIC)
-def test_every_public_name_has_a_docstring(name):
-    thing = getattr(go, name)
-    assert not callable(thing) or (thing.__doc__ or "").strip(), name
