@@ -55,9 +55,10 @@ def hidden_matrices(params: Any, *, routers: bool = True) -> Any:
     4. *Axis names* (`nnx.Variable`, Linen's boxes, `haliax.NamedArray`) tell which axes are layers, experts
        or heads; the class of an Equinox or Haliax layer tells which axes are the input.
     5. *Convolutions*, by name or by a square window: `(window · in, out)`; depthwise convolutions are
-    vectors. 6. *Attention with a separate axis for heads*: by the bias, which has the axes of the output; by
-    the other
-       side of the attention; by an axis that all kernels nearby share, which is the stack; by name and sizes.
+       vectors.
+    6. *Attention with a separate axis for heads*: by the bias, which has the axes of the output; by the
+       other side of the attention; by an axis that all kernels nearby share, which is the stack; by name and
+       sizes.
     7. *Everything else*: the last two axes; axes before them are a stack of blocks.
 
     If two readings are equally plausible, `init` warns with a `RoutingWarning`. `gum_optax.describe` shows
