@@ -92,7 +92,8 @@ class Replay:
     """Returns the means, the second time that an update is traced; the calls come in the same order."""
 
     def __init__(self, record: Record, leaves: Sequence[Any], means: Sequence[Any]):
-        self.leaves, self.leaf_indices = leaves, record.leaf_indices
+        self.leaves: Sequence[Any] = leaves
+        self.leaf_indices: set[int] = record.leaf_indices
         self._means = list(zip(record.measurements, means, strict=True))
         self._next, self._results = iter(self._means), iter(record.results)
 

@@ -92,7 +92,7 @@ def _with_row_keys(form: LinearForm, turn: WholeStep, mean_of: MeanOf, keys: Any
 
 # Measured (docs/results, "The refresh"): two power steps from the random subspace of `init` find 0.987 of the
 # exact subspace's energy; one step from the last period's subspace finds 0.998.
-track_subspace = switch_subspace(
+track_subspace: SubspaceFinder = switch_subspace(
     1,
     functools.partial(subspace_iteration, iterations=2),
     functools.partial(subspace_iteration, iterations=1),

@@ -6,12 +6,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import optax.contrib
 from jax.sharding import NamedSharding
-from optax.contrib import MuonDimensionNumbers
 
 from .._core.checks import is_function
 from .._core.trees import key_name
 from .._mesh.axis_names import is_box
+
+# Not imported by name: a checker of types then knows it without the types of optax.
+MuonDimensionNumbers = optax.contrib.MuonDimensionNumbers
 
 # Roles of a leaf, alone or in a stack.
 LAST_TWO = MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)

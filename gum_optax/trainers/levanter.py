@@ -24,7 +24,7 @@ _FIELD_TYPES: dict[Any, Any] = {annotation: annotation for annotation in (int, f
 
 def config_of(
     optimizer: Callable[..., optax.GradientTransformation], type_name: str | None = None
-) -> type[OptimizerConfig]:
+) -> type[Any]:
     """Make the configuration of an optimizer, and register it under the optimizer's name or `type_name`.
 
     The fields are the optimizer's numeric arguments and `momentum_dtype`, with their defaults; `key` is an
@@ -34,6 +34,9 @@ def config_of(
     Args:
       optimizer: an optimizer of this library, or a function with the same arguments and annotations.
       type_name: the name of the optimizer under `type` in a configuration. Default: the function's name.
+
+    Returns:
+      A subclass of Levanter's `OptimizerConfig`.
 
     Raises:
       ValueError: Levanter has another optimizer of that name.
@@ -65,18 +68,18 @@ def config_of(
     return OptimizerConfig.register_subclass(type_name or name, config)
 
 
-GumConfig = config_of(gum_optax.gum)
-GaloreConfig = config_of(gum_optax.galore)
-GaloreMuonConfig = config_of(gum_optax.galore_muon)
-SumoConfig = config_of(gum_optax.sumo)
-GoloreConfig = config_of(gum_optax.golore)
-FiraConfig = config_of(gum_optax.fira)
-FrugalConfig = config_of(gum_optax.frugal)
-SwanConfig = config_of(gum_optax.swan)
-SinkgdConfig = config_of(gum_optax.sinkgd)
-TrionConfig = config_of(gum_optax.trion)
-DionConfig = config_of(gum_optax.dion)
-CosmosConfig = config_of(gum_optax.cosmos)
+GumConfig: type[Any] = config_of(gum_optax.gum)
+GaloreConfig: type[Any] = config_of(gum_optax.galore)
+GaloreMuonConfig: type[Any] = config_of(gum_optax.galore_muon)
+SumoConfig: type[Any] = config_of(gum_optax.sumo)
+GoloreConfig: type[Any] = config_of(gum_optax.golore)
+FiraConfig: type[Any] = config_of(gum_optax.fira)
+FrugalConfig: type[Any] = config_of(gum_optax.frugal)
+SwanConfig: type[Any] = config_of(gum_optax.swan)
+SinkgdConfig: type[Any] = config_of(gum_optax.sinkgd)
+TrionConfig: type[Any] = config_of(gum_optax.trion)
+DionConfig: type[Any] = config_of(gum_optax.dion)
+CosmosConfig: type[Any] = config_of(gum_optax.cosmos)
 # Levanter has its own optimizers with these two names.
-MuonConfig = config_of(gum_optax.muon, "gum_optax_muon")
-ScionConfig = config_of(gum_optax.scion, "gum_optax_scion")
+MuonConfig: type[Any] = config_of(gum_optax.muon, "gum_optax_muon")
+ScionConfig: type[Any] = config_of(gum_optax.scion, "gum_optax_scion")
