@@ -28,6 +28,13 @@ GROUPS = {
 _LINK = re.compile(r"(!?)\[((?:[^\]\[]|\[[^\]]*\])*)\]\(([^)\s#]*)(#[^)\s]*)?\)")
 
 
+def entry(name: str) -> str:
+    """The docstring of a public name, or a link to the page that has it."""
+    if (ROOT / "docs" / "optimizers" / f"{name}.md").is_file():
+        return f"- [`{name}`](../optimizers/{name}.md)\n\n"
+    return f"::: gum_optax.{name}\n\n"
+
+
 def reference() -> dict[str, str]:
     """The pages of the reference, by name; a group of names that has no page is a KeyError."""
     pages: dict[str, str] = {}
@@ -39,7 +46,7 @@ def reference() -> dict[str, str]:
             heading = f"# {title.removesuffix('.')}\n\n"
             if heading not in pages.setdefault(page, ""):
                 pages[page] += heading
-            pages[page] += f"::: gum_optax.{found[1]}\n\n"
+            pages[page] += entry(found[1])
     return pages
 
 

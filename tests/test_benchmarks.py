@@ -28,6 +28,7 @@ import refresh  # noqa: E402
 import results  # noqa: E402
 import scaling  # noqa: E402
 import speed  # noqa: E402
+import step_pictures  # noqa: E402
 import training_step  # noqa: E402
 
 
@@ -290,3 +291,22 @@ def test_a_step_layer_by_layer_is_timed_beside_the_ordinary_step(tmp_path):
     assert setting == "cpu, tiny, 2 × 8 tokens, inputs of every 2 layers"
     assert rows["optax.adamw"]["ratio"] > 0
     assert layerwise_time.table({"x": rows["optax.adamw"] | {"ratio": 1.5}})[-1].split(" | ")[3] == "1.500"
+
+
+def test_the_pictures_of_steps_are_drawn_from_the_stored_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(step_pictures, "ROWS", 8)
+    monkeypatch.setattr(step_pictures, "COLUMNS", 12)
+    kept = {name: step_pictures.OPTIMIZERS[name] for name in ("adamw", "muon")}
+    gum = (step_pictures.go.gum, {"rank": 2, "period": 2, "full_rank_fraction": 1 / 4})
+    monkeypatch.setattr(step_pictures, "OPTIMIZERS", kept | {"gum": gum})
+    places = ["--out", str(tmp_path), "--to", str(tmp_path / "pictures")]
+    step_pictures.main(places, step_pictures.Sizes(steps=3, rates=(0.01,)))
+    rows = json.loads((tmp_path / "step_pictures.json").read_text())["optimizers"]
+    assert len(rows["gum"]["losses"]) == 4
+    low, sampled = (np.array(found["singular_values"]) for found in rows["gum"]["steps"].values())
+    assert (low > 1e-3).sum() == 2
+    assert (sampled > 1e-3).sum() == 6
+    drawn = {path.name: path.read_bytes() for path in (tmp_path / "pictures").iterdir()}
+    assert set(drawn) == {"gum.svg", "muon.svg"}
+    step_pictures.main(["--pictures", "--optimizers", "gum", *places])
+    assert (tmp_path / "pictures" / "gum.svg").read_bytes() == drawn["gum.svg"]

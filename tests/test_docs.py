@@ -169,7 +169,9 @@ def test_the_readme_has_its_commands_and_ci_runs_the_last_two():
     assert any(line.startswith(commands[2]) for line in ci)
 
 
-STATE = dict(re.findall(r"^\| `(\w+)` \|.*\| `([^`]*)` \|$", page("parts.md"), re.MULTILINE))
+# The optimizers of the table: the page that each links to, and its state.
+TABLE = re.findall(r"^\| \[`(\w+)`\]\(([\w/.]+)\) \|.*\| `([^`]*)` \|$", page("parts.md"), re.MULTILINE)
+STATE = {name: state for name, _, state in TABLE}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -183,6 +185,22 @@ def test_the_state_in_the_table_is_what_init_allocates(name):
     numbers = sum(x.size for x in jax.tree.leaves(state) if x.ndim >= 2)
     formula = re.sub(r"(?<=[\w)]) (?=[\w(])", "*", STATE[name].replace("γ/L", f"{slots}/{blocks}"))
     assert numbers == pytest.approx(blocks * eval(formula, {"m": m, "n": n, "r": r}))
+
+
+def test_every_optimizer_has_a_page_a_picture_and_a_place_in_the_navigation():
+    assert set(STATE) == set(OPTIMIZERS)
+    names = [*STATE, "adamw_8bit"]  # which is no optimizer of matrices
+    assert [target for _, target, _ in TABLE] == [f"optimizers/{name}.md" for name in STATE]
+    assert sorted(path.stem for path in (ROOT / "docs" / "optimizers").glob("*.md")) == sorted(names)
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    for name in names:
+        text = page(f"optimizers/{name}.md")
+        assert len(text.splitlines()) < 40, name
+        assert f"]({name}.svg)" in text
+        assert "<svg" in page(f"optimizers/{name}.svg")
+        assert "\n## Beside its paper\n" in text
+        assert f"\n::: gum_optax.{name}\n" in text
+        assert f"- {name}: optimizers/{name}.md\n" in navigation
 
 
 def test_every_link_within_the_repository_leads_somewhere():
@@ -266,7 +284,8 @@ def test_every_public_name_is_in_the_reference():
     names: dict = {"__file__": str(ROOT / "docs_hooks.py")}
     exec(source, names)
     pages = names["reference"]()
-    documented = re.findall(r"^::: gum_optax\.(\w+)$", "".join(pages.values()), re.MULTILINE)
+    texts = [*pages.values(), *(path.read_text() for path in ROOT.glob("docs/optimizers/*.md"))]
+    documented = re.findall(r"^::: gum_optax\.(\w+)$", "".join(texts), re.MULTILINE)
     public = {name for name in dir(go) if not name.startswith("_")} - {"report", "trainers"}
     assert sorted(documented) == sorted(public)
     navigation = re.findall(r": ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
