@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import gum_optax as go
@@ -102,6 +103,63 @@ def test_the_lines_about_embedding_and_head_hold_no_moments_of_their_size():
     updates, _ = jax.jit(names["tx"].update)(params, state, params)
     # Of gradients of one the first step is one, and the decay of weights of one is 0.1.
     np.testing.assert_allclose(updates["lm_head"]["kernel"], -1e-3 * 1.1, rtol=1e-4)
+
+
+# The Python blocks of each page that have tests of their own, here or in `test_kernels.py`.
+TESTED = {
+    **{"README.md": 2, "index.md": 2, "running.md": 3, "trainers.md": 4, "layerwise.md": 4, "muon.md": 3},
+    **{"matrices.md": 2, "meshes.md": 2, "numbers.md": 1, "finetuning.md": 1, "gpu.md": 1},
+}
+# Those that do not run by themselves: lines of the scripts in examples/trainers, and the end of a function.
+NOT_ALONE = {"trainers.md": 4, "CONTRIBUTING.md": 1}
+# All others run, page by page, each block after those above it.
+WITH_BLOCKS = {str(path.relative_to(ROOT)).removeprefix("docs/"): path for path in PAGES}
+WITH_BLOCKS = {name: path for name, path in WITH_BLOCKS.items() if blocks("python", path.read_text())}
+IN_ORDER = [name for name in WITH_BLOCKS if name not in (*TESTED, *NOT_ALONE)]
+
+
+def test_no_python_block_of_a_page_is_left_out():
+    """A new block of a page in `TESTED` needs a test of its own, and a higher number."""
+    for name in {*TESTED, *NOT_ALONE}:
+        number = len(blocks("python", WITH_BLOCKS[name].read_text()))
+        assert number == TESTED.get(name, 0) + NOT_ALONE.get(name, 0), name
+    assert "recipes.md" in IN_ORDER
+
+
+@pytest.mark.parametrize("name", IN_ORDER)
+def test_the_blocks_of_a_page_run_one_after_the_other(name, capsys):
+    """They print what their comments say: `print(...)  # 2: ...`."""
+    names: dict = {}
+    codes = blocks("python", page(name))
+    for code in codes:
+        exec(code, names)
+    expected = re.findall(r"^print\(.*\)  # (\w+)", "".join(codes), re.MULTILINE)
+    assert capsys.readouterr().out.split() == expected
+
+
+def test_the_recipes_do_what_they_say():
+    """What the page says of optax's own functions."""
+    params = {"kernel": jnp.ones((2, 8, 8)), "bias": jnp.ones(8)}
+    bad = params | {"bias": jnp.full(8, jnp.nan)}
+
+    def last_update(tx, gradients):
+        state, update = tx.init(params), jax.jit(tx.update)
+        for g in gradients:
+            updates, state = update(g, state, params)
+        return updates
+
+    # A masked leaf's gradient passes through `optax.masked`.
+    masked = last_update(optax.masked(go.muon(1e-2), {"kernel": True, "bias": False}), [params])
+    np.testing.assert_array_equal(masked["bias"], params["bias"])
+    # A gradient that is not finite skips its microbatch, and the leaf steps with the next ones.
+    tx = optax.MultiSteps(go.muon(1e-2), 2, should_skip_update_fn=optax.skip_not_finite)
+    assert last_update(tx, [params, bad, params])["bias"].all()
+    # Without momentum a clipped gradient makes the same step of a matrix.
+    steps = [
+        last_update(optax.chain(optax.clip_by_global_norm(norm), go.muon(1e-2, momentum=0.0)), [params])
+        for norm in (1.0, 1e3)
+    ]
+    np.testing.assert_allclose(steps[0]["kernel"], steps[1]["kernel"], rtol=1e-5)
 
 
 TRAINERS = blocks("python", page("trainers.md"))
@@ -339,7 +397,7 @@ FOREIGN = {
     *("print", "OPENBLAS_NUM_THREADS", "pytest_cache", "new_tx"),
     *("jax_enable_x64", "jax_threefry_partitionable", "memory_analysis", "out_shardings", "shard_map"),
     *("static_args", "MuonDimensionNumbers", "CheckpointManager", "PeftTrainer", "adamw_mask", "opt_type"),
-    *("dt_bias", "output_proj", "max"),
+    *("dt_bias", "output_proj", "max", "MultiSteps", "should_skip_update_fn"),
 }
 
 
