@@ -28,25 +28,27 @@ GROUPS = {
 _LINK = re.compile(r"(!?)\[((?:[^\]\[]|\[[^\]]*\])*)\]\(([^)\s#]*)(#[^)\s]*)?\)")
 
 
-def entry(name: str) -> str:
-    """The docstring of a public name, or a link to the page that has it."""
-    if (ROOT / "docs" / "optimizers" / f"{name}.md").is_file():
-        return f"- [`{name}`](../optimizers/{name}.md)\n\n"
-    return f"::: gum_optax.{name}\n\n"
-
-
 def reference() -> dict[str, str]:
-    """The pages of the reference, by name; a group of names that has no page is a KeyError."""
+    """The pages of the reference, by name; a group of names that has no page is a KeyError.
+
+    An optimizer has a page of its own with its docstring, and the reference begins with links to these.
+    """
     pages: dict[str, str] = {}
+    links: dict[str, str] = {}
     for line in (ROOT / "gum_optax" / "__init__.py").read_text("utf-8").splitlines():
         if found := re.fullmatch(r"# (.*)", line):
             title = found[1]
         elif found := re.fullmatch(r"from \.\S+ import (\w+) as \1", line):
-            page = f"api/{GROUPS[title]}.md"
+            name, page = found[1], f"api/{GROUPS[title]}.md"
             heading = f"# {title.removesuffix('.')}\n\n"
             if heading not in pages.setdefault(page, ""):
                 pages[page] += heading
-            pages[page] += entry(found[1])
+            if (ROOT / "docs" / "optimizers" / f"{name}.md").is_file():
+                links[heading] = links.get(heading, "") + f"- [`{name}`](../optimizers/{name}.md)\n"
+            else:
+                pages[page] += f"::: gum_optax.{name}\n\n"
+    for heading, listed in links.items():
+        pages = {page: text.replace(heading, f"{heading}{listed}\n") for page, text in pages.items()}
     return pages
 
 
