@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # optax 0.2.8: the global norm of a tree in bfloat16 stops growing with the number of leaves.
 #
-# `optax.global_norm`, and with it `optax.clip_by_global_norm`, squares and sums each leaf and then adds the sums of
+# `optax.tree.norm`, and with it `optax.clip_by_global_norm`, squares and sums each leaf and then adds the sums of
 # the leaves in their own dtype, one after the other. In bfloat16, which keeps eight bits, a running total of 256 equal
 # sums no longer changes when the next one is added: 1024 leaves of norm 1 have the norm 16 in place of 32. Gradients are
 # in bfloat16 where weights are, and a model of many layers that are not stacked has hundreds of leaves. Clipping to a
@@ -28,12 +28,12 @@ import optax
 
 
 def norm_in_float32(tree):
-    return float(optax.global_norm(jax.tree.map(lambda x: x.astype(jnp.float32), tree)))
+    return float(optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), tree)))
 
 
 def report(name, tree):
     clipped, _ = optax.clip_by_global_norm(1.0).update(tree, optax.EmptyState())
-    found, right = float(optax.global_norm(tree)), norm_in_float32(tree)
+    found, right = float(optax.tree.norm(tree)), norm_in_float32(tree)
     print(f"{name}: {found / right:.2f} of the norm; clipped to 1: {norm_in_float32(clipped):.2f}")
 
 

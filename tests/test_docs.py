@@ -133,7 +133,7 @@ def test_the_blocks_of_a_page_run_one_after_the_other(name, capsys):
     codes = blocks("python", page(name))
     for code in codes:
         exec(code, names)
-    expected = re.findall(r"^print\(.*\)  # (\w+)", "".join(codes), re.MULTILINE)
+    expected = re.findall(r"^print\(.*\)  # ([\w.]+)", "".join(codes), re.MULTILINE)
     assert capsys.readouterr().out.split() == expected
 
 
