@@ -31,7 +31,7 @@ from results import RESULTS, versions
 
 import gum_optax as go
 
-from runs import commit
+from trainings import commit
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
