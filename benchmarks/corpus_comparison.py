@@ -22,6 +22,9 @@ from typing import Any
 
 import jax
 import matplotlib
+import optax
+
+import gum_optax as go
 
 from trainings import ROOT, best_rate, next_rates, run, step_seconds
 
@@ -31,13 +34,49 @@ import matplotlib.pyplot as plt
 # Importing `trainings` put the examples on the path.
 from corpus import Corpus, replace_file  # isort: skip
 from llama import SIZES  # isort: skip
-from optimizers import OPTIMIZERS, OTHERS_LR, Settings  # isort: skip
+from optimizers import OPTIMIZERS, OTHERS_LR, Maker, Settings  # isort: skip
 from training import StopSignal, Trainer  # isort: skip
 
 GRID_UNIT = 1.5e-3
 SEEDS = (0, 1, 2)
 MODEL, STEPS, BATCH, SEQ, PERIOD = "3m", 300, 8, 128, 50
 SPEED_ROUNDS, SPEED_STEPS = 9, 5
+
+
+def gum_by_neuron(s: Settings, lr: Any, **arguments: Any) -> optax.GradientTransformation:
+    """GUM whose steps get NorMuon's size for each neuron."""
+    rule = go.unbiased_low_rank(
+        go.scale_by_muon(batched=True), s.rank, s.period, s.full_rank_fraction, key=s.seed
+    )
+    scale = optax.chain(go.scale_by_neuron_rms(), go.scale_by_shape())
+    return go.matrix_optimizer(rule, lr, scale, **arguments)
+
+
+def cautious(name: str) -> tuple[Maker, float]:
+    """An optimizer that decays the matrices only where its step agrees."""
+    make, rate = OPTIMIZERS[name]
+    return lambda s, lr, weight_decay, **kw: make(
+        s, lr, weight_decay=go.cautious_weight_decay(weight_decay), **kw
+    ), rate
+
+
+def in_eight_bits(name: str) -> tuple[Maker, float]:
+    make, rate = OPTIMIZERS[name]
+    return lambda s, lr, **kw: make(dataclasses.replace(s, momentum_dtype="int8"), lr, **kw), rate
+
+
+# The optimizers of the examples, and parts of the library on top of two of them.
+MAKERS: dict[str, tuple[Maker, float]] = OPTIMIZERS | {
+    "gum, a size for each neuron": (gum_by_neuron, OPTIMIZERS["gum"][1]),
+    **{f"{name}, cautious decay": cautious(name) for name in ("muon", "gum")},
+    **{f"{name}, int8": in_eight_bits(name) for name in ("muon", "gum")},
+}
+
+
+class VariantTrainer(Trainer):
+    """A trainer that knows them all."""
+
+    makers = MAKERS
 
 
 def settings(corpus: Corpus, optimizer: str, lr: float, seed: int) -> Settings:
@@ -81,7 +120,7 @@ class Results:
 
     def next_rate(self, optimizer: str) -> float | None:
         """The learning rate to try next; `None` when the best one has two worse neighbours."""
-        start = GRID_UNIT * 2 ** round(math.log2(OPTIMIZERS[optimizer][1] / GRID_UNIT))
+        start = GRID_UNIT * 2 ** round(math.log2(MAKERS[optimizer][1] / GRID_UNIT))
         return next(iter(next_rates(self.tried(optimizer), start)), None)
 
     def best_rate(self, optimizer: str) -> float | None:
@@ -102,8 +141,8 @@ class Results:
 
 def costs(corpus: Corpus, results: Results, optimizers: list[str]) -> None:
     """Memory and time of a step: medians of rounds in which every optimizer takes a few steps in turn."""
-    rates = {name: results.best_rate(name) or OPTIMIZERS[name][1] for name in optimizers}
-    trainers = {name: Trainer(settings(corpus, name, rates[name], 0), corpus) for name in optimizers}
+    rates = {name: results.best_rate(name) or MAKERS[name][1] for name in optimizers}
+    trainers = {name: VariantTrainer(settings(corpus, name, rates[name], 0), corpus) for name in optimizers}
     seconds = step_seconds(trainers, SPEED_ROUNDS, SPEED_STEPS)
     results.data["costs"] |= {
         name: {
@@ -120,7 +159,7 @@ def costs(corpus: Corpus, results: Results, optimizers: list[str]) -> None:
 def summarize(results: Results) -> list[dict[str, Any]]:
     """A row for each optimizer whose runs are complete, the lowest loss first."""
     rows = []
-    for name in OPTIMIZERS:
+    for name in MAKERS:
         lr = results.best_rate(name)
         runs = [r for seed in SEEDS if lr and (r := results.find(name, lr, seed))]
         if len(runs) < len(SEEDS) or name not in results.data["costs"]:
@@ -175,7 +214,7 @@ def compare(corpus: Corpus, results: Results, name: str, stop: StopSignal) -> No
     def do(lr: float, seed: int) -> None:
         start = time.perf_counter()
         place = results.path.parent / "unfinished" / f"{name}-{lr:g}-{seed}"
-        record = run(corpus, settings(corpus, name, lr, seed), place, stop)
+        record = run(corpus, settings(corpus, name, lr, seed), place, stop, VariantTrainer)
         if record is None:
             raise SystemExit("Stopped and saved; the same command goes on.")
         results.add({"optimizer": name, "lr": lr, "seed": seed} | record)
@@ -193,11 +232,13 @@ def compare(corpus: Corpus, results: Results, name: str, stop: StopSignal) -> No
 
 def main() -> None:
     p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    p.add_argument("--optimizers", default=",".join(OPTIMIZERS), help="default: all of examples/pretrain.py")
+    p.add_argument(
+        "--optimizers", default=";".join(MAKERS), help="some, separated by semicolons; default: all"
+    )
     p.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
     p.add_argument("--costs", action="store_true", help="measure what a step costs, and train nothing")
     options = p.parse_args()
-    optimizers = options.optimizers.split(",")
+    optimizers = options.optimizers.split(";")
     corpus = Corpus(None, SIZES[MODEL].vocabulary)
     results = Results(options.out / "comparison.json", corpus)
     stop = StopSignal()

@@ -79,6 +79,7 @@ class StudyTrainer(Trainer):
 COMPARED = ("adamw", "muon", "galore_muon", "gum", "gum, low variance")
 RANKS = (4, 12, 48)
 FRACTIONS = (0.0, 1 / 16, 1 / 4)
+LONG_CELL = (12, 1 / 4)  # of the plane, with less state than GaLore-Muon at rank 48: run at full length too
 PERIODS = (10, 50, 200)
 
 
@@ -112,6 +113,18 @@ def searches(base: Settings) -> list[Search]:
     return [*map(search, COMPARED), *(s for s in cells if s != search("gum"))]
 
 
+def at_full_length(all_searches: Iterable[Search], runs: Runs) -> dict[str, Settings]:
+    """What runs at full length, by the name of its row, as far as its search is done."""
+    found = {}
+    for search in all_searches:
+        s, best = search.start, search.best(runs)
+        if best and (s.rank, s.full_rank_fraction) == LONG_CELL:
+            found[f"{s.optimizer}, rank {s.rank}, q = {s.full_rank_fraction:g}"] = best
+        elif best and (s.rank, s.full_rank_fraction) == (SIZES[s.model].rank, FRACTION):
+            found[s.optimizer] = best
+    return found
+
+
 def factors(best: dict[str, Settings]) -> Iterator[Settings]:
     """GUM and GaLore-Muon, at the best rate of each, with one thing changed."""
     for period in PERIODS:
@@ -131,16 +144,18 @@ def study(runs: Runs, base: Settings, long: int) -> Iterator[Settings]:
     all_searches = searches(replace(tuned, lr=base.lr))
     compared, cells = all_searches[: len(COMPARED)], all_searches[len(COMPARED) :]
     yield from in_turns(search.wanted(runs) for search in compared)
-    best = {s.start.optimizer: found for s in compared if (found := s.best(runs))}
+    best = at_full_length(compared, runs)
     yield from (replace(chosen, steps=long) for chosen in best.values())  # the longest runs start first
     yield from in_turns(search.wanted(runs) for search in cells)
+    chosen_for_length = at_full_length(all_searches, runs)
+    yield from (replace(chosen, steps=long) for chosen in chosen_for_length.values())
     for search in all_searches:
         if found := search.best(runs):
             yield replace(found, seed=SEEDS[1])
     if len(best) == len(COMPARED):
         for seed in SEEDS[:2]:
             yield from (replace(chosen, seed=seed) for chosen in factors(best))
-    for seed, chosen in itertools.product(SEEDS[1:], best.values()):
+    for seed, chosen in itertools.product(SEEDS[1:], chosen_for_length.values()):
         yield replace(chosen, seed=seed, steps=long)
 
 

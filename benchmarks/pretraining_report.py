@@ -32,6 +32,7 @@ from pretraining import (
     SEEDS,
     SEQ,
     StudyTrainer,
+    at_full_length,
     factors,
     searches,
     start,
@@ -49,7 +50,7 @@ from optimizers import Settings, optimizer  # isort: skip
 ROUNDS, STEPS_A_ROUND = 9, 5
 # Student's t for a two-sided interval of 95 %, by degrees of freedom.
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
-COLOURS = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#cc79a7")  # Okabe and Ito's, told apart by all eyes
+COLOURS = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#d55e00")  # Okabe and Ito's
 
 
 class Group(NamedTuple):
@@ -125,8 +126,8 @@ def study_of(runs: Runs, text: str) -> Study:
 
 
 def long_groups(study: Study) -> list[Group]:
-    bests = ((name, study.best(optimizer=name)) for name in COMPARED)
-    groups = (found(study.runs, name, replace(best, steps=LONG), SEEDS) for name, best in bests if best)
+    bests = at_full_length(study.all_searches, study.runs).items()
+    groups = (found(study.runs, name, replace(best, steps=LONG), SEEDS) for name, best in bests)
     return [group for group in groups if group]
 
 
@@ -193,7 +194,7 @@ def factor_table(study: Study) -> Iterator[str]:
 
 def measure_costs(study: Study, corpus: Corpus) -> dict[str, Any]:
     """Time of a step, and state."""
-    bests = {name: best for name in COMPARED if (best := study.best(optimizer=name))}
+    bests = at_full_length(study.all_searches, study.runs)
     trainers = {name: StudyTrainer(best, corpus) for name, best in bests.items()}
     seconds = step_seconds(trainers, ROUNDS, STEPS_A_ROUND)
     return {

@@ -31,6 +31,8 @@ import speed  # noqa: E402
 import step_pictures  # noqa: E402
 import training_step  # noqa: E402
 
+import corpus_comparison  # noqa: E402
+
 
 def settings_of(path):
     return {name: found["rows"] for name, found in json.loads(path.read_text())["settings"].items()}
@@ -151,6 +153,31 @@ def test_a_choice_changes_one_thing_of_a_run_and_its_losses_have_a_deviation_ove
     assert make.keywords["orthogonalizer"](jnp.eye(2, 4, dtype=jnp.bfloat16)).dtype == jnp.bfloat16
     runs = {"gum": {choices.DEFAULT: {"0": 4.0, "1": 5.0}, "`newton_schulz`": {"0": 4.25}}}
     assert choices.table(runs)[2:] == ["| `gum` | 4.5000 ± 0.7071 (2) |  | 4.2500 |  |"]
+
+
+def test_the_variants_of_the_comparison_change_one_thing_of_their_optimizers():
+    s = choices.Settings("gum", "tiny", 4, 1, 1, 0.01, 0.01, 2, 2, 0.25, 0.1, 0, "")
+    w, g = (jax.random.normal(jax.random.key(seed), (4, 6, 16)) for seed in (0, 1))
+    rate, decay = 0.1, 0.5
+
+    def first_step(name):
+        make, _ = corpus_comparison.MAKERS[name]
+        tx = make(s, rate, others=optax.sgd(rate), weight_decay=decay)
+        updates, state = tx.update({"kernel": g}, tx.init({"kernel": w}), {"kernel": w})
+        return updates["kernel"], {x.dtype for x in jax.tree.leaves(state)}
+
+    for name in ("muon", "gum"):
+        plain, dtypes = first_step(name)
+        step = -plain / rate - decay * w
+        cautious, _ = first_step(f"{name}, cautious decay")
+        decays = step * w > 0
+        np.testing.assert_allclose(cautious, -rate * (step + decay * w * decays), atol=1e-6)
+        assert 0 < float(decays.mean()) < 1
+        _, of_int8 = first_step(f"{name}, int8")
+        assert jnp.dtype("int8") in of_int8 - dtypes
+    by_neuron, _ = first_step("gum, a size for each neuron")
+    sizes = jnp.linalg.norm(by_neuron + rate * decay * w, axis=-2)
+    np.testing.assert_allclose(sizes / sizes.max(-1, keepdims=True), 1, rtol=1e-3)
 
 
 def test_compilation_is_measured_in_processes_beside_the_peer(tmp_path, monkeypatch):

@@ -335,7 +335,7 @@ def test_each_optimizer_takes_the_models_parameters(name):
 def test_the_comparison_searches_the_best_rate_and_does_only_what_is_missing(tmp_path, monkeypatch):
     calls = []
 
-    def fake_run(words, settings, place, stop):
+    def fake_run(words, settings, place, stop, trainer):
         calls.append((settings.optimizer, settings.lr, settings.seed))
         loss = abs(np.log(settings.lr / 3e-3)) + 0.01 * settings.seed + len(settings.optimizer)
         return dataclasses.asdict(settings) | {"val_loss": loss, "validation": {"300": loss}}
@@ -350,9 +350,9 @@ def test_the_comparison_searches_the_best_rate_and_does_only_what_is_missing(tmp
     monkeypatch.setattr(corpus_comparison, "run", fake_run)
     monkeypatch.setattr(corpus_comparison, "costs", fake_costs)
     monkeypatch.setattr(corpus_comparison, "Corpus", lambda *_: Words())
-    monkeypatch.setitem(corpus_comparison.OPTIMIZERS, "adamw", (None, 6e-3))
-    monkeypatch.setitem(corpus_comparison.OPTIMIZERS, "gum", (None, 1e-3))
-    arguments = ["corpus_comparison.py", "--optimizers", "adamw,gum", "--out", str(tmp_path)]
+    monkeypatch.setitem(corpus_comparison.MAKERS, "adamw", (None, 6e-3))
+    monkeypatch.setitem(corpus_comparison.MAKERS, "gum", (None, 1e-3))
+    arguments = ["corpus_comparison.py", "--optimizers", "adamw;gum", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", arguments)
     corpus_comparison.main()
     # The search goes on until both neighbours of the best rate are worse, then runs the other seeds.
