@@ -34,7 +34,7 @@ import matplotlib.pyplot as plt
 # Importing `trainings` put the examples on the path.
 from corpus import Corpus, replace_file  # isort: skip
 from llama import SIZES  # isort: skip
-from optimizers import OPTIMIZERS, OTHERS_LR, Maker, Settings  # isort: skip
+from optimizers import OPTIMIZERS, OTHERS_LR, Maker, Settings, completed  # isort: skip
 from training import StopSignal, Trainer  # isort: skip
 
 GRID_UNIT = 1.5e-3
@@ -106,7 +106,7 @@ class Results:
         protocol = {key: value for key, value in protocol.items() if key not in ("optimizer", "lr", "seed")}
         fresh = {"protocol": protocol, "runs": [], "costs": {}}
         self.data: dict[str, Any] = json.loads(path.read_text()) if path.exists() else fresh
-        if self.data.get("protocol") != protocol:
+        if completed(Settings, self.data["protocol"]) != protocol:
             raise SystemExit(f"{path} holds runs of another protocol; give another --out.")
 
     def find(self, optimizer: str, lr: float, seed: int) -> dict[str, Any] | None:

@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gum_optax
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
 from corpus import replace_file  # noqa: E402
-from optimizers import Settings  # noqa: E402
+from optimizers import Settings, completed  # noqa: E402
 from training import RunDirectory, StopSignal, Trainer, train_to_the_end  # noqa: E402
 
 Record = dict[str, Any]
@@ -84,7 +86,12 @@ def next_rates(tried: dict[float, float], start: float) -> list[float]:
 
 @functools.cache
 def commit() -> str:
-    """The commit of the code when first asked, with `+` if tracked files differ from it."""
+    """The commit of the code when first asked, with `+` if tracked files differ from it.
+
+    In a source archive, which has no commit, the version of the package.
+    """
+    if not (ROOT / ".git").exists():
+        return f"version {gum_optax.__version__}"
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -114,8 +121,8 @@ class Runs:
         return self._read[1]
 
     def find(self, chosen: Settings) -> Record | None:
-        wanted = dataclasses.asdict(chosen)
-        return next((r for r in self.all() if r["settings"] == wanted), None)
+        wanted, kind = dataclasses.asdict(chosen), type(chosen)
+        return next((r for r in self.all() if completed(kind, r["settings"]) == wanted), None)
 
     def add(self, chosen: Settings, record: Record) -> None:
         """Keep the record of a run, one line of the file, with its settings and the commit."""
@@ -145,8 +152,9 @@ class Search(NamedTuple):
     rate: str  # the field of the settings
 
     def tried(self, runs: Runs) -> dict[float, float]:
-        own = dataclasses.asdict(self.start)
-        found = [r for r in runs.all() if r["settings"] | {self.rate: own[self.rate]} == own]
+        own, kind = dataclasses.asdict(self.start), type(self.start)
+        same_rate = {self.rate: own[self.rate]}
+        found = [r for r in runs.all() if completed(kind, r["settings"]) | same_rate == own]
         return {r["settings"][self.rate]: r["val_loss"] for r in found}
 
     def wanted(self, runs: Runs) -> list[Settings]:

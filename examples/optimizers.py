@@ -34,6 +34,12 @@ class Settings:
     layerwise: bool = False  # one layer after the other; then each layer's gradient is clipped by itself
 
 
+def completed(kind: type[Any], held: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that a run stored; one that did not exist yet had its default."""
+    fields = dataclasses.fields(kind)
+    return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING} | dict(held)
+
+
 def schedule(s: Settings, peak: float) -> optax.Schedule:
     """Linear warm-up over a tenth of the steps, then a cosine to a tenth (GaLore's C4 runs)."""
     warmup = max(1, s.steps // 10)

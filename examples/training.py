@@ -23,7 +23,7 @@ from corpus import replace_file
 from layered import Layered
 from llama import SIZES, Llama
 from losses import Batch, following, model_loss
-from optimizers import OPTIMIZERS, OTHERS, Settings, optimizer
+from optimizers import OPTIMIZERS, OTHERS, Settings, completed, optimizer
 
 VALIDATION_BATCHES = 32
 
@@ -206,10 +206,7 @@ class RunDirectory:
             held = json.loads(self.settings_file.read_text())
         except (json.JSONDecodeError, UnicodeDecodeError):
             raise RunError(f"{self.settings_file} is damaged; give a new directory as --out.") from None
-        # A setting that did not exist yet had its default.
-        fields = dataclasses.fields(settings)
-        defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
-        check_settings(self.path, defaults | held, asked)
+        check_settings(self.path, completed(type(settings), held), asked)
         if not resume:
             raise RunError(f"{self.path} holds this run already; add --resume to go on, or give a new --out.")
 

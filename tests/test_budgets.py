@@ -168,6 +168,7 @@ def test_temporaries_on_a_tpu(kind, width, tmp_path):
     assert all(shares[name] <= budget for name, budget in budgets.items()), shares
 
 
+@sequential_steps
 @pytest.mark.parametrize("name", [pytest.param("galore_muon", marks=pytest.mark.long), "gum"])
 def test_separate_layers_compile_to_less_than_optax_muon(name):
     """In lines of optimized HLO, for one loop a shape in place of one a layer."""

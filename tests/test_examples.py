@@ -370,6 +370,12 @@ def test_the_comparison_searches_the_best_rate_and_does_only_what_is_missing(tmp
     calls.clear()
     corpus_comparison.main()
     assert calls == [("adamw", 0.0015, 0)]
+    # A file that is older than a setting had its default.
+    del stored["protocol"]["layerwise"]
+    (tmp_path / "comparison.json").write_text(json.dumps(stored))
+    calls.clear()
+    corpus_comparison.main()
+    assert calls == [("adamw", 0.0015, 0)]
     stored["protocol"]["period"] = 7
     (tmp_path / "comparison.json").write_text(json.dumps(stored))
     with pytest.raises(SystemExit, match="another protocol"):

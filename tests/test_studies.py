@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import gum_optax
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -102,6 +104,26 @@ def test_a_study_goes_on_where_it_stopped_and_keeps_settings_and_commit(stored, 
     assert len(done) == len(set(map(dataclasses.astuple, done)))
     assert stored.all()[:6] == first
     json.loads((tmp_path / "found.json").read_text())
+
+
+def test_a_source_archive_has_the_version_in_place_of_a_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainings, "ROOT", tmp_path)
+    assert trainings.commit.__wrapped__() == f"version {gum_optax.__version__}"
+
+
+def test_runs_that_are_older_than_a_setting_are_found(stored):
+    """A setting that did not exist yet had its default."""
+    chosen = pretraining.start("words")
+    stored.add(chosen, {"val_loss": 3.0})
+    text = json.loads(stored.path.read_text())
+    del text["runs"][0]["settings"]["layerwise"]
+    older = trainings.Runs(stored.path.with_name("older.json"))
+    older.path.write_text(json.dumps(text))
+    found = older.find(chosen)
+    assert found is not None
+    assert found["val_loss"] == 3.0
+    assert older.find(dataclasses.replace(chosen, layerwise=True)) is None
+    assert trainings.Search(chosen, "lr").tried(older) == {chosen.lr: 3.0}
 
 
 def test_two_workers_do_each_run_once(stored, tmp_path):

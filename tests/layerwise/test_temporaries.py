@@ -16,6 +16,8 @@ import pytest
 
 import gum_optax as go
 
+from helpers import sequential_steps
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -97,6 +99,7 @@ def test_a_fraction_of_the_gradients_on_a_gpu(width, tmp_path):
     assert row["temporaries"] <= GPU_BUDGETS[width] * row["gradients"]
 
 
+@sequential_steps
 def test_inputs_are_kept_of_every_fourth_layer_and_activations_of_one_microbatch():
     """Sixteen layers and 512 windows, whose inputs are most of the temporaries."""
     layers, windows = 16, 512

@@ -13,6 +13,8 @@ from gum_optax._core.chips import CHIPS
 from gum_optax._state import update_temporaries as temporaries
 from gum_optax._state.step_memory import Activations, Update, bytes_of, layerwise_step, ordinary_step
 
+from helpers import sequential_steps
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -23,7 +25,7 @@ SMALL = layerwise.model_of(256, 672, 4, 1024)._replace(layers=4)
 
 
 @pytest.mark.parametrize("kind", layerwise.STEPS)
-@pytest.mark.parametrize("name", ["optax.adamw", "gum"])
+@pytest.mark.parametrize("name", ["optax.adamw", pytest.param("gum", marks=sequential_steps)])
 def test_the_prediction_is_within_a_tenth_of_the_compiled_step(name, kind):
     update = layerwise.updates(32, jnp.float32)[name]
     row = layerwise.measure(kind, update.tx, SMALL, TOKENS, jnp.float32)
