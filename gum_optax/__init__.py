@@ -1,5 +1,6 @@
 """Memory-efficient matrix optimizers for JAX, as compositions of optax transformations."""
 
+import sys as _sys
 import typing as _typing
 import warnings as _warnings
 
@@ -172,7 +173,10 @@ if not _typing.TYPE_CHECKING:
 
     def __getattr__(name):
         if name not in _RENAMED:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            # With the name and the module, Python suggests a similar name.
+            raise AttributeError(
+                f"module {__name__!r} has no attribute {name!r}", name=name, obj=_sys.modules[__name__]
+            )
         message = (
             f"gum_optax.{name} is now gum_optax.{_RENAMED[name]}; the old name goes with the next version."
         )

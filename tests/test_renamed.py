@@ -33,6 +33,13 @@ def test_a_name_that_never_was_is_an_attribute_error():
         go.adam_rule  # noqa: B018
 
 
+def test_a_misspelled_name_lets_python_suggest_the_right_one():
+    with pytest.raises(AttributeError) as caught:
+        go.gumm  # noqa: B018
+    # Python looks for the suggestion when it prints the error.
+    assert (caught.value.name, caught.value.obj) == ("gumm", go)
+
+
 def test_together_is_the_old_name_of_batched():
     with pytest.warns(DeprecationWarning, match="orthogonalize's argument together is now batched"):
         old = go.orthogonalize(together=True)

@@ -22,7 +22,8 @@ def _refuse_traced(name: str, value: Any) -> None:
     if _is_traced(value):
         raise TypeError(
             f"{name} decides shapes or control flow and cannot be a traced value; under"
-            f" optax.inject_hyperparams pass static_args={name!r}."
+            f" optax.inject_hyperparams pass static_args={name!r}, or a tuple of all such arguments, such as"
+            " static_args=('rank', 'period', 'full_rank_fraction')."
         )
 
 
@@ -118,12 +119,57 @@ def check_residual(value: Any) -> Any:
     return value
 
 
+_RULES = {"tx": "gum_optax.gum(1e-3)", "others": "optax.adamw(1e-3)"}
+
+
 def check_rule(name: str, value: Any) -> Any:
     """Check for an optax transformation."""
     if not is_rule(value):
+        example = _RULES.get(name, "optax.trace(0.95)")
+        if is_rule(getattr(value, "tx", None)):
+            remedy = "; pass its `tx`"
+        elif is_function(value):
+            remedy = "; call it with its arguments"
+        else:
+            remedy = ""
         raise TypeError(
-            f"{name} must be an optax.GradientTransformation such as optax.trace(0.95), got {value!r}."
+            f"{name} must be an optax.GradientTransformation such as {example}, got {shown(value)}{remedy}."
         )
+    return value
+
+
+def shown(value: Any) -> str:
+    """A value in an error message; a long one by its type alone, so that the message can be read."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST and "\n" not in text else f"a value of type {type(value).__name__}"
+
+
+_LONGEST = 200
+
+
+def check_arrays(name: str, tree: Any) -> None:
+    """Check that the leaves of a tree are arrays, shapes or numbers.
+
+    A model may hold functions and texts too.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")) and not isinstance(leaf, numbers.Number):
+            raise TypeError(
+                f"{name} must be a tree of arrays, but its leaf {jax.tree_util.keystr(path)} is"
+                f" {shown(leaf)}; pass the arrays of the model alone: in Equinox"
+                " eqx.filter(model, eqx.is_inexact_array), in Flax NNX nnx.state(model, nnx.Param)."
+            )
+
+
+def check_mask(name: str, value: Any) -> Any:
+    """Check for a mask as optax takes it: a tree of booleans, or a function from the parameters to one."""
+    if not is_function(value):
+        for leaf in jax.tree.leaves(value):
+            if not isinstance(leaf, bool) and jnp.dtype(getattr(leaf, "dtype", object)) != np.bool_:
+                raise TypeError(
+                    f"{name} must be a tree of booleans, or a function from the parameters to one, got"
+                    f" {shown(value)}."
+                )
     return value
 
 

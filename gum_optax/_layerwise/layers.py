@@ -34,7 +34,11 @@ class Layers(NamedTuple):
 
         starts = range(0, self.division.count, self.keep_every)
         if self.division.is_stacked:
-            return jax.lax.scan(through_group, x, jnp.asarray(starts))
+            try:
+                return jax.lax.scan(through_group, x, jnp.asarray(starts))
+            except TypeError:
+                _check_keeps_types(x, jax.eval_shape(lambda: self._through(layers, 0, x)))
+                raise
         inputs = []
         for start in starts:
             x, kept = through_group(x, start)
@@ -117,3 +121,16 @@ class Layers(NamedTuple):
     def _count_down(self, count: int, turn: Callable[[Any, Any], Any], carried: Any) -> Any:
         """`turn` with the numbers from `count - 1` to 0."""
         return self._repeat(0, count, lambda i, carried: turn(count - 1 - i, carried), carried)
+
+
+def _check_keeps_types(x: Any, y: Any) -> None:
+    """Refuse a layer whose output could not be the input of the next one."""
+
+    def of(tree):
+        return [(jnp.shape(leaf), jnp.result_type(leaf).name) for leaf in jax.tree.leaves(tree)]
+
+    if jax.tree.structure(x) != jax.tree.structure(y) or of(x) != of(y):
+        raise TypeError(
+            f"layer must return an x of the shapes and dtypes that it gets, {of(x)}, got {of(y)}; move what"
+            " changes them to embed or head."
+        )

@@ -9,11 +9,19 @@ from jaxtyping import Array, Float
 
 from .._core.checks import check_function, check_integer, check_rule
 from .._core.context import MatrixContext
+from .._state.containers import clear_state_errors
 from .division import KINDS, Division
 from .layers import Layers
 from .microbatches import Microbatches
 from .refusals import check_uncoupled
 from .turns import Step
+
+_SIGNATURES = {
+    "embed": "lambda own, batch: x",
+    "layer": "lambda own, x: x",
+    "head": "lambda own, x, batch: loss",
+    "apply": "functools.partial(gum_optax.apply_updates, key=0, step=step)",
+}
 
 
 def _apply(params: Any, updates: Any, *, context: MatrixContext) -> Any:
@@ -89,7 +97,8 @@ def layerwise_update(
       ValueError: `params` does not have these entries, or its layers are not equal; `tx` needs the gradients
         of several layers at once; it runs an optimizer of this library within a conditional, as
         `optax.MultiSteps` does.
-      TypeError: `tx` is not a transformation, or `embed`, `layer` or `head` is not a function.
+      TypeError: `tx` is not a transformation; `embed`, `layer`, `head` or `apply` is not a function; `layer`
+        returns an `x` of another shape or dtype.
 
     Examples:
       >>> params = {"embed": jnp.ones((5, 4)), "layers": jnp.ones((3, 4, 4)), "head": jnp.ones((4, 5))}
@@ -105,8 +114,8 @@ def layerwise_update(
       True
     """
     check_rule("tx", tx)
-    for name, function in (("embed", embed), ("layer", layer), ("head", head)):
-        check_function(name, function, "a function of the parameters")
+    for name, function in (("embed", embed), ("layer", layer), ("head", head), ("apply", apply)):
+        check_function(name, function, _SIGNATURES[name])
     division = Division(params)
     keep_every = check_integer("keep_every", keep_every, at_least=1)
     if division.count % keep_every:
@@ -133,9 +142,10 @@ def layerwise_update(
     if jnp.shape(losses) != ((microbatches,) if microbatches > 1 else ()):
         raise ValueError(f"head must return the loss, a scalar; got shape {jnp.shape(losses)}.")
     loss = jnp.mean(losses)
-    step = Step(tx, division, params, state, jnp.isfinite(loss), apply, extra_args)
-    step.take("head", gradient)
-    dx = layers.backward(step, inputs, dx)
-    _, gradient, _ = each.pulled_back(embed_part, parts["embed"], None, dx)
-    step.take("embed", optax.tree.add(gradient, of_table) if tied else gradient)
-    return loss, *step.finished()
+    with clear_state_errors(tx, state, params):
+        step = Step(tx, division, params, state, jnp.isfinite(loss), apply, extra_args)
+        step.take("head", gradient)
+        dx = layers.backward(step, inputs, dx)
+        _, gradient, _ = each.pulled_back(embed_part, parts["embed"], None, dx)
+        step.take("embed", optax.tree.add(gradient, of_table) if tied else gradient)
+        return loss, *step.finished()

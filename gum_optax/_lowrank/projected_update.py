@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._core.checks import check_rule
+from .._core.checks import check_function, check_rule
 from .._core.context import MatrixContext
 from .._core.measurements import Record, Replay
 from .._core.trees import flat, is_masked
@@ -65,6 +65,7 @@ def projected_update(
       ValueError: `batches` is empty or its leaves count different microbatches; a transformation before the
         rule changes the gradient, or runs the rule in a conditional; a `residual` other than `drop`, which
         needs all of it; Explicit mesh axes outside of a `shard_map`.
+      NameError: `axes` are no axes of an enclosing `shard_map`.
 
     Examples:
       >>> tx, P = gum_optax.galore_muon(1e-3, rank=2), jax.sharding.PartitionSpec
@@ -83,8 +84,11 @@ def projected_update(
       (16.0, 1)
     """
     check_rule("tx", tx)
+    check_function("loss", loss, "lambda params, batch: ...")
+    axes = (axes,) if isinstance(axes, str) else tuple(axes)
+    _check_axes(axes)
     update = optax.with_extra_args_support(tx).update
-    mean_of = _mean_over(loss, batches, params, (axes,) if isinstance(axes, str) else tuple(axes))
+    mean_of = _mean_over(loss, batches, params, axes)
     treedef = jax.tree.structure(params, is_leaf=is_masked)
     zeros = flat(optax.tree.zeros_like(params))
 
@@ -101,6 +105,17 @@ def projected_update(
     context = MatrixContext(measurements=replay)
     updates, state = update(treedef.unflatten(leaves), state, params, context=context, **extra_args)
     return value, updates, state
+
+
+def _check_axes(axes: tuple[str, ...]) -> None:
+    for axis in axes:
+        try:
+            jax.lax.axis_index(axis)
+        except NameError:
+            raise NameError(
+                f"axes has {axis!r}, which is no axis of a mesh here: call projected_update within a"
+                " jax.shard_map over that axis, or leave out axes on one device."
+            ) from None
 
 
 def _wide(x: Any) -> Any:

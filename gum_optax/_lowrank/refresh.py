@@ -176,6 +176,12 @@ def found_by(
 
     def find(form, projectors):
         news = form(mean_of, list(keys), projectors)
+        for new, p in zip(news, projectors, strict=True):
+            if jnp.shape(new) != p.shape:
+                raise ValueError(
+                    "find_subspace must return a projector of the shape of its argument previous,"
+                    f" {p.shape}, got {jnp.shape(new)}."
+                )
         return [_with_rotation(new.astype(p.dtype), p) for new, p in zip(news, projectors, strict=True)]
 
     branches = [functools.partial(find, form) for form in forms]

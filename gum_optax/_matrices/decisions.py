@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .._core.checks import check_arrays
 from .._mesh.axis_names import has_boxes
 from .dimension_numbers import Entry, WeightDimensionNumbers, is_patterns, leaf_names, matching
 from .hidden_matrices import RoutingWarning, decided
@@ -28,6 +29,12 @@ class Decisions:
     """
 
     def __init__(self, spec: WeightDimensionNumbers):
+        if isinstance(spec, str | int | float):
+            raise TypeError(
+                "weight_dimension_numbers must be optax.contrib.MuonDimensionNumbers or gum_optax.Parts, a"
+                " tree of them, a function from the parameters to one, or patterns such as"
+                f" {{'*/NAME/kernel': gum_optax.LAST_TWO}}, got {spec!r}."
+            )
         self.spec = spec
         self._kept: dict[Any, list[Entry]] = {}
 
@@ -57,6 +64,7 @@ class Decisions:
         """`init` with one warning about doubtful readings, or with a record for a listener instead."""
 
         def telling(params):
+            check_arrays("params", params)
             state = init(params)  # first, so that its errors precede any warning
             readings = dict(zip(leaf_names(params), decided(self.spec, params), strict=True))
             unmatched = _unmatched(self.spec, params, list(readings))

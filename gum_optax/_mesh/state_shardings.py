@@ -8,7 +8,7 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from .._core.checks import check_rule
+from .._core.checks import check_rule, shown
 
 
 def state_shardings(tx: optax.GradientTransformation, params: Any, param_shardings: Any) -> Any:
@@ -31,8 +31,8 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, param_shardin
 
     Raises:
       TypeError: a sharding is not a `NamedSharding`, or `tx` is not a transformation.
-      ValueError: the shardings are on several meshes, there is no sharding, or a sharding does not fit its
-        leaf.
+      ValueError: the shardings are on several meshes, there is no sharding, they are not a tree like
+        `params`, or a sharding does not fit its leaf.
 
     Examples:
       >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -44,11 +44,19 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, param_shardin
       ('data', None)
     """
     check_rule("tx", tx)
-    shardings = jax.tree.structure(params).flatten_up_to(param_shardings)
+    try:
+        shardings = jax.tree.structure(params).flatten_up_to(param_shardings)
+    except ValueError as error:
+        raise ValueError(
+            "param_shardings must be a tree like params with a jax.sharding.NamedSharding for each leaf, such"
+            " as jax.tree.map(lambda x: NamedSharding(mesh, spec), params), got"
+            f" {shown(param_shardings)}: {error}"
+        ) from None
     for sharding in shardings:
         if not isinstance(sharding, NamedSharding):
             raise TypeError(
-                f"param_shardings must hold a jax.sharding.NamedSharding for each leaf, got {sharding!r}."
+                f"param_shardings must hold a jax.sharding.NamedSharding for each leaf, got {sharding!r};"
+                " make one by NamedSharding(mesh, spec)."
             )
     meshes = list(dict.fromkeys(sharding.mesh for sharding in shardings))
     if len(meshes) != 1:

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._core.checks import check_number, check_rule, is_function, is_rule
+from .._core.checks import check_mask, check_number, check_rule, is_function, is_rule, shown
 from .._core.context import NO_CONTEXT, MatrixContext
 from .._core.partition import partition_matrices
 from .._core.trees import leaves_of_prefix, split
@@ -74,6 +74,20 @@ def _mask_for(tree: Any, mask: Any, turn: WholeStep) -> Any:
         return of(tree)
     by_leaf = turn.of_whole(tree, lambda whole: leaves_of_prefix(of(whole), whole))
     return jax.tree.structure(tree).unflatten(by_leaf)
+
+
+def _check_mask_fits(mask: Any, params: Any) -> None:
+    """Refuse a mask that is a tree of other leaves: optax's error names internal functions."""
+    if mask is None or is_function(mask):
+        return
+    try:
+        leaves_of_prefix(mask, params)
+    except ValueError:
+        raise ValueError(
+            "weight_decay_mask must be a tree of booleans like the parameters,"
+            f" {shown(jax.tree.structure(params))}, got {shown(jax.tree.structure(mask))}; a function from"
+            " the parameters to the tree fits every model."
+        ) from None
 
 
 def _rescaling(scale: Scale) -> Callable[[Any], optax.GradientTransformation]:
@@ -191,6 +205,7 @@ def matrix_optimizer(
         learning_rate = check_number("learning_rate", learning_rate, at_least=0)
     for name, given in (("others", others), ("others_rule", others_rule)):
         check_rule(name, optax.identity() if given is None else given)
+    check_mask("weight_decay_mask", weight_decay_mask)
     decisions = Decisions(weight_dimension_numbers)
 
     def routed(tree, turn=NO_CONTEXT.turn):
@@ -210,6 +225,7 @@ def matrix_optimizer(
     def init(params):
         entries = decisions.decide_at_init(params)
         _check_matrices(params, entries)
+        _check_mask_fits(weight_decay_mask, params)
         return routed(params).init(params)
 
     def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):

@@ -5,7 +5,8 @@ NamedTuples as dicts or lists, tuples as dicts of "0", "1", ..., arrays in boxes
 training state. The names along the path to each array stay the same.
 """
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from .._core.checks import shown
 from .._core.context import NO_CONTEXT
 from .._core.trees import key_name
 from .._core.turns import Turn
@@ -158,16 +160,19 @@ def has_numbers(x: Any) -> bool:
 def with_clear_errors(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """`tx` with an `update` that explains mismatched state, gradients and parameters.
 
-    It checks them only after `update` fails or changes the type of its state, so it compiles and traces
-    nothing otherwise.
+    It checks them only if gradients and parameters have different shapes, or after `update` fails or changes
+    the type of its state, so it compiles and traces nothing otherwise.
     """
     tx = optax.with_extra_args_support(tx)
 
     def update(updates, state, params=None, **extra_args):
+        in_turn = isinstance(extra_args.get("context", NO_CONTEXT).turn, Turn)
+        if params is not None and not in_turn:
+            _check_shapes(updates, params)
         try:
             steps, new = tx.update(updates, state, params, **extra_args)
         except Exception:
-            if isinstance(extra_args.get("context", NO_CONTEXT).turn, Turn):
+            if in_turn:
                 raise  # a turn has parts of the state
             _check_together(tx, updates, state, params)
             raise
@@ -176,6 +181,36 @@ def with_clear_errors(tx: optax.GradientTransformation) -> optax.GradientTransfo
         return steps, new
 
     return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+@contextlib.contextmanager
+def clear_state_errors(tx: optax.GradientTransformation, state: Any, params: Any) -> Iterator[None]:
+    """Explain a state that is not of `tx`, if what runs within fails."""
+    try:
+        yield
+    except Exception:
+        _check_together(tx, params, state, params)
+        raise
+
+
+def _check_shapes(updates: optax.Updates, params: optax.Params) -> None:
+    """Refuse a gradient of another shape than its parameter: a transposed one would make a step."""
+    leaves = jax.tree.leaves(updates), jax.tree.leaves(params)
+    if len(leaves[0]) != len(leaves[1]) or all(
+        np.shape(g) == np.shape(p) for g, p in zip(*leaves, strict=True)
+    ):
+        return
+    shapes = {name: np.shape(p) for name, p in named_arrays(params).items()}
+    entries = [
+        f"{'/'.join(name)} has shape {np.shape(g)} in place of {shapes[name]}"
+        for name, g in named_arrays(updates).items()
+        if np.shape(g) != shapes.get(name, np.shape(g))
+    ]
+    if entries:
+        raise ValueError(
+            f"updates must have the shapes of params, but {some(entries)}; pass update(gradients, state,"
+            " params) the gradients of these parameters."
+        )
 
 
 def _check_together(
@@ -192,9 +227,13 @@ def _check_together(
     if params is not None:
         of_updates, of_params = named_arrays(updates).keys(), named_arrays(params).keys()
         if of_updates != of_params:
-            in_one_tree = sorted("/".join(name) for name in of_updates ^ of_params)
+            alone = (("updates", of_updates - of_params), ("params", of_params - of_updates))
+            found = [
+                f"only {tree} has {some(sorted(map('/'.join, names)))}" for tree, names in alone if names
+            ]
             raise ValueError(
-                f"updates and params must be trees of the same leaves, but only one has {_some(in_one_tree)}."
+                f"updates and params must be trees of the same leaves, but {', and '.join(found)}; the order"
+                " of the arguments is update(gradients, state, params)."
             )
     try:
         like = jax.eval_shape(tx.init, updates if params is None else params)
@@ -212,12 +251,21 @@ def _check_together(
     if entries:
         raise ValueError(
             "this state is not one of this optimizer for these gradients: "
-            + _some(entries)
+            + some(entries)
             + ". Make it by tx.init(params) with the same arguments and leaves; if it was cast to another"
             " dtype, gum_optax.convert_state(tx, state, params) casts it back."
         )
 
 
-def _some(entries: list[str]) -> str:
+def check_holds(state: Any, like: Any) -> None:
+    """Refuse a state without arrays, such as the `None` of a missing entry of a checkpoint."""
+    if jax.tree.leaves(like) and not jax.tree.leaves(state):
+        raise ValueError(
+            f"state holds no array, got {shown(state)}; pass the optimizer state of the checkpoint, or start"
+            " anew with tx.init(params)."
+        )
+
+
+def some(entries: list[str]) -> str:
     more = len(entries) - _LISTED
     return "; ".join(entries[:_LISTED]) + (f"; and {more} more" if more > 0 else "")

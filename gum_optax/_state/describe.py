@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from .._core.checks import check_rule
+from .._core.checks import check_arrays, check_rule
 from .._lowrank.low_rank import LowRankState
 from .._lowrank.unbiased import SampledState
 from .._matrices.decisions import doubts
@@ -109,6 +109,7 @@ def describe(tx: optax.GradientTransformation, params: Any) -> Description:
       1 of 2 leaves are matrices, 1 of them projected; state 0.0017 MiB
     """
     check_rule("tx", tx)
+    check_arrays("params", params)
     with listening() as record:
         state = jax.eval_shape(
             lambda tree: tx.init(tree), params

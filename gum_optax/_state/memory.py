@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._core.checks import check_rule
+from .._core.checks import check_arrays, check_rule
 from .._matrices.dimension_numbers import leaf_names
 
 # State that belongs to no single leaf: GUM's slots, and bookkeeping such as counts and keys.
@@ -82,7 +82,7 @@ class MemoryReport(NamedTuple):
 
     def _summary(self) -> str:
         state, temporaries = sum(self.state.values()), self.temporaries
-        shown = "not compiled" if temporaries is None else f"{mib(temporaries)} MiB"
+        shown = "not compiled (compiled=True adds them)" if temporaries is None else f"{mib(temporaries)} MiB"
         return f"state {mib(state)} MiB, temporaries {shown}, in all {mib(self.total)} MiB"
 
 
@@ -135,9 +135,10 @@ def memory_report(
         bookkeeping              -           -          -           -       -       0.0000       -
               slots              -           -          -           -       -            -  4480.0
         total (MiB)                    35840.0    35840.0       320.0  1120.0       0.0000  4480.0
-      state 5920.0 MiB, temporaries not compiled, in all 77600.0 MiB
+      state 5920.0 MiB, temporaries not compiled (compiled=True adds them), in all 77600.0 MiB
     """
     check_rule("tx", tx)
+    check_arrays("params", params)
     shapes = jax.eval_shape(lambda tree: jax.tree.map(jnp.asarray, tree), params)
     gradients = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype if gradient_dtype is None else gradient_dtype), shapes

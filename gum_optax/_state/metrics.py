@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Scalar
 
+from .._core.checks import is_rule
 from .containers import Names, has_numbers, low_rank_places, named_arrays, type_of
 
 
@@ -27,6 +28,9 @@ def metrics(state: Any) -> dict[str, Scalar | Array]:
       - `sampled/64x256/0`: the block in that slot of that group, counted over the group's leaves;
       - `skipped_steps`: the number of steps that some leaf skipped because its gradient was not finite.
 
+    Raises:
+      TypeError: `state` is the optimizer.
+
     Examples:
       >>> tx = gum_optax.gum(1e-3, rank=2, full_rank_fraction=0.25)
       >>> values = gum_optax.metrics(tx.init({"kernel": jnp.ones((4, 4, 8))}))
@@ -35,6 +39,11 @@ def metrics(state: Any) -> dict[str, Scalar | Array]:
       >>> float(values["realised_fraction"])
       0.25
     """
+    if is_rule(state):
+        raise TypeError(
+            "metrics reads the state of an optimizer, got the optimizer: pass the state, such as the"
+            " `opt_state` of a TrainState or an nnx.Optimizer."
+        )
     arrays = named_arrays(state)
     places = low_rank_places(arrays)
     # A training state also holds the model; read only arrays with the names of optimizer state.

@@ -17,11 +17,13 @@ from .containers import (
     Names,
     argument_of,
     array_name,
+    check_holds,
     differences,
     has_numbers,
     low_rank_places,
     match,
     named_arrays,
+    some,
 )
 from .eight_bits import are_coded, narrowed, widened
 
@@ -55,8 +57,9 @@ def check_state(tx: optax.GradientTransformation, state: Any, params: Any) -> No
       params: the parameters, arrays or shapes.
 
     Raises:
-      ValueError: the state belongs to another optimizer, to another version of this library, or to another
-        `rank`, `full_rank_fraction`, `period` or `momentum_dtype`; the message names each difference.
+      ValueError: the state holds no array, or belongs to another optimizer, to another version of this
+        library, or to another `rank`, `full_rank_fraction`, `period` or `momentum_dtype`; the message names
+        each difference.
 
     Examples:
       >>> params = {"kernel": jnp.ones((4, 8))}
@@ -68,6 +71,7 @@ def check_state(tx: optax.GradientTransformation, state: Any, params: Any) -> No
     """
     check_rule("tx", tx)
     like = jax.eval_shape(tx.init, params)
+    check_holds(state, like)
     matched = match(state, like)
     entries = differences(matched, like)
     places = low_rank_places(matched.found) if not entries else []
@@ -105,7 +109,8 @@ def convert_state(tx: optax.GradientTransformation, state: Any, params: optax.Pa
 
     Raises:
       TypeError: the state has shapes in place of arrays.
-      ValueError: the state is within a period, or belongs to another kind of optimizer or other parameters.
+      ValueError: the state holds no array, is within a period, or belongs to another kind of optimizer or
+        other parameters.
 
     Examples:
       >>> params = {"kernel": jnp.ones((4, 8))}
@@ -116,6 +121,7 @@ def convert_state(tx: optax.GradientTransformation, state: Any, params: optax.Pa
     """
     check_rule("tx", tx)
     new = tx.init(params)
+    check_holds(state, new)
     wanted, held = named_arrays(new), named_arrays(state)
     if (are_coded(wanted) or are_coded(held)) and differences(match(state, new), new):
         found = narrowed(_converted(widened(held), widened(wanted)), wanted)
@@ -175,7 +181,8 @@ def _check_kind(matched: Match, places: Sequence[Names]) -> None:
     if lost:
         raise ValueError(
             "this state is not of the same kind of optimizer and parameters: the new one has no"
-            f" {', '.join(sorted(lost))}."
+            f" {some(sorted(lost))}. convert_state changes rank, period, fraction and momentum_dtype; for"
+            " another kind of optimizer start anew with tx.init(params)."
         )
 
 

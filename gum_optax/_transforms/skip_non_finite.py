@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Int
 
 from .._core.acceptance import Acceptance
+from .._core.checks import check_rule
 from .._core.context import NO_CONTEXT, MatrixContext
 from .._core.measurements import Measurements
 from .._core.trees import concrete, leaf_indices_of
@@ -121,7 +122,7 @@ def skip_non_finite(inner: optax.GradientTransformation) -> optax.GradientTransf
       >>> updates["a"].tolist(), int(state.skipped)
       ([0.0, 0.0], 1)
     """
-    return _skipping(_whole, inner)
+    return _skipping(_whole, check_rule("inner", inner))
 
 
 def skip_leaves(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import itertools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,24 @@ ARGUMENTS = [
     ({"key": [0, 1]}, TypeError, "key must be an integer seed or a JAX key such as jax.random.key"),
     ({"key": 2**70}, TypeError, "key must be an integer seed or a JAX key such as jax.random.key"),
     ({"orthogonalizer": 0}, TypeError, "orthogonalizer must be a function such as gum_optax.polar, got 0"),
-    ({"others": "adamw"}, TypeError, "others must be an optax.GradientTransformation such as"),
+    (
+        {"others": "adamw"},
+        TypeError,
+        "others must be an optax.GradientTransformation such as optax.adamw(1e-3)",
+    ),
+    ({"others": optax.adamw}, TypeError, "; call it with its arguments."),
+    (
+        {"weight_decay_mask": "kernel"},
+        TypeError,
+        "must be a tree of booleans, or a function from the parameters",
+    ),
+    ({"weight_decay_mask": {"kernel": 1}}, TypeError, "to one, got {'kernel': 1}."),
+    (
+        {"weight_dimension_numbers": "*/kernel"},
+        TypeError,
+        "such as {'*/NAME/kernel': gum_optax.LAST_TWO}, got",
+    ),
+    ({"weight_dimension_numbers": 2}, TypeError, "or patterns such as"),
 ]
 
 
@@ -129,6 +147,54 @@ def test_a_tree_of_dimension_numbers_must_have_every_leaf():
     tx = go.gum(1e-3, weight_dimension_numbers={"a": Dims(0, 1)})
     with pytest.raises(ValueError, match=r"no entry for leaf \['b'\].*None if it is not a matrix"):
         tx.init({"a": jnp.ones((3, 4)), "b": jnp.ones(3)})
+
+
+@pytest.mark.parametrize("use", [lambda tx, x: tx.init(x), go.describe, go.memory_report])
+def test_a_model_that_holds_functions_is_refused_with_the_leaf_and_the_way_to_its_arrays(use):
+    model = {"kernel": jnp.ones((3, 4)), "activation": jnp.tanh}
+    with (
+        warnings.catch_warnings(action="error"),
+        pytest.raises(TypeError, match=r"its leaf \['activation'\] is <.*>; pass .* eqx\.filter\(model"),
+    ):
+        use(go.gum(1e-3), model)
+
+
+def test_a_mask_of_other_leaves_is_refused_at_init():
+    tx = go.gum(1e-3, weight_decay=0.1, weight_decay_mask={"a": True})
+    with pytest.raises(
+        ValueError, match=r"weight_decay_mask must be .* like the parameters, .*'b'.*, got .*'a'"
+    ):
+        tx.init({"a": jnp.ones(3), "b": jnp.ones(3)})
+
+
+def test_masks_of_every_kind_are_taken():
+    params = {"a": jnp.ones((3, 4)), "b": {"c": jnp.ones(3)}}
+    for mask in (True, {"a": np.True_, "b": False}, {"a": jnp.asarray(True), "b": {"c": False}}):
+        go.gum(1e-3, weight_decay=0.1, weight_decay_mask=mask).init(params)
+
+
+def test_what_holds_an_optimizer_is_refused_with_the_way_to_it():
+    class TrainState:
+        tx = go.gum(1e-3)
+
+    with pytest.raises(
+        TypeError, match=r"tx must be .* such as gum_optax\.gum\(1e-3\), got .*; pass its `tx`"
+    ):
+        go.describe(TrainState(), {})
+    with pytest.raises(TypeError, match="inner must be an optax"):
+        go.skip_non_finite(go.gum)
+
+
+def test_a_long_value_is_shown_by_its_type():
+    with pytest.raises(TypeError, match=r"got a value of type dict\.$"):
+        go.memory_report({"kernel": jnp.ones((30, 40))}, go.gum(1e-3))
+
+
+def test_a_finder_of_another_shape_is_named():
+    params = {"kernel": jnp.ones((5, 3, 4))}
+    tx = go.galore_muon(1e-3, rank=2, find_subspace=lambda key, gradient, previous: gradient)
+    with pytest.raises(ValueError, match=r"find_subspace must return .* \(5, 3, 2\), got \(5, 3, 4\)"):
+        tx.update(params, tx.init(params), params)
 
 
 @pytest.mark.parametrize(

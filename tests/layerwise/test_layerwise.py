@@ -373,6 +373,14 @@ def test_arguments_that_do_not_fit_are_refused():
     refused(tx, f"keep_every must divide the {LAYERS} layers, got 3", keep_every=3)
     refused(tx, "keep_every must be at least 1", keep_every=0)
     refused(tx, "with microbatches=2, the first axis of every array of batch", microbatches=2)
+    refused(tx, "apply must be a function such as", error=TypeError, apply=3)
+    widened = lambda own, x: layer(own, x).astype(jnp.bfloat16)  # noqa: E731
+    refused(
+        tx,
+        "layer must return an x of the shapes and dtypes",
+        error=TypeError,
+        functions=(embed, widened, head),
+    )
     several = functools.partial(refused, tx, "head must return the loss, a scalar; got shape (3, 5)")
     several(functions=(embed, layer, lambda own, x, data: x[..., 0]))
     numbers = {"layers/q/kernel": optax.contrib.MuonDimensionNumbers(0, 1)}
@@ -380,6 +388,15 @@ def test_arguments_that_do_not_fit_are_refused():
     differently = {"layers/0/q/*": None}
     tx = small_gum(weight_dimension_numbers=differently)
     refused(tx, "layers that the optimizer treats alike", params(stacked=False))
+
+
+def test_a_state_of_another_optimizer_is_named():
+    state = jax.eval_shape(go.muon(0.1).init, params())
+    with pytest.raises(ValueError, match=r"this state is not one of this optimizer .* is missing"):
+        jax.eval_shape(
+            lambda state: go.layerwise_update(small_gum(), embed, layer, head, batch(0), state, params()),
+            state,
+        )
 
 
 def test_a_head_may_read_the_embedding():

@@ -237,6 +237,16 @@ def test_what_needs_the_whole_gradient_is_refused():
     refused(go.frugal(1e-2, **LOW_RANK), ValueError, "residual=gum_optax.drop")
 
 
+def test_axes_outside_of_a_shard_map_and_a_loss_that_is_no_function_are_refused():
+    tx, state = MAKERS["gum"](), MAKERS["gum"]().init(params())
+    with pytest.raises(
+        NameError, match=r"axes has 'data', which is no axis of a mesh here: call .* jax\.shard_map"
+    ):
+        go.projected_update(tx, jnp.sum, jnp.ones((2, 3)), state, params(), axes="data")
+    with pytest.raises(TypeError, match="loss must be a function such as lambda params, batch"):
+        go.projected_update(tx, 3, jnp.ones((2, 3)), state, params())
+
+
 def test_what_is_not_finite_stops_the_rule_that_sees_it_and_no_other():
     kinds = dict.fromkeys(params(), "low") | {"bias": "frozen"}
     tx = optax.partition({"low": MAKERS["gum"](), "frozen": optax.set_to_zero()}, kinds)

@@ -222,6 +222,9 @@ def test_shardings_that_are_none_or_of_several_meshes_are_refused(mesh):
         go.state_shardings(go.muon(0.1), params, {"a": here, "b": SingleDeviceSharding(jax.devices()[0])})
     with pytest.raises(ValueError, match="of one mesh, got 2 meshes"):
         go.state_shardings(go.muon(0.1), params, {"a": here, "b": other})
+    for one in (here, None, {"a": here}):
+        with pytest.raises(ValueError, match=r"param_shardings must be a tree like params with .*, got .*: "):
+            go.state_shardings(go.muon(0.1), params, one)
     with pytest.raises(TypeError, match="tx must be an optax"):
         go.state_shardings("muon", params, {"a": here, "b": here})
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import gum_optax as go
 
@@ -48,3 +49,8 @@ def test_no_gradient_has_no_energy_and_no_projected_block_no_share():
     assert float(go.metrics(state)["captured_energy"]) == 0
     _, state = run(go.galore_muon(0.1, rank=2), [{"w": jnp.ones((2, 7))}])
     assert set(go.metrics(state)) == {"skipped_steps"}
+
+
+def test_an_optimizer_is_no_state():
+    with pytest.raises(TypeError, match="metrics reads the state of an optimizer, got the optimizer: pass"):
+        go.metrics(go.gum(1e-3))

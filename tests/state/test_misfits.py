@@ -93,7 +93,10 @@ def test_gradients_of_another_structure_are_named(name):
     more, less = PARAMS | {"new": jnp.ones((4, 7))}, {k: x for k, x in PARAMS.items() if k != "kernel"}
     for gradients, params in ((more, PARAMS), (less, PARAMS), (PARAMS, more)):
         leaf = "kernel" if gradients is less else "new"
-        with pytest.raises(ValueError, match=f"trees of the same leaves, but only one has {leaf}"):
+        tree = "params" if params is more or gradients is less else "updates"
+        with pytest.raises(
+            ValueError, match=f"trees of the same leaves, but only {tree} has {leaf}; the order"
+        ):
             updated(tx, gradients, state, params)
     for params in (None, more):
         with pytest.raises(ValueError, match=r"\['new'\] is missing"):
@@ -104,6 +107,18 @@ def test_gradients_of_another_structure_are_named(name):
     wide = PARAMS | {"kernel": jnp.ones((4, 9))}
     with pytest.raises(ValueError, match=re.escape("has shape")):
         updated(tx, wide, state, wide)
+
+
+def test_gradients_of_another_shape_are_named():
+    """A transposed one has the same matrix view, and would make a step without an error."""
+    tx, state = optimizer("gum"), initial("gum")
+    for change in ({"kernel": PARAMS["kernel"].T}, {"bias": jnp.ones(5)}):
+        ((name, x),) = change.items()
+        shapes = re.escape(f"{name} has shape {x.shape} in place of {PARAMS[name].shape}")
+        with pytest.raises(
+            ValueError, match=f"updates must have the shapes of params, but {shapes}; pass update"
+        ):
+            updated(tx, PARAMS | change, state, PARAMS)
 
 
 def test_a_state_in_dicts_names_convert_state():

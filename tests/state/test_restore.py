@@ -155,8 +155,15 @@ def test_the_state_of_an_nnx_optimizer_is_checked_and_converted():
 def test_a_state_of_another_optimizer_is_not_converted():
     params = {"kernel": jnp.ones((6, 8))}
     state = optax.adamw(0.1).init(params)
-    with pytest.raises(ValueError, match=r"not of the same kind.*mu\['kernel'\]"):
+    with pytest.raises(ValueError, match=r"not of the same kind.*mu\['kernel'\].*start anew with tx\.init"):
         go.convert_state(go.gum(0.1, rank=2), state, params)
+
+
+@pytest.mark.parametrize("restore", [go.check_state, go.convert_state])
+def test_a_missing_state_is_refused(restore):
+    with pytest.raises(ValueError, match="state holds no array, got None; pass the optimizer state of the"):
+        restore(gum(), None, PARAMS)
+    restore(optax.sgd(0.1), optax.sgd(0.1).init(PARAMS), PARAMS)  # whose state has none
 
 
 def wide_of(state):
