@@ -88,6 +88,7 @@ class Corpus:
         self.name = f"{'chitchat' if text is None else text.stem}-{digest}"
         folder = cache_directory() / f"{digest}-bpe{vocabulary}"
         if not (folder / "validation.npy").exists():
+            print("training a tokenizer on the text, once ...", flush=True)
             self._write(folder, documents, vocabulary)
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.train = np.load(folder / "train.npy", mmap_mode="r")

@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
         help="train with each of them, from the same start on the same data",
     )
     p.add_argument("--model", choices=SIZES, default="3m", help="about how many parameters (default: 3m)")
-    p.add_argument("--steps", type=positive, default=1200)
+    p.add_argument("--steps", type=positive, default=1200, help="default: 1200")
     p.add_argument("--batch", type=positive, default=8, help="windows in a step (default: 8)")
     p.add_argument("--seq", type=positive, default=128, help="tokens in a window (default: 128)")
     p.add_argument("--lr", type=rate, help="peak learning rate (default: the optimizer's, tuned on 3m)")

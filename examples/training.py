@@ -1,8 +1,10 @@
 """One training run: a model, an optimizer, a compiled step, and a directory that it can resume from."""
 
+import contextlib
 import dataclasses
 import functools
 import json
+import os
 import signal
 import time
 import zlib
@@ -169,7 +171,10 @@ def check_settings(where: Any, held: dict[str, Any], asked: dict[str, Any]) -> N
     """Refuse to continue a run of other settings; the message reports each difference."""
     different = [f"{k}={held.get(k)!r} (asked {v!r})" for k, v in asked.items() if held.get(k) != v]
     if different:
-        raise RunError(f"{where} holds another run, with {', '.join(different)}; give a new --out.")
+        raise RunError(
+            f"{where} holds another run, with {', '.join(different)}; repeat its options to go on with"
+            " it, or give a new --out."
+        )
 
 
 def records_of(file: Path) -> list[dict[str, Any]]:
@@ -254,6 +259,9 @@ class StopSignal:
     def _note(self, number: int, frame: Any) -> None:
         del frame
         self.came = True
+        message = b"\nstopping after the next step, with a checkpoint; a second Ctrl-C stops at once\n"
+        with contextlib.suppress(OSError):
+            os.write(2, message)  # a signal may come within a `print`, which cannot run twice at a time
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 

@@ -141,6 +141,7 @@ def test_a_stopped_run_goes_on_to_the_bit_within_a_period(whole, text, tmp_path,
     stopped = len(losses(out))
     if number != signal.SIGKILL:
         assert process.returncode == 0, errors
+        assert "stopping after the next step, with a checkpoint; a second Ctrl-C stops at once" in errors
         assert f"Stopped and saved at step {stopped} of 30" in printed
     assert 0 < stopped < 30
     assert pretrain.main([*TINY, "--steps", "30", "--text", str(text), "--out", str(out), "--resume"]) == 0
@@ -208,7 +209,7 @@ MISTAKES = [
     (["--resume"], "--resume needs the directory of the run"),
     (["--resume", "--out", "new"], "There is no run in new to resume"),
     (["--out", "held"], "held holds other files; give a new directory as --out."),
-    (["--out", "other"], "holds another run, with steps=7 (asked 30)"),
+    (["--out", "other"], "steps=7 (asked 30); repeat its options to go on with it, or"),
     (["--out", "other", "--steps", "7"], "holds this run already; add --resume to go on"),
     (
         ["--compare", "adamw,gum", "--out", "other"],
