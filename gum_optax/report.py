@@ -245,9 +245,18 @@ def _at_least_one(text: str) -> int:
     return int(text)
 
 
+_EPILOG = (
+    "For a model of your own, print gum_optax.memory_report(tx, params); shapes suffice as params. In the"
+    " tables, mu and nu are AdamW's moments, trace is the momentum, projectors are the subspaces, slots the"
+    " full-size momenta of the blocks at full rank."
+)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Print the requested tables."""
-    p = argparse.ArgumentParser(prog="python -m gum_optax.report", description=(__doc__ or "").split("\n")[0])
+    p = argparse.ArgumentParser(
+        prog="python -m gum_optax.report", description=(__doc__ or "").split("\n")[0], epilog=_EPILOG
+    )
     p.add_argument("--model", choices=MODELS, action="append", help="default: all")
     p.add_argument("--rank", type=_at_least_one, default=128, help="default: %(default)s")
     p.add_argument("--full-rank-fraction", type=float, default=1 / 16, help="GUM's q (default: 1/16)")

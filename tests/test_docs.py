@@ -47,11 +47,12 @@ def test_write_your_own_runs():
     assert sampled.index["16x24"].shape == (2,)
 
 
-def test_the_usage_lines_build_the_transformation_that_they_show():
-    code = block(README, "nnx.Optimizer")
+def test_the_first_lines_train_a_model(capsys):
+    """A newcomer copies them as they are, so every name in them is imported."""
     names: dict = {}
-    exec(code[: code.index("state = ")], names)
-    assert names["tx"].init({"kernel": jnp.ones((3, 4))})
+    exec(block(README, "nnx.Optimizer"), names)
+    assert float(capsys.readouterr().out) < 0.8  # at first 1.3
+    assert int(go.metrics(names["optimizer"])["refresh_count"]) == 4
 
 
 def test_the_lines_for_a_mesh_place_the_state_and_take_a_step():
@@ -60,6 +61,7 @@ def test_the_lines_for_a_mesh_place_the_state_and_take_a_step():
     params, state = names["params"], names["state"]
     steps, state = jax.jit(names["tx"].update)(params, state, params)
     assert jax.tree.structure(steps) == jax.tree.structure(params)
+    assert float(names["value"]) > 0
     placed = jax.tree.map(lambda x, sharding: x.sharding == sharding, names["state"], names["states"])
     assert all(jax.tree.leaves(placed))
 
@@ -305,6 +307,9 @@ def test_the_lines_of_the_first_page_train_a_model_and_show_it(capsys):
     shown = capsys.readouterr().out
     assert "an embedding by name" in shown
     assert "residual_share" in shown
+    model = names["nnx"].eval_shape(lambda: names["Net"](names["nnx"].Rngs(0)))
+    shapes = names["nnx"].state(model, names["nnx"].Param)
+    assert str(go.describe(names["tx"], shapes)) == str(go.describe(names["tx"], names["params"]))
 
 
 def test_learning_rates_are_converted_by_the_size_of_the_steps(capsys):

@@ -160,6 +160,12 @@ def test_the_largest_rank_is_that_of_a_linear_search():
         assert report.largest_rank(tree, budget, lambda rank: go.galore_muon(1.0, rank)) == expected
 
 
+def test_the_help_of_the_program_says_how_to_report_a_model_of_ones_own(capsys):
+    with pytest.raises(SystemExit):
+        report.main(["--help"])
+    assert "gum_optax.memory_report(tx, params)" in " ".join(capsys.readouterr().out.split())
+
+
 def test_the_program_prints_a_table_for_a_model(capsys):
     report.main(["--model", "llama-3-8b", "--rank", "128", "--budget", "42"])
     lines = capsys.readouterr().out.splitlines()
