@@ -1,5 +1,8 @@
 """A renamed public name keeps working for one version, with a warning that gives the new name."""
 
+import re
+from pathlib import Path
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -26,6 +29,14 @@ def test_an_old_name_is_the_new_thing_and_says_so(old, new):
 
 def test_no_alias_is_untested():
     assert go._RENAMED == RENAMED
+
+
+def test_the_upgrade_note_has_every_renamed_name():
+    changes = (Path(__file__).resolve().parent.parent / "CHANGELOG.md").read_text()
+    (note,) = re.findall(r"### Upgrade.*?\n### ", changes, re.DOTALL)
+    rows = [row for row in note.splitlines() if row.startswith("|")]
+    for old, new in [*RENAMED.items(), ("low_rank(carry", "on_refresh="), ("together=", "batched=")]:
+        assert any(old in row.split("|")[1] and new in row.split("|")[2] for row in rows), old
 
 
 def test_a_name_that_never_was_is_an_attribute_error():
