@@ -6,7 +6,8 @@
 SmolLM2-135M-Instruct learns word problems (`gsm_symbolic`) by AdamW. From there each row learns to spell
 words backward (`spell_backward`), and the held-out loss of the word problems says what it has forgotten. The
 last eight of thirty layers are trained, 60 steps of 2 x 256 tokens for each task. Stopped (Ctrl-C, SIGTERM)
-and started again, the script goes on. It writes `continual.json` and `continual.md` in `docs/results/`.
+and started again, the script goes on. It writes `continual.json` and a table for each part in
+`docs/results/`.
 """
 
 import argparse
@@ -120,9 +121,10 @@ def main(argv: list[str] | None = None) -> None:
     }
     data = {"commit": commit(), "second_task": tasks, "without_backward": memory}
     (options.out / "continual.json").write_text(json.dumps(data, indent=1) + "\n")
-    text = "\n".join([*of_two_tasks(tasks), "", *of_memory(memory)]) + "\n"
-    (options.out / "continual.md").write_text(text)
-    print(text)
+    for name, lines in (("two_tasks", of_two_tasks(tasks)), ("without_backward", of_memory(memory))):
+        text = "\n".join(lines) + "\n"
+        (options.out / f"{name}.md").write_text(text)
+        print(text)
 
 
 if __name__ == "__main__":

@@ -280,7 +280,15 @@ def anchors(path):
 
 
 # Pages with the tables of the benchmarks, and tables so long that a page links to them.
-RESULTS = ("losses.md", "longer_runs.md", "memory_and_compilation.md", "times.md", "devices.md", "claims.md")
+RESULTS = (
+    "losses.md",
+    "longer_runs.md",
+    "fine_tuning.md",
+    "memory_and_compilation.md",
+    "times.md",
+    "devices.md",
+    "claims.md",
+)
 LINKED = ("speed.md", "guard.md", "cost_model.md", "layerwise.md")
 
 
@@ -291,6 +299,13 @@ def test_the_pages_of_results_have_the_measured_tables():
         assert page(f"results/{name}").strip() in pages, name
     for name in LINKED:
         assert f"]({name})" in pages, name
+
+
+def test_the_pages_tell_the_version_of_the_package():
+    assert f"\nversion: {go.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    sections = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert next(name for name in sections if name != "Unreleased") == go.__version__
+    assert 'dynamic = ["version"]' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_the_first_pages_are_short():
