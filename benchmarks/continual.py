@@ -106,6 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--out", type=Path, default=RESULTS)
     options = p.parse_args(argv)
     options.runs.mkdir(parents=True, exist_ok=True)
+    code = commit()  # now: it may change before the last run ends
     first, second = word_problems(options.runs / "first.jsonl"), words_backward(options.runs / "second.jsonl")
     model = ("--model", options.model) if options.model else ()
     of_first = ("--data", first, *model)
@@ -119,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
         name: finetuned(options.runs / f"all parameters, {name}", *of_first, *own)
         for name, own in WITHOUT_BACKWARD.items()
     }
-    data = {"commit": commit(), "second_task": tasks, "without_backward": memory}
+    data = {"commit": code, "second_task": tasks, "without_backward": memory}
     (options.out / "continual.json").write_text(json.dumps(data, indent=1) + "\n")
     for name, lines in (("two_tasks", of_two_tasks(tasks)), ("without_backward", of_memory(memory))):
         text = "\n".join(lines) + "\n"
