@@ -3,6 +3,7 @@
 import functools
 import inspect
 import itertools
+import re
 import warnings
 
 import jax
@@ -86,7 +87,12 @@ ARGUMENTS = [
 ]
 
 
-@pytest.mark.parametrize(("change", "error", "message"), ARGUMENTS, ids=lambda x: str(x)[:40])
+def short(x):
+    """The name of a case, the same in every process."""
+    return re.sub(r" at 0x\w+", "", str(x))[:40]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), ARGUMENTS, ids=short)
 def test_an_argument_out_of_range_or_of_the_wrong_type_is_refused_at_construction(change, error, message):
     with pytest.raises(error) as caught:
         go.gum(**({"learning_rate": 1e-3} | change))
