@@ -135,9 +135,9 @@ def _of_while(equation: Any, operands: list[Origin]) -> list[Origin]:
 
 def _of_scan(equation: Any, operands: list[Origin]) -> list[Origin]:
     p = equation.params
-    constants, rest = operands[: p["num_consts"]], operands[p["num_consts"] :]
-    rows = [_of_row(x) for x in rest[p["num_carry"] :]]
-    count = p["num_carry"]
+    start, count = _constants_and_carried(p)
+    constants, rest = operands[:start], operands[start:]
+    rows = [_of_row(x) for x in rest[count:]]
 
     def body(carried):
         return _followed(p["jaxpr"].jaxpr, constants + carried + rows)
@@ -145,6 +145,14 @@ def _of_scan(equation: Any, operands: list[Origin]) -> list[Origin]:
     carried = _until_stable(lambda carried: body(carried)[:count], rest[:count])
     stacked = [x if x.axis is None else Origin(x.owners, x.axis + 1) for x in body(carried)[count:]]
     return carried + stacked
+
+
+def _constants_and_carried(p: Any) -> tuple[int, int]:
+    """How many operands of a scan are constants, and how many are carried from turn to turn."""
+    if "num_consts" in p:
+        return p["num_consts"], p["num_carry"]
+    constants, carried, _ = p["ft_in"].unpack()  # from jax 0.12 on
+    return len(constants), len(carried)
 
 
 def _of_row(x: Origin) -> Origin:
