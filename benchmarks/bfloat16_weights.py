@@ -11,10 +11,10 @@ import json
 from typing import Any
 
 import optax
-from results import Results, mean_and_deviation
+from results import Results, losses_table
 
 import short_runs
-from trainings import run
+from trainings import finished, run
 
 # Importing `trainings` put the examples on the path.
 from corpus import Corpus  # isort: skip
@@ -42,14 +42,7 @@ COLUMNS: dict[str, tuple[str, type[Trainer]]] = {
 
 def table(runs: dict[str, dict[str, dict[str, float]]]) -> list[str]:
     """Mean and deviation over the seeds, one column for each way to keep the weights."""
-    lines = [f"| optimizer | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for name, row in runs.items():
-        cells = []
-        for column in COLUMNS:
-            losses = list(row.get(column, {}).values())
-            cells.append(mean_and_deviation(losses))
-        lines.append(f"| `{name}` | {' | '.join(cells)} |")
-    return lines
+    return losses_table(COLUMNS, runs)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -79,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
                     seed=seed,
                     weights_dtype=dtype,
                 )
-                record = short_runs.finished(run(corpus, chosen, place, stop, trainer))
+                record = finished(run(corpus, chosen, place, stop, trainer))
                 losses[str(seed)] = record["val_loss"]
                 results.add(protocol, runs, "flax")
                 print(json.dumps({"run": str(place.name), "loss": record["val_loss"]}), flush=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-from results import RESULTS, Results, mean_and_deviation
+from results import RESULTS, Results, losses_table
 
 import gum_optax as go
 
@@ -59,15 +59,7 @@ def changed(chosen: Settings, column: str) -> Settings:
 
 def table(runs: dict[str, dict[str, dict[str, float]]]) -> list[str]:
     """Mean and deviation over the seeds, one column for each choice."""
-    columns = [DEFAULT, *MOMENTA, *METHODS]
-    lines = [f"| optimizer | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for name, row in runs.items():
-        cells = []
-        for column in columns:
-            losses = list(row.get(column, {}).values())
-            cells.append(mean_and_deviation(losses))
-        lines.append(f"| `{name}` | {' | '.join(cells)} |")
-    return lines
+    return losses_table([DEFAULT, *MOMENTA, *METHODS], runs)
 
 
 def jobs(options: argparse.Namespace, corpus: Corpus) -> Iterator[tuple[str, str, Settings]]:

@@ -26,7 +26,7 @@ import optax
 
 import gum_optax as go
 
-from trainings import ROOT, best_rate, next_rates, run, step_seconds
+from trainings import ROOT, best_rate, finished, next_rates, run, step_seconds
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -214,9 +214,7 @@ def compare(corpus: Corpus, results: Results, name: str, stop: StopSignal) -> No
     def do(lr: float, seed: int) -> None:
         start = time.perf_counter()
         place = results.path.parent / "unfinished" / f"{name}-{lr:g}-{seed}"
-        record = run(corpus, settings(corpus, name, lr, seed), place, stop, VariantTrainer)
-        if record is None:
-            raise SystemExit("Stopped and saved; the same command goes on.")
+        record = finished(run(corpus, settings(corpus, name, lr, seed), place, stop, VariantTrainer))
         results.add({"optimizer": name, "lr": lr, "seed": seed} | record)
         took = time.perf_counter() - start
         print(f"{name} lr={lr:g} seed={seed}: {record['val_loss']:.4f} ({took:.0f} s)", flush=True)

@@ -25,7 +25,7 @@ from gum_optax._core.trees import columns
 from gum_optax._linalg.quantize import dequantize, quantize
 
 import short_runs
-from trainings import run, step_seconds
+from trainings import finished, run, step_seconds
 
 # Importing `trainings` put the examples on the path.
 from corpus import Corpus  # isort: skip
@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
                 continue
             place = options.out / "unfinished" / f"{name}, {seed}"
             chosen = settings(options, corpus, ROWS[name], seed)
-            record = short_runs.finished(
+            record = finished(
                 run(corpus, chosen, place, stop, EightBitTrainer, finish=lambda t: {"state": state_bytes(t)})
             )
             row["losses"][str(seed)], row["state"] = record["val_loss"], record["state"]

@@ -22,7 +22,7 @@ from results import Results, mean_and_deviation
 import gum_optax as go
 
 import short_runs
-from trainings import best_rate, next_rates, run
+from trainings import best_rate, finished, next_rates, run
 
 # Importing `trainings` put the examples on the path.
 from corpus import Corpus  # isort: skip
@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
             seed=seed,
             others=name,
         )
-        record = short_runs.finished(run(corpus, chosen, place, stop, RuleTrainer))
+        record = finished(run(corpus, chosen, place, stop, RuleTrainer))
         print(json.dumps({"run": place.name, "loss": record["val_loss"]}), flush=True)
         return record["val_loss"]
 

@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,16 @@ def mean_and_deviation(values: Sequence[float]) -> str:
         return ""
     deviation = f" ± {statistics.stdev(values):.4f} ({len(values)})" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.4f}{deviation}"
+
+
+def losses_table(columns: Iterable[str], runs: dict[str, dict[str, dict[str, float]]]) -> list[str]:
+    """A line for each optimizer, a cell for each column, from the losses by optimizer, column and seed."""
+    columns = list(columns)
+    lines = [f"| optimizer | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name, row in runs.items():
+        cells = (mean_and_deviation(list(row.get(column, {}).values())) for column in columns)
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return lines
 
 
 class Results:

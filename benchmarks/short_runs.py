@@ -6,7 +6,7 @@ from typing import Any
 
 from results import RESULTS
 
-from trainings import Record
+import trainings  # noqa: F401
 
 # Importing `trainings` put the examples on the path.
 from corpus import Corpus  # isort: skip
@@ -48,10 +48,3 @@ def settings(options: argparse.Namespace, corpus: Corpus, *, period: int = 50, *
 def protocol(options: argparse.Namespace) -> str:
     """What all runs of a benchmark share, in words."""
     return f"{options.model}, {options.steps} steps of {options.batch} × {options.seq} tokens"
-
-
-def finished(record: Record | None) -> Record:
-    """The record of a run; ends the script if the run was stopped."""
-    if record is None:
-        raise SystemExit("Stopped and saved; the same command goes on.")
-    return record

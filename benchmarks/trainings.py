@@ -59,6 +59,13 @@ def run(
     } | more
 
 
+def finished(record: Record | None) -> Record:
+    """The record of a run; ends the script if the run was stopped."""
+    if record is None:
+        raise SystemExit("Stopped and saved; the same command goes on.")
+    return record
+
+
 def step_seconds(trainers: Mapping[str, Trainer], rounds: int, steps: int) -> dict[str, float]:
     """The seconds of a step: medians of rounds in which every trainer takes a few steps in turn."""
     times: dict[str, list[float]] = {name: [] for name in trainers}

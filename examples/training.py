@@ -128,7 +128,8 @@ class Trainer:
         return record | {"seconds": self.seconds} | {name: x.item() for name, x in metrics.items()}
 
     def validation_loss(self, batches: list[Batch] | None = None) -> float:
-        losses = [self.evaluate_batch(self.state[0], self.frozen, x) for x in batches or self.validation]
+        batches = self.validation if batches is None else batches
+        losses = [self.evaluate_batch(self.state[0], self.frozen, batch) for batch in batches]
         return float(np.mean(jax.device_get(losses)))
 
     def optimizer_bytes(self) -> int:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from .._core.checks import check_function, check_integer, check_rule
 from .._core.context import MatrixContext
-from .._state.containers import clear_state_errors
+from .._state.containers import clear_errors
 from .division import KINDS, Division
 from .layers import Layers
 from .microbatches import Microbatches
@@ -142,7 +142,7 @@ def layerwise_update(
     if jnp.shape(losses) != ((microbatches,) if microbatches > 1 else ()):
         raise ValueError(f"head must return the loss, a scalar; got shape {jnp.shape(losses)}.")
     loss = jnp.mean(losses)
-    with clear_state_errors(tx, state, params):
+    with clear_errors(tx, params, state, params):
         step = Step(tx, division, params, state, jnp.isfinite(loss), apply, extra_args)
         step.take("head", gradient)
         dx = layers.backward(step, inputs, dx)

@@ -169,13 +169,9 @@ def with_clear_errors(tx: optax.GradientTransformation) -> optax.GradientTransfo
         in_turn = isinstance(extra_args.get("context", NO_CONTEXT).turn, Turn)
         if params is not None and not in_turn:
             _check_shapes(updates, params)
-        try:
+        # A turn has parts of the state.
+        with contextlib.nullcontext() if in_turn else clear_errors(tx, updates, state, params):
             steps, new = tx.update(updates, state, params, **extra_args)
-        except Exception:
-            if in_turn:
-                raise  # a turn has parts of the state
-            _check_together(tx, updates, state, params)
-            raise
         if list(map(type_of, jax.tree.leaves(new))) != list(map(type_of, jax.tree.leaves(state))):
             _check_together(tx, updates, state, params)
         return steps, new
@@ -184,12 +180,17 @@ def with_clear_errors(tx: optax.GradientTransformation) -> optax.GradientTransfo
 
 
 @contextlib.contextmanager
-def clear_state_errors(tx: optax.GradientTransformation, state: Any, params: Any) -> Iterator[None]:
-    """Explain a state that is not of `tx`, if what runs within fails."""
+def clear_errors(
+    tx: optax.GradientTransformation,
+    updates: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params | None,
+) -> Iterator[None]:
+    """Explain mismatched state, gradients and parameters, if what runs within fails."""
     try:
         yield
     except Exception:
-        _check_together(tx, params, state, params)
+        _check_together(tx, updates, state, params)
         raise
 
 
@@ -208,7 +209,7 @@ def _check_shapes(updates: optax.Updates, params: optax.Params) -> None:
     ]
     if entries:
         raise ValueError(
-            f"updates must have the shapes of params, but {some(entries)}; pass update(gradients, state,"
+            f"updates must have the shapes of params, but {listed(entries)}; pass update(gradients, state,"
             " params) the gradients of these parameters."
         )
 
@@ -229,7 +230,7 @@ def _check_together(
         if of_updates != of_params:
             alone = (("updates", of_updates - of_params), ("params", of_params - of_updates))
             found = [
-                f"only {tree} has {some(sorted(map('/'.join, names)))}" for tree, names in alone if names
+                f"only {tree} has {listed(sorted(map('/'.join, names)))}" for tree, names in alone if names
             ]
             raise ValueError(
                 f"updates and params must be trees of the same leaves, but {', and '.join(found)}; the order"
@@ -251,7 +252,7 @@ def _check_together(
     if entries:
         raise ValueError(
             "this state is not one of this optimizer for these gradients: "
-            + some(entries)
+            + listed(entries)
             + ". Make it by tx.init(params) with the same arguments and leaves; if it was cast to another"
             " dtype, gum_optax.convert_state(tx, state, params) casts it back."
         )
@@ -266,6 +267,7 @@ def check_holds(state: Any, like: Any) -> None:
         )
 
 
-def some(entries: list[str]) -> str:
+def listed(entries: list[str]) -> str:
+    """The first entries, and how many more there are, so that a message can be read."""
     more = len(entries) - _LISTED
     return "; ".join(entries[:_LISTED]) + (f"; and {more} more" if more > 0 else "")

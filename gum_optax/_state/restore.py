@@ -20,10 +20,10 @@ from .containers import (
     check_holds,
     differences,
     has_numbers,
+    listed,
     low_rank_places,
     match,
     named_arrays,
-    some,
 )
 from .eight_bits import are_coded, narrowed, widened
 
@@ -181,7 +181,7 @@ def _check_kind(matched: Match, places: Sequence[Names]) -> None:
     if lost:
         raise ValueError(
             "this state is not of the same kind of optimizer and parameters: the new one has no"
-            f" {some(sorted(lost))}. convert_state changes rank, period, fraction and momentum_dtype; for"
+            f" {listed(sorted(lost))}. convert_state changes rank, period, fraction and momentum_dtype; for"
             " another kind of optimizer start anew with tx.init(params)."
         )
 
