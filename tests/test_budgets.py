@@ -39,12 +39,10 @@ BUDGETS = {
     ("muon", False): (0.01, 0.06),
     ("galore_muon", True): (0.05, 0.31),
     ("gum", True): (0.3, 0.37),
-    ("sumo", True): (0.29, 0.34),
+    ("sumo", True): (0.26, 0.34),
     ("sinkgd", True): (0.01, 0.01),
     ("muon", True): (0.01, 0.46),
 }
-if jax.__version_info__ >= (0, 11):  # whose compiler has another order
-    BUDGETS |= {("galore_muon", False): (0.13, 0.26), ("sumo", True): (0.25, 0.37)}
 
 
 # Separate layers take long to compile: with gradients kept, and of SUMO, they are `long`.
@@ -75,7 +73,7 @@ def test_temporaries_on_a_cpu(name, scanned, keep_gradients):
 EIGHT_BITS_BUDGETS = {
     "galore_muon": (0.04, 0.05),
     "gum": (0.32, 0.36),
-    "sumo": (0.33, 0.35),
+    "sumo": (0.33, 0.33),
     "muon": (0.05, 0.46),
 }
 
@@ -95,7 +93,7 @@ def test_temporaries_with_a_state_of_eight_bits(name, scanned):
 # they were 2.7 and more.
 WHOLE_STEP_BUDGETS = {
     "muon": (1.01, 1.01),
-    "galore_muon": (1.01, 1.01),
+    "galore_muon": (1.02, 1.02),
     "gum": (1.06, 1.06),
     "sinkgd": (1.6, 1.41),
 }
@@ -120,8 +118,6 @@ OTHER_BUDGETS = {
     "dion": (0.06, 0.12),
     "cosmos": (0.29, 0.57),
 }
-if jax.__version_info__ >= (0, 11):
-    OTHER_BUDGETS |= {"frugal": (0.4, 0.66)}
 
 
 @sequential_steps

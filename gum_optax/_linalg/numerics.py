@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from .._core.batches import map_sequentially
+from .._core.xla import barrier_but_on_cpu
 
 # The largest input of a rule with second moments. Sums of larger squares could overflow float32, and an
 # infinite second moment stays infinite.
@@ -53,7 +54,7 @@ def is_finite(*arrays: Any) -> Bool[Array, ""]:
     def zero(x):
         """A sum of zeros, or NaN. XLA would write the booleans of `isfinite(x)` to memory."""
         # Keep this sum in its own pass: fused with a later sum, it would make every step wait for that sum.
-        x = jax.lax.optimization_barrier(x)
+        x = barrier_but_on_cpu(x)
         total = jnp.sum(x - x)
         if jnp.iscomplexobj(x):
             total = total.real + total.imag

@@ -6,11 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._core.keys import RowKey, normal, of_leaf
 from .._core.measurements import MeanOf
-from .._core.xla import one_by_one_on_cpu
+from .._core.xla import one_by_one_on_cpu, repeat
 from .._linalg.numerics import exact_matmul, safe_reciprocal, to_unit_norm
 from .._linalg.orthonormal import (
     orthonormal_or,
@@ -107,12 +108,14 @@ def power_steps(mean_of: MeanOf, keys: Any, p: Any, iterations: Any = ITERATIONS
         squares = jnp.sum(y * y, axis=(-2, -1), keepdims=True)
         return orthonormalize(regularized(y * safe_reciprocal(jnp.sqrt(squares)), p))
 
-    def step(_, p):
+    def step(p, _):
         return jax.tree.map(replaced, p, _power_step(mean_of, p))
 
     # In float32, whatever the gradient and the state are kept in.
     p = jax.tree.map(lambda p: p.astype(jnp.float32), p)
-    return jax.lax.fori_loop(0, iterations, step, p)
+    if isinstance(iterations, jax.Array):
+        return jax.lax.fori_loop(0, iterations, lambda i, p: step(p, i), p)
+    return repeat(step, p, np.arange(iterations))
 
 
 @with_linear_form(power_steps)
@@ -214,12 +217,23 @@ def count_sketch(key: PRNGKeyArray, n: int, r: int) -> Float[Array, "n r"]:
     return (drawn == columns).astype(jnp.float32) - (drawn == r + columns).astype(jnp.float32)
 
 
-def _from_svd(mean_of: MeanOf, keys: Any, previous: Any, **keywords: Any) -> Any:
-    """`randomized_svd` of all leaves; a row draws what its stack would."""
-    return _of_the_gradient(randomized_svd, mean_of, keys, previous, **keywords)
+def _from_random(mean_of: MeanOf, keys: Any, p: Any, oversampling: int = 8, power_iterations: int = 2) -> Any:
+    """`randomized_svd` of all leaves, which share their means."""
+
+    def start(p, key):
+        m, r = p.shape[-2:]
+        return orthonormalize(normal(key, (*p.shape[:-1], min(m, r + oversampling))))
+
+    def leading(p, q, coordinates):
+        b = to_unit_norm(coordinates)
+        v = one_by_one_on_cpu(lambda a: jnp.linalg.eigh(a)[1], exact_matmul(b, b.mT))  # ascending
+        return exact_matmul(q, v[..., ::-1][..., : p.shape[-1]])
+
+    q = power_steps(mean_of, keys, jax.tree.map(start, p, keys), power_iterations)
+    return jax.tree.map(leading, p, q, mean_of(lambda g, q: jax.tree.map(project, q, g), q))
 
 
-@with_linear_form(_from_svd)
+@with_linear_form(_from_random)
 def randomized_svd(
     key: PRNGKeyArray | RowKey,
     gradient: Float[Array, "*b m n"],
@@ -245,13 +259,7 @@ def randomized_svd(
       >>> round(float(jnp.sum((p.T @ gradient) ** 2)), 2)  # 4² + 3²
       25.0
     """
-    m, r = previous.shape[-2:]
-    columns = min(m, r + oversampling)
-    q = orthonormalize(normal(key, (*previous.shape[:-1], columns)))
-    q = subspace_iteration(of_leaf(key), gradient, q, power_iterations)
-    b = to_unit_norm(project(q, gradient))
-    v = one_by_one_on_cpu(lambda a: jnp.linalg.eigh(a)[1], exact_matmul(b, b.mT))  # ascending
-    return exact_matmul(q, v[..., ::-1][..., :r])
+    return _from_random(functools.partial(_of, gradient), key, previous, oversampling, power_iterations)
 
 
 def _random(mean_of: MeanOf, keys: Any, p: Any) -> Any:

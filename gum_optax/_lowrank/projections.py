@@ -12,6 +12,7 @@ from .._core.acceptance import Acceptance, Accepted
 from .._core.context import MatrixContext
 from .._core.measurements import Measurements
 from .._core.trees import leaf_indices_of
+from .._core.xla import barrier_but_on_cpu
 from .._matrices.view import View
 from .finders import SubspaceFinder
 from .gradient import DenseGradient, Energy, ProjectedGradient
@@ -100,7 +101,9 @@ def accepted_by(accept: Acceptance | None, tree: Any) -> list[Accepted]:
 
 
 def measured_before(steps: Any, energies: Sequence[Energy]) -> tuple[Any, list[Energy]]:
-    """Steps that wait for the energies: energies measured at the end would keep every leaf's coordinates."""
+    """Steps that wait for the energies, except on a CPU: energies measured at the end would keep every leaf's
+    coordinates.
+    """
     leaves, treedef = jax.tree.flatten(steps)
-    rows = [jax.lax.optimization_barrier(row) for row in zip(leaves, energies, strict=True)]
+    rows = [barrier_but_on_cpu(row) for row in zip(leaves, energies, strict=True)]
     return treedef.unflatten([step for step, _ in rows]), [energy for _, energy in rows]

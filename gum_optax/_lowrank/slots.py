@@ -214,6 +214,9 @@ def gather_early(
         now = jnp.where(slot < 0, before, block)
         held = jax.lax.dynamic_update_slice_in_dim(held, now, at, 0)
 
+    # The XLA of jax 0.12 would fuse the last write with what reads the slots, and hold a copy beside them.
+    held = jax.lax.optimization_barrier(held)
+
     def looped(small_of, held):
         def one(slot, held):
             block = jax.lax.dynamic_slice_in_dim(held, slot * rows, rows)
