@@ -148,10 +148,19 @@ _LONGEST = 200
 
 
 def check_arrays(name: str, tree: Any) -> None:
-    """Check that the leaves of a tree are arrays, shapes or numbers.
+    """Check that the leaves of a tree are arrays, shapes or numbers, and that it is no optimizer's state.
 
     A model may hold functions and texts too.
     """
+
+    def is_state(x):
+        return isinstance(x, tuple) and hasattr(x, "_fields") and type(x).__name__.endswith("State")
+
+    for x in filter(is_state, jax.tree.leaves(tree, is_leaf=is_state)):
+        raise TypeError(
+            f"{name} must be the parameters, but holds an optimizer's state, {type(x).__name__}; pass the"
+            " parameters that the state was made for."
+        )
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")) and not isinstance(leaf, numbers.Number):
             raise TypeError(

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._core.keys import RowKey, normal, of_leaf
 from .._core.measurements import MeanOf
-from .._core.xla import one_by_one_on_cpu, repeat
+from .._core.xla import one_by_one_on_cpu, repeat, rolled_but_on_tpu
 from .._linalg.numerics import exact_matmul, safe_reciprocal, to_unit_norm
 from .._linalg.orthonormal import (
     orthonormal_or,
@@ -115,7 +115,13 @@ def power_steps(mean_of: MeanOf, keys: Any, p: Any, iterations: Any = ITERATIONS
     p = jax.tree.map(lambda p: p.astype(jnp.float32), p)
     if isinstance(iterations, jax.Array):
         return jax.lax.fori_loop(0, iterations, lambda i, p: step(p, i), p)
-    return repeat(step, p, np.arange(iterations))
+
+    def unrolled(p):
+        for i in range(iterations):
+            p = step(p, i)
+        return p
+
+    return rolled_but_on_tpu(lambda p: repeat(step, p, np.arange(iterations)), unrolled, p)
 
 
 @with_linear_form(power_steps)

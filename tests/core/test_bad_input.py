@@ -191,6 +191,21 @@ def test_what_holds_an_optimizer_is_refused_with_the_way_to_it():
         go.skip_non_finite(go.gum)
 
 
+@pytest.mark.parametrize("make", [go.gum, go.muon])
+def test_a_state_in_place_of_the_parameters_is_refused(make):
+    tx = make(1e-3)
+    state = tx.init({"kernel": jnp.ones((3, 4))})
+    for wrong in (
+        lambda: go.describe(tx, state),
+        lambda: go.memory_report(tx, state),
+        lambda: tx.init(state),
+    ):
+        with pytest.raises(
+            TypeError, match=r"params must be the parameters, but holds an optimizer's state, \w+State"
+        ):
+            wrong()
+
+
 def test_a_long_value_is_shown_by_its_type():
     with pytest.raises(TypeError, match=r"got a value of type dict\.$"):
         go.memory_report({"kernel": jnp.ones((30, 40))}, go.gum(1e-3))
