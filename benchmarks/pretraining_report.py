@@ -50,7 +50,7 @@ from optimizers import Settings, optimizer  # isort: skip
 ROUNDS, STEPS_A_ROUND = 9, 5
 # Student's t for a two-sided interval of 95 %, by degrees of freedom.
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
-COLOURS = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#d55e00")  # Okabe and Ito's
+COLOURS = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#d55e00", "#0072b2")  # Okabe and Ito's
 
 
 class Group(NamedTuple):

@@ -57,14 +57,16 @@ def test_the_study_of_pretraining_is_complete(stored, tmp_path):
     assert [x.others_lr for x in done[:3]] == [0.048, 0.096, 0.024]
     assert {x.others_lr for x in done[4:]} == {0.024}
     long = [x for x in done if x.steps == 4883]
-    assert [x.seed for x in long] == [0] * 6 + [1] * 6 + [2] * 6
-    assert done[-12:] == long[6:]
+    assert [x.seed for x in long] == [0] * 7 + [1] * 7 + [2] * 7
+    assert done[-14:] == long[7:]
     cell = [x for x in long if (x.rank, x.full_rank_fraction) == (12, 1 / 4)]
     rate = 3e-3 * OF_RANK[12]
     assert [(x.optimizer, x.seed, x.lr) for x in cell] == [("gum", seed, rate) for seed in range(3)]
     whole = [x for x in long if x not in cell]
-    assert Counter(x.optimizer for x in whole) == dict.fromkeys(pretraining.COMPARED, 3)
-    assert all(x.lr == BEST[x.optimizer] for x in whole)
+    assert Counter(x.optimizer for x in whole) == dict.fromkeys(
+        (*pretraining.COMPARED, "galore_muon, rotated"), 3
+    )
+    assert all(x.lr == BEST[x.optimizer.removesuffix(", rotated")] for x in whole)
     # The plane of rank and fraction, two seeds at the best rate of each cell.
     short = [x for x in done if x.steps == 977]
     gum = [x for x in short if x.optimizer == "gum" and x.period == 50]
