@@ -210,10 +210,10 @@ def test_the_guard_is_timed_beside_the_rule_alone(tmp_path, monkeypatch):
     assert len(rows) == 3
     assert all(row["step"] > 0 for row in rows.values())
     # The state is computed in place: no second copy, which is what optax's guard adds. Leaves are so small
-    # here that XLA's packing of buffers moves the figure; it stays below one leaf of the size of the largest.
+    # here that XLA's packing of buffers moves the figure.
     alone, built_in, optax_guard = (rows[f"gum, {how}"]["temporaries"] for how in guard.GUARDS)
     assert optax_guard > 1.3 * alone
-    assert built_in - alone < 3 * 1024 / (3 * 3 * 1024 + 4 * 2 * 1024)
+    assert built_in - alone < (optax_guard - alone) / 4
     assert (tmp_path / "guard.md").read_text().count("skip_non_finite") == 1
 
 
