@@ -141,8 +141,8 @@ def test_no_moments_of_embeddings_are_copied(keep_gradients):
     assert memory.measure(tx, shapes, device=True, keep_gradients=keep_gradients) < 0.02
 
 
-# GUM had 0.06 when the loop over leaves of one shape held the coordinates of one of them; since a leaf's refresh
-# and projection stand in one conditional, a TPU holds more coordinates at once.
+# GUM had 0.06 before a leaf's refresh and projection stood in one conditional: a TPU holds the coordinates of
+# more leaves at once now.
 TPU_BUDGETS = {
     ("scanned", "1024"): {"galore_muon": 0.04, "gum": 0.13, "sumo": 0.05, "sinkgd": 0.01, "muon": 0.01},
     ("separate", "2048"): {"galore_muon": 0.09, "gum": 0.18, "sumo": 0.2},
