@@ -38,34 +38,18 @@ EVALUATIONS = 20  # of each run
 SEEDS = (0, 1, 2)  # the first one searches; the ablation has the first two
 
 
-def _low_rank_muon(s: Settings, lr: Any, *, on_refresh: Any, others: Any, weight_decay: float) -> Any:
-    """`galore_muon` with another fate of the momentum at a refresh."""
-    rule = go.low_rank(
-        go.scale_by_muon(batched=True),
-        s.rank,
-        s.period,
-        find_subspace=go.track_subspace,
-        on_refresh=on_refresh,
-    )
-    return go.matrix_optimizer(rule, lr, go.shape_factor(0.2), others=others, weight_decay=weight_decay)
-
-
 def _changed(of: str, **changed: Any) -> tuple[Maker, float]:
     """An optimizer with other arguments."""
     make, rate = OPTIMIZERS[of]
     return functools.partial(make, **changed), rate
 
 
-def _with_fate(on_refresh: Any) -> tuple[Maker, float]:
-    return functools.partial(_low_rank_muon, on_refresh=on_refresh), OPTIMIZERS["galore_muon"][1]
-
-
 VARIANTS = {
     "gum, low variance": _changed("gum", compensation=go.low_variance),
     "gum, exact SVD": _changed("gum", find_subspace=go.svd_subspace),
     "gum, random subspace": _changed("gum", find_subspace=go.random_subspace),
-    "galore_muon, restarted": _with_fate(go.restart),
-    "galore_muon, rotated": _with_fate(go.rotate),
+    "galore_muon, restarted": _changed("galore_muon", on_refresh=go.restart),
+    "galore_muon, rotated": _changed("galore_muon", on_refresh=go.rotate),
 }
 KNOWN = OPTIMIZERS | VARIANTS
 

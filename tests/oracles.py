@@ -86,12 +86,13 @@ def hfac_steps(gradients, b1, b2, eps=1e-30, threshold=1.0):
     return out
 
 
-def galore_muon_steps(gradients, rank, period, momentum, step=jordan, find=top_left):
-    """For wide matrices: projects the first axis. The momentum does not change with the subspace."""
+def galore_muon_steps(gradients, rank, period, momentum, step=jordan, find=top_left, rotates=False):
+    """For wide matrices: projects the first axis. The momentum stays as it is, or follows the subspace."""
     r, p, out = 0.0, None, []
     for t, g in enumerate(gradients):
         if t % period == 0:
-            p = find(g, rank)
+            before, p = p, find(g, rank)
+            r = p.T @ before @ r if rotates and t else r
         r = momentum * r + p.T @ g
         out.append(p @ step(r))
     return out

@@ -33,6 +33,26 @@ def test_galore_muon_runs_in_the_top_singular_subspace_and_keeps_its_momentum(le
         np.testing.assert_allclose([u[name] for u in updates], expected, **TOLERANCE)
 
 
+@pytest.mark.parametrize("rotates", [False, True])
+def test_the_momentum_of_galore_muon_stays_or_follows_the_subspace(leaves, rotates):
+    tx = go.galore_muon(
+        1.0,
+        RANK,
+        PERIOD,
+        momentum=BETA,
+        find_subspace=go.svd_subspace,
+        on_refresh=go.rotate if rotates else go.keep,
+        orthogonalizer=go.newton_schulz,
+        consistent_rms=None,
+    )
+    updates, _ = run(tx, trees(leaves))
+    for name, gradients in leaves.items():
+        expected = oracle(galore_muon_steps, gradients, RANK, PERIOD, BETA, rotates=rotates)
+        fan_in, fan_out = gradients[0].shape[-2:]
+        factor = -np.sqrt(max(1, fan_out / fan_in))
+        np.testing.assert_allclose([u[name] / factor for u in updates], expected, **TOLERANCE)
+
+
 def test_rotated_momentum_and_the_raw_residual_are_sumo_with_newton_schulz(leaves):
     rule = go.low_rank(
         muon_rule(BETA),
