@@ -141,19 +141,22 @@ def test_no_moments_of_embeddings_are_copied(keep_gradients):
     assert memory.measure(tx, shapes, device=True, keep_gradients=keep_gradients) < 0.02
 
 
-# GUM had 0.06 before a leaf's refresh and projection stood in one conditional: a TPU holds the coordinates of
-# more leaves at once now.
-TPU_BUDGETS = {
-    ("scanned", "1024"): {"galore_muon": 0.04, "gum": 0.13, "sumo": 0.05, "sinkgd": 0.01, "muon": 0.01},
-    ("separate", "2048"): {"galore_muon": 0.09, "gum": 0.18, "sumo": 0.2},
-}
+NOT_MET = pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="0.13 (gum, since a leaf's refresh and projection stand in one conditional) and 0.05 (sumo)",
+)
+TPU_BUDGETS = [
+    ("scanned", "1024", {"galore_muon": 0.04, "sinkgd": 0.01, "muon": 0.01}),
+    pytest.param("scanned", "1024", {"gum": 0.06, "sumo": 0.04}, marks=NOT_MET),
+    ("separate", "2048", {"galore_muon": 0.09, "gum": 0.18, "sumo": 0.2}),
+]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: nox -s tpu")
-@pytest.mark.parametrize(("kind", "width"), TPU_BUDGETS)
-def test_temporaries_on_a_tpu(kind, width, tmp_path):
+@pytest.mark.parametrize(("kind", "width", "budgets"), TPU_BUDGETS)
+def test_temporaries_on_a_tpu(kind, width, budgets, tmp_path):
     """In a process of its own: libtpu takes long to forget."""
-    budgets = TPU_BUDGETS[kind, width]
     command = [sys.executable, "benchmarks/memory.py", "--platform", "tpu", "--out", str(tmp_path)]
     command += ["--optimizers", ",".join(budgets), "--kinds", kind, "--width", width]
     env = os.environ | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # another test may load it meanwhile
