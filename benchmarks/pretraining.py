@@ -54,6 +54,11 @@ VARIANTS = {
 KNOWN = OPTIMIZERS | VARIANTS
 
 
+def _of(variant: str) -> str:
+    """The optimizer that a variant changes."""
+    return variant.partition(", ")[0]
+
+
 class StudyTrainer(Trainer):
     """A trainer that knows the variants."""
 
@@ -107,8 +112,9 @@ def at_full_length(all_searches: Iterable[Search], runs: Runs) -> dict[str, Sett
             found[f"{s.optimizer}, rank {s.rank}, q = {s.full_rank_fraction:g}"] = best
         elif best and (s.rank, s.full_rank_fraction) == (SIZES[s.model].rank, FRACTION):
             found[s.optimizer] = best
-    of = LONG_VARIANT.partition(", ")[0]
-    return found | ({LONG_VARIANT: replace(found[of], optimizer=LONG_VARIANT)} if of in found else {})
+    if plain := found.get(_of(LONG_VARIANT)):
+        found[LONG_VARIANT] = replace(plain, optimizer=LONG_VARIANT)
+    return found
 
 
 def factors(best: dict[str, Settings]) -> Iterator[Settings]:
@@ -118,7 +124,7 @@ def factors(best: dict[str, Settings]) -> Iterator[Settings]:
         yield replace(best["galore_muon"], period=period)
     for name in VARIANTS:
         if name not in COMPARED:
-            yield replace(best[name.partition(", ")[0]], optimizer=name)
+            yield replace(best[_of(name)], optimizer=name)
 
 
 def study(runs: Runs, base: Settings, long: int) -> Iterator[Settings]:

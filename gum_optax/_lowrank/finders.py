@@ -41,11 +41,6 @@ def with_linear_form(form: LinearForm) -> Callable[[Any], Any]:
     return mark
 
 
-def _of_the_gradient(find: Any, mean_of: MeanOf, keys: Any, previous: Any, **keywords: Any) -> list[Any]:
-    """What a finder makes of each leaf's mean gradient, which then exists."""
-    return [find(*leaf, **keywords) for leaf in zip(keys, mean_of(lambda g: g), previous, strict=True)]
-
-
 def linear_form(find: SubspaceFinder) -> functools.partial[Any]:
     """The linear form of a finder, which may be a `functools.partial`.
 
@@ -56,7 +51,9 @@ def linear_form(find: SubspaceFinder) -> functools.partial[Any]:
     def of_the_whole(mean_of, keys, previous, **keywords):
         # A finder that draws knows nothing of rows: a row has a key of its own.
         own = [key.own() if isinstance(key, RowKey) else key for key in keys]
-        return _of_the_gradient(bound.func, mean_of, own, previous, **keywords)
+        return [
+            bound.func(*leaf, **keywords) for leaf in zip(own, mean_of(lambda g: g), previous, strict=True)
+        ]
 
     form = getattr(bound.func, "linear_form", of_the_whole)
     return functools.partial(form, **bound.keywords)
