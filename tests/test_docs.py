@@ -422,7 +422,7 @@ FOREIGN = {
     *("print", "OPENBLAS_NUM_THREADS", "pytest_cache", "new_tx"),
     *("jax_enable_x64", "jax_threefry_partitionable", "memory_analysis", "out_shardings", "shard_map"),
     *("static_args", "MuonDimensionNumbers", "CheckpointManager", "PeftTrainer", "adamw_mask", "opt_type"),
-    *("dt_bias", "output_proj", "max", "MultiSteps", "should_skip_update_fn"),
+    *("dt_bias", "output_proj", "max", "MultiSteps", "should_skip_update_fn", "donate_argnums"),
 }
 
 

@@ -8,9 +8,9 @@ search, travel beside it and are passed on as they are.
 
 | field | who passes it | who reads it |
 |---|---|---|
-| `views` | `as_matrices`; `unbiased_low_rank` for its slots | `low_rank`, `orthogonalize` |
-| `accept` | `skip_non_finite`; every optimizer, leaf by leaf | rules with state: momentum, Adam, `low_rank` |
-| `measurements` | `projected_update` | `skip_non_finite`, `as_matrices`, `low_rank` |
+| `views` | `as_matrices`; `unbiased_low_rank` for its slots | `low_rank`, `orthogonalize`, `normalize` |
+| `accept` | `skip_non_finite`; every optimizer; `unbiased_low_rank` for its slots | all rules with state |
+| `measurements` | `projected_update` | `skip_non_finite`, `as_matrices`, `low_rank`; others refuse it |
 | `turn` | `layerwise_update` | all of these: see `turns.py` |
 
 Each reader that changes the leaves changes the context with them. `as_matrices` replaces all four fields:

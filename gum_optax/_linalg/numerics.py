@@ -63,8 +63,8 @@ def is_finite(*arrays: Any) -> Bool[Array, ""]:
     if len(arrays) == 1:
         return jnp.isfinite(zero(*arrays))
     # One array after the other: of a wide one, a CPU writes the zeros to memory before it sums them.
-    # Use a dot product: XLA would fuse an elementwise chain into every consumer of `finite` and recompute it
-    # there.
+    # Use a dot product: XLA would fuse an elementwise chain into all that reads the result, and
+    # recompute it there.
     sums = jnp.stack(map_sequentially(zero, [jnp.asarray(x) for x in arrays]) or [0.0])
     return jnp.isfinite(jnp.dot(sums, sums))
 

@@ -27,8 +27,9 @@ _CLEAN_PASSES = 2
 # How much of the previous subspace a power step keeps. Directions that G lacks (rank-deficient, zero) come
 # only from there. The floor bounds the condition of `Y = G GᵀP + δ P` by 1e5, because `PᵀY ≥ δ I`.
 _FLOOR = 1e-5
-
-_DEFECT_OF_A_START = 0.1
+# A column whose squared length differs from one by more was not orthonormalized; that of an orthonormal one
+# differs by rounding.
+_LARGEST_DEFECT = 0.1
 # The rounding of two float32 products, in units of float32's eps (measured: 1.3): see `outside`.
 _PRODUCT_ROUNDINGS = 8.0
 
@@ -114,4 +115,4 @@ def orthonormal_or(q: Float[Array, "*b m r"], p: Float[Array, "*b m r"]) -> Floa
     Compares each column, because the maximum on a CPU ignores NaN: a column of NaN is no unit vector.
     """
     defects = jnp.abs(jnp.sum(q * q, axis=-2, keepdims=True) - 1)
-    return jnp.where(jnp.all(defects < _DEFECT_OF_A_START, axis=-1, keepdims=True), q, p)
+    return jnp.where(jnp.all(defects < _LARGEST_DEFECT, axis=-1, keepdims=True), q, p)

@@ -61,9 +61,9 @@ def linear_form(find: SubspaceFinder) -> functools.partial[Any]:
 
 # Power steps by default (Halko et al., arXiv 0909.4061, section 4.5: one or two).
 ITERATIONS = 2
-# `δ` for a sketch, where it bounds no condition for sure: `G S` may cancel `δ P`. Of gradients of half the
-# rank, at `r = m - 1`, one in a thousand gives a condition of 100/δ (measured), which the passes still
-# orthonormalize. Where they fail, columns are no unit vectors, and the previous subspace is the start.
+# `δ` of a sketch. It does not bound the condition, because `G S` may cancel `δ P`. Of gradients of half the
+# rank, at `r = m - 1`, one in a thousand has a condition of 100/δ (measured), which the passes still
+# orthonormalize. If a column is no unit vector afterwards, the previous subspace is the start.
 _FLOOR_OF_A_SKETCH = 1e-2
 
 

@@ -87,10 +87,12 @@ def low_rank(
       find_subspace: `track_subspace`, `svd_subspace`, `random_subspace`, or any function
         `(key, gradient, previous) -> projector` with orthonormal columns; `switch_subspace` changes
         between two.
-      on_refresh: what happens to inner's state at a refresh: `keep`, `rotate` or `restart`.
-      residual: what happens to the gradient outside the subspace: `drop`, `add_raw`, or any rule, whose
-        step from `G - P R` is added: `normalize(jnp.sign)` is FRUGAL's, for instance. A rule receives
-        `coordinates` (R) and `steps` (S) as extra arguments.
+      on_refresh: what becomes of inner's state at a refresh: `keep`, `rotate`, `rotate_first_moment`,
+        `restart`, or any function `(inner, state, coordinates, rotation, is_refresh) -> state`, with trees of
+        zeros `(*, r, n)` and of the rotations `P_newᵀ P_old` `(*, r, r)`.
+      residual: what becomes of the gradient outside the subspace: `drop`, `add_raw`, any function
+        `(g, p, r, s) -> step` of one leaf, or a rule, whose step from `G - P R` is added to `P S`:
+        `normalize(jnp.sign)` is FRUGAL's. A rule gets `coordinates` (R) and `steps` (S) as extra arguments.
       key: an integer seed or a JAX key, for finders that draw.
       projector_dtype: the dtype of the stored `P`: float32 (the default), or int8, where 128 numbers of a
         column share a scale. The columns that a step reads are orthonormal in both.

@@ -100,7 +100,10 @@ def _lift_with_function(residual: Any) -> Lift:
         if residual is not drop:
             _check_dense(step)
         if jax.tree.leaves(state):
-            raise ValueError("the state holds arrays of a rule outside the subspace, and there is none.")
+            raise ValueError(
+                "state.outside holds arrays of a residual that is a rule, but this residual is a function:"
+                " make the state by init."
+            )
         return map_sequentially(residual, step.updates, step.projectors, step.coordinates, step.steps), state
 
     return Lift(optax.init_empty_state, update)

@@ -5,14 +5,15 @@ one matrix of a stack. All blocks of one shape form a group, over all leaves, an
 of slots. The rule's state of the sampled blocks has the slots' shape, `(slots, m, n)`, so that it keeps its
 size whichever blocks are sampled.
 
-`Slots` has three verbs, and every step uses each of them once:
+`Slots` has three verbs. An ordinary step uses each of them once; layer by layer, `SlotsInTurn` reads and
+writes one slot at a time:
 
 - `draw` says which blocks stand in the slots. It returns an index `(slots,)` for each group, which counts
   the blocks over the leaves of the group. The index follows from the key and the number of the period.
 - `gather` reads the sampled blocks of the gradient, each with its projector, and makes the slots' inputs. A
   loop over the slots reads one block at a time. Where all leaves of the group are single matrices, each
   gradient is copied into its slot as soon as the backward pass has made it, except on a TPU.
-- `scatter` writes the slots' steps over the sampled blocks of the low-rank step. It turns the index round:
+- `scatter` writes the slots' steps over the sampled blocks of the low-rank step. It inverts the index:
   the slot of each block, or -1, tells each leaf what to read. A single matrix makes one choice. On a TPU a
   stack makes one choice for each slot, if the slots are few. Any other stack is overwritten in place.
 

@@ -113,7 +113,7 @@ def _axes(x: Any) -> list[Axis | None]:
     kind = _kind(x)
     if kind is None:
         return []
-    names, shape = kind.names(x), getattr(kind.content(x), "shape", None)  # a hole has no shape
+    names, shape = kind.names(x), getattr(kind.content(x), "shape", None)  # a masked leaf has no shape
     if shape is None or not isinstance(names, tuple | list | PartitionSpec) or len(names) > len(shape):
         return []
     hashable = [tuple(name) if isinstance(name, list) else name for name in names]

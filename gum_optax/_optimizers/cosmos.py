@@ -93,13 +93,13 @@ def scale_by_cosmos(
         m = b1 * m + (1 - b1) * g
         g = jnp.clip(g, -LARGEST, LARGEST)
         y = b2 * exact_matmul(u, s) + (1 - b2) * g @ project(u, g).mT
-        new = orthonormalize(regularized(to_unit_norm(y), u))
-        rotation, r = exact_matmul(new.mT, u), project(new, g)
+        u_new = orthonormalize(regularized(to_unit_norm(y), u))
+        rotation, r = exact_matmul(u_new.mT, u), project(u_new, g)
         s = b2 * exact_matmul(exact_matmul(rotation, s), rotation.mT) + (1 - b2) * exact_matmul(r, r.mT)
         v = b2 * v + (1 - b2) * r**2
-        inside = project(new, m) / (1 - b1**count) / (jnp.sqrt(v / (1 - b2**count)) + eps)
-        beyond = unit_frobenius(orthogonalizer(outside(new, m)))
-        return unit_frobenius(lift(new, inside) + ratio * beyond), m, new, s, v
+        a = lift(u_new, project(u_new, m) / (1 - b1**count) / (jnp.sqrt(v / (1 - b2**count)) + eps))
+        b = orthogonalizer(outside(u_new, m))
+        return unit_frobenius(a + ratio * unit_frobenius(b)), m, u_new, s, v
 
     return per_matrix(CosmosState, init, update, key)
 
@@ -134,10 +134,13 @@ def cosmos(
       ratio: `γ`, the weight of the part outside and the size of the step; 0.2 in the paper.
       b1, b2, eps: `β₁` of the momentum, `β₂` of the second moments, Adam's `ε`; 0.9 and 0.96 as in the
         authors' code.
-      orthogonalizer, weight_decay, weight_decay_mask, weight_dimension_numbers, others: as in `muon`.
+      orthogonalizer: `NS`, a function `(*, m, n) -> (*, m, n)`: `newton_schulz` (the default), `polar`, or
+        any other.
+      weight_decay, weight_decay_mask, weight_dimension_numbers, others: as in `muon`.
 
     Raises:
-      TypeError, ValueError: as for `muon`; also if `rank` is below 1 or not an integer.
+      TypeError, ValueError: as for `muon`; also if `rank` is below 1 or not an integer, `ratio` or `eps` is
+        below 0, or `b1` or `b2` is outside `[0, 1)`.
 
     Examples:
       >>> params = {"kernel": jnp.ones((4, 8))}

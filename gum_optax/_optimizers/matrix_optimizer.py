@@ -18,6 +18,9 @@ matrices again, `(*blocks, r, n)`. `unbiased_low_rank(inner)` also runs `inner` 
 5. scales the rule's step, adds weight decay, and multiplies by the learning rate.
 
 Steps 2 and 4 tell the rule what they know in one extra argument, `context`: see `_core/context.py`.
+
+An argument of an optimizer that takes a function has the default `None`, because `optax.inject_hyperparams`
+takes a default that is a function for a schedule.
 """
 
 import dataclasses

@@ -39,23 +39,24 @@ def sumo(
 ) -> optax.GradientTransformationExtraArgs:
     """SUMO: exactly orthogonalized momentum in a subspace; the momentum rotates with the subspace.
 
-        every K steps   Q' ← r leading left singular vectors of G;   M ← (Q'ᵀQ) M;   Q ← Q'
-        every step      M ← μ M + QᵀG,   O = msign(M), its norm growing by at most 1.1 per step
-                        step = Q O + (G - Q QᵀG)
+        every K steps   P' ← r leading left singular vectors of G;   R ← (P'ᵀP) R;   P ← P'
+        every step      R ← β R + PᵀG,   O = msign(R), its norm growing by at most 1.1 per step
+                        step = P O + (G - P PᵀG)
 
     State: `r (m + n)` numbers per matrix, and one number for its norm. The rule adds the raw residual, as
     printed in the paper: the residual has the size of the gradient, not of the step.
 
     Args:
-      learning_rate: a number or a schedule. The paper does not say whether the shape factor applies.
-      rank: `r`; matrices with `m <= rank` are not projected.
-      period: `K`; 250 in the paper's headline.
+      learning_rate: a number or a schedule.
+      rank: `r`; matrices with `m <= rank` are not projected. The default is `gum`'s.
+      period: `K`; 200 as in GaLore, 250 in the paper's headline.
       key: an integer seed or a JAX key, for finders that draw.
       find_subspace: `randomized_svd` (the default), `svd_subspace`, ...
       orthogonalizer: `polar` (the default), or `polar_by_products` on accelerators.
       residual: `add_raw` (the default, the printed form) or `drop` (the other form in circulation).
-      norm_growth: the largest ratio between the norms of successive steps.
-      momentum, momentum_dtype, consistent_rms: as in `muon`.
+      norm_growth: the largest ratio between the norms of successive steps; 1.1 in the paper.
+      consistent_rms: as in `muon`. The paper does not say whether a factor of the shape applies.
+      momentum, momentum_dtype: as in `muon`; `β` is `momentum`.
       weight_decay, weight_decay_mask, weight_dimension_numbers, others: as in `muon`.
 
     Raises:

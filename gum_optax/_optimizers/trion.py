@@ -133,9 +133,10 @@ def trion(
     Args:
       learning_rate: a number or a schedule.
       rank: `r`, the number of cosines, at most `m`.
-      momentum: `μ`, the fraction of the momentum that stays in the directions of the step.
-      orthogonalizer, consistent_rms, weight_decay, weight_decay_mask, weight_dimension_numbers, others: as
-        in `muon`.
+      momentum: `μ`, the fraction of the momentum that stays in the directions of the step; 0.95 in the paper.
+      orthogonalizer: `NS`, a function `(*, r, n) -> (*, r, n)`: `newton_schulz` (the default), `polar`, or
+        any other.
+      consistent_rms, weight_decay, weight_decay_mask, weight_dimension_numbers, others: as in `muon`.
 
     Raises:
       TypeError, ValueError: as for `muon`; also if `rank` is below 1 or not an integer.
