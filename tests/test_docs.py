@@ -308,6 +308,20 @@ def test_the_pages_tell_the_version_of_the_package():
     assert 'dynamic = ["version"]' in (ROOT / "pyproject.toml").read_text()
 
 
+def test_the_memory_of_a_whole_step_in_the_readme_is_what_the_report_prints():
+    """The README rounds the table of docs/gpu.md, which is the report's output."""
+    columns, *rows = re.findall(r"^  \|(.*) \|$", README, re.MULTILINE)
+    names = [re.sub(r"[`\[]|\]\(.*?\)", "", column) for column in columns.split(" | ")[1:]]
+    report = {
+        line[2:28].strip(): [float(number) for number in re.findall(r"\d+\.\d+", line)]
+        for line in page("gpu.md").splitlines()
+        if re.match(r"  \S.{24} +\d", line)
+    }
+    for row, column in zip(rows, (1, 2), strict=True):  # held, ordinary, layer by layer
+        expected = [f"{report[name][column]:.1f}" for name in names]
+        assert row.split(" | ")[1:] == expected
+
+
 def test_the_first_pages_are_short():
     for path in (ROOT / "README.md", ROOT / "docs" / "results" / "README.md"):
         assert len(path.read_text().splitlines()) <= 150, path
