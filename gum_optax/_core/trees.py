@@ -28,6 +28,11 @@ def key_name(key: Any) -> Any:
     return getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))
 
 
+def is_state_field(path: Any, _: Any) -> bool:
+    """Whether a path of optax leads to the field of a NamedTuple, and not to a module of that name."""
+    return isinstance(path[-1], optax.tree_utils.NamedTupleKey)
+
+
 def concrete(tree: Any) -> Any:
     """Replace shapes by zeros. `init` reads no values, so it accepts shapes as optax's own `init`s do."""
 
@@ -62,13 +67,10 @@ def merge(some: Any, rest: Any) -> Any:
     return jax.tree.map(lambda a, b: b if is_masked(a) else a, some, rest, is_leaf=is_masked)
 
 
-def map_with_leaf_index(f: Callable[..., Any], tree: Any, *others: Any) -> Any:
+def map_with_leaf_index(f: Callable[..., Any], tree: Any) -> Any:
     """`jax.tree.map`, with the position of each leaf in the tree as the first argument."""
     leaves, treedef = jax.tree.flatten(tree)
-    columns = [treedef.flatten_up_to(other) for other in others]
-    return treedef.unflatten(
-        [f(leaf_index, *row) for leaf_index, row in enumerate(zip(leaves, *columns, strict=True))]
-    )
+    return treedef.unflatten([f(leaf_index, x) for leaf_index, x in enumerate(leaves)])
 
 
 def columns(tree: Any, rows: Any, width: int) -> list[Any]:

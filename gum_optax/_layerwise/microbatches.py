@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .._linalg.numerics import wide_dtype
+
 # `(parameters, x, a microbatch) -> y`
 Part = Callable[[Any, Any, Any], Any]
 
@@ -60,7 +62,7 @@ class Microbatches:
             y, gradient, dx = one(*row)
             return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, gradient), (y, dx)
 
-        start = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.promote_types(p.dtype, jnp.float32)), own)
+        start = jax.tree.map(lambda p: jnp.zeros_like(p, wide_dtype(p)), own)
         total, (y, dx) = jax.lax.scan(added, start, (x, dy, self._batch))
         mean = jax.tree.map(lambda t, p: (t / self._count).astype(p.dtype), total, own)
         return y, mean, dx

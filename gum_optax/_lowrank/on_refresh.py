@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
+from .._core.trees import is_state_field
 from .._core.xla import if_needed
 from .._linalg.numerics import exact_matmul
 from .._transforms.storage import QuantizedTrace
@@ -83,17 +84,13 @@ def rotate_first_moment(inner: Any, state: Any, coordinates: Any, rotation: Any,
     del inner
     if not jax.tree.leaves(coordinates):
         return state  # a tree without leaves has no field either
-
-    def is_field(path, _):  # of a NamedTuple, and not a module of that name
-        return isinstance(path[-1], optax.tree_utils.NamedTupleKey)
-
-    mean = optax.tree.get(state, "mu", filtering=is_field)
+    mean = optax.tree.get(state, "mu", filtering=is_state_field)
     if mean is None:
         raise ValueError(
             f"rotate_first_moment needs a state with a field mu, got {type(state).__name__}; use rotate."
         )
     return optax.tree.set(
-        state, is_field, mu=jax.tree.map(functools.partial(_rotated, is_refresh), rotation, mean)
+        state, is_state_field, mu=jax.tree.map(functools.partial(_rotated, is_refresh), rotation, mean)
     )
 
 

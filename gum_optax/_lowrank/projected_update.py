@@ -11,6 +11,7 @@ from .._core.checks import check_function, check_rule
 from .._core.context import MatrixContext
 from .._core.measurements import Record, Replay
 from .._core.trees import flat, is_masked
+from .._linalg.numerics import wide_dtype
 
 
 def projected_update(
@@ -118,11 +119,6 @@ def _check_axes(axes: tuple[str, ...]) -> None:
             ) from None
 
 
-def _wide(x: Any) -> Any:
-    """The dtype of sums of `x`."""
-    return jnp.promote_types(x.dtype, jnp.float32)
-
-
 def _mean_over(loss: Any, batches: Any, params: Any, axes: tuple[str, ...]) -> Callable[[Any], Any]:
     """From `f(loss, gradient leaves)` to its mean over microbatches and mesh axes, in float32 at least."""
     counts = sorted({jnp.shape(x)[:1] for x in jax.tree.leaves(batches)})
@@ -149,11 +145,11 @@ def _mean_over(loss: Any, batches: Any, params: Any, axes: tuple[str, ...]) -> C
 
         if only is None:
             like = jax.eval_shape(lambda: f(*gradient(jax.tree.map(lambda x: x[0], batches))))
-            start = jax.tree.map(lambda x: jnp.zeros(x.shape, _wide(x)), like)
+            start = jax.tree.map(lambda x: jnp.zeros(x.shape, wide_dtype(x)), like)
             total, _ = jax.lax.scan(one, own(start), batches)
             mean = jax.tree.map(lambda x: x / count, total)
         else:
-            mean = jax.tree.map(lambda x: x.astype(_wide(x)), f(*only))
+            mean = jax.tree.map(lambda x: x.astype(wide_dtype(x)), f(*only))
         return jax.lax.pmean(mean, axes) if axes else mean
 
     return mean_of

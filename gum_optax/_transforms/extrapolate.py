@@ -8,7 +8,7 @@ import optax
 
 from .._core.checks import check_rule
 from .._core.context import NO_CONTEXT, MatrixContext
-from .._core.trees import is_masked
+from .._core.trees import is_masked, is_state_field
 from .._linalg.numerics import is_finite, wide_dtype
 
 
@@ -117,11 +117,7 @@ def evaluation_parameters(state: optax.OptState, params: optax.Params) -> optax.
       >>> gum_optax.evaluation_parameters(state, optax.apply_updates(params, updates))["w"].tolist()
       [-1.0]
     """
-
-    def is_field(path, _):  # of a NamedTuple, and not a parameter of that name
-        return isinstance(path[-1], optax.tree_utils.NamedTupleKey)
-
-    extrapolation = optax.tree.get(state, "extrapolation", filtering=is_field)
+    extrapolation = optax.tree.get(state, "extrapolation", filtering=is_state_field)
     if extrapolation is None:
         raise ValueError(f"evaluation_parameters needs a state of extrapolate, got {type(state).__name__}.")
     leaves, treedef = jax.tree.flatten(params, is_leaf=is_masked)

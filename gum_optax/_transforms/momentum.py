@@ -8,7 +8,7 @@ import optax
 
 from .._core.checks import check_adam, check_number
 from .._core.context import NO_CONTEXT, MatrixContext
-from .._linalg.numerics import LARGEST
+from .._linalg.numerics import LARGEST, wide_dtype
 from .storage import storage_of
 
 
@@ -54,9 +54,7 @@ def adam(b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8) -> optax.GradientTrans
         if (accept := context.accept) is None:
             return plain.update(updates, state, params)
         # The state keeps its dtype, even if the gradient is wider or narrower than the parameters at `init`.
-        updates = jax.tree.map(
-            lambda g, m: g.astype(jnp.promote_types(m.dtype, jnp.float32)), updates, state.mu
-        )
+        updates = jax.tree.map(lambda g, m: g.astype(wide_dtype(m)), updates, state.mu)
         count = optax.safe_increment(state.count)
         mu = accept.keep_if_rejected(optax.tree.update_moment(updates, state.mu, b1, 1), state.mu)
         nu = accept.keep_if_rejected(

@@ -38,12 +38,12 @@ class QuantizedTrace(NamedTuple):
     def rotated(self, is_refresh: Bool[Array, ""], rotation: Any) -> "QuantizedTrace":
         """The momentum from the left times a rotation of each leaf, at a refresh."""
 
-        def turned(q, *stored):
+        def rotated_codes(q, *stored):
             return requantize(
                 is_refresh, lambda q, old: exact_matmul(q, dequantize(old[0], old[1])), q, stored
             )
 
-        rows = jax.tree.map(turned, rotation, self.trace, self.trace_scales)
+        rows = jax.tree.map(rotated_codes, rotation, self.trace, self.trace_scales)
         codes, scales = columns(rotation, rows, 2)
         return self._replace(trace=codes, trace_scales=scales)
 

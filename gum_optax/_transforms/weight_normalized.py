@@ -102,6 +102,6 @@ def _step(
     lengthening: Float[Array, "*b 1 n"],
 ) -> Float[Array, "*b m n"]:
     """`(ν + Δg) (W + Δv) / |W + Δv| - W`; `Δv` where `W` is zero."""
-    turned = w + move
-    new = (nu + lengthening) * safe_reciprocal(norm(turned, -2)) * turned
+    moved = w + move
+    new = (nu + lengthening) * safe_reciprocal(norm(moved, -2)) * moved
     return jnp.where(nu > 0, new - w, move)

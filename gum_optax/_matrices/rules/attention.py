@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from optax.contrib import MuonDimensionNumbers
 
-from .leaves import Leaf, Model, Reading, Shape, matrix, words
+from .leaves import Leaf, Model, Reading, Shape, last_two, matrix, words
 from .lora import is_factor
 
 # The name of an `Einsum` in Gemma and in Tunix's models tells its axes: (heads, embed, head_dim), also in a
@@ -92,11 +92,6 @@ def _output_of(leaf: Leaf, reason: str) -> Reading:
     return matrix(leaf, free[:2], free[2:], reason)
 
 
-def _last_two(leaf: Leaf, reason: str) -> Reading:
-    free = leaf.free[-2:]
-    return matrix(leaf, free[:1], free[1:], reason)
-
-
 def beside_its_bias(leaf: Leaf, model: Model) -> Reading | None:
     """A bias has the axes of the stack and of the output; the axes that it lacks are the fan-in."""
     bias = model.sibling(leaf, "bias") or (model.sibling(leaf, "b") if leaf.name == "w" else None)
@@ -143,7 +138,7 @@ def _paired(leaf: Leaf, kernels: Sequence[Leaf]) -> Reading | None:
     if not _share_an_axis(leaf, kernels):
         return split
     # The sizes do not decide: the model has as many layers as it is wide.
-    plain = _last_two(leaf, "a stack of matrices")
+    plain = last_two(leaf, "a stack of matrices")
     named = _is_input_by_name(leaf) or _is_output_by_name(leaf)
     chosen, other = (split, plain) if named and in_attention(leaf) else (plain, split)
     return chosen._replace(doubt=f"{other.entry}, as sizes agree on that too")
@@ -173,7 +168,7 @@ def _in_a_stack(leaf: Leaf, kernels: Sequence[Leaf]) -> Reading | None:
     is_shared = _share_an_axis(leaf, [x for x in kernels if len(x.block) == len(leaf.block)])
     if not is_shared or (in_attention(leaf) and _may_be_input(leaf)):
         return None
-    return _last_two(leaf, "a stack, as the kernels beside it")
+    return last_two(leaf, "a stack, as the kernels beside it")
 
 
 def _may_be_input(leaf: Leaf) -> bool:
@@ -196,7 +191,7 @@ def by_name_and_size(leaf: Leaf, model: Model) -> Reading | None:
     del model
     if len(leaf.block) < 3 or not in_attention(leaf):
         return None
-    plain = _last_two(leaf, "the last two axes")
+    plain = last_two(leaf, "the last two axes")
     if _is_input_by_name(leaf):
         is_fused = len(leaf.block) >= 4 and leaf.block[-3] in (2, 3) and leaf.block[-4] > leaf.block[-2]
         if is_fused:

@@ -94,9 +94,9 @@ class Model:
         """The paths of all modules, outer modules first."""
         return iter(sorted(self._inside, key=len))
 
-    def around(self, leaf: Leaf, levels: int = 3) -> Iterator[list[Leaf]]:
-        """The leaves of the module that holds a leaf, then those of the next outer module, and so on."""
-        for depth in range(len(leaf.path) - 1, max(len(leaf.path) - 1 - levels, -1), -1):
+    def around(self, leaf: Leaf) -> Iterator[list[Leaf]]:
+        """The leaves of the module that holds a leaf, then those of the next two outer modules."""
+        for depth in range(len(leaf.path) - 1, max(len(leaf.path) - 4, -1), -1):
             yield self.inside(leaf.path[:depth])
 
     def sibling(self, leaf: Leaf, name: str) -> Leaf | None:
@@ -118,6 +118,12 @@ def numbers(leaf: Leaf, reduction: Sequence[int], output: Sequence[int]) -> Muon
 def matrix(leaf: Leaf, reduction: Sequence[int], output: Sequence[int], reason: str) -> Reading:
     """The reading of a matrix with the given axes for fan-in and fan-out."""
     return Reading(numbers(leaf, reduction, output), "matrix", reason)
+
+
+def last_two(leaf: Leaf, reason: str) -> Reading:
+    """The reading of a matrix of the last two axes that are free."""
+    free = leaf.free[-2:]
+    return matrix(leaf, free[:1], free[1:], reason)
 
 
 def _path(path: Any) -> Path:

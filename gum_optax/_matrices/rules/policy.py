@@ -17,7 +17,7 @@ from .kinds import (
     tokens,
     vectors,
 )
-from .leaves import Leaf, Model, Reading, Rule, leaves_of, matrix
+from .leaves import Leaf, Model, Reading, Rule, last_two, leaves_of
 from .lora import alike, factors, is_factor
 from .modules import layers
 from .stacks import with_stacks
@@ -31,10 +31,9 @@ def _nothing(leaf: Leaf, model: Model) -> Reading | None:
     return None
 
 
-def _last_two(leaf: Leaf, model: Model) -> Reading:
+def _otherwise(leaf: Leaf, model: Model) -> Reading:
     del model
-    free = leaf.free[-2:]
-    return matrix(leaf, free[:1], free[1:], "the last two axes")
+    return last_two(leaf, "the last two axes")
 
 
 RULES: Sequence[Rule] = (
@@ -56,18 +55,13 @@ RULES: Sequence[Rule] = (
     square_windows,
     beside_its_other_side,
     by_name_and_size,
-    _last_two,
+    _otherwise,
 )
 
 
 def readings(params: Any) -> list[Reading]:
     """The reading of each leaf of a tree, in the order of the leaves."""
-    return read(Model(leaves_of(params)))
-
-
-def read(model: Model) -> list[Reading]:
-    """The reading of each leaf of a model."""
-    model = with_stacks(model)
+    model = with_stacks(Model(leaves_of(params)))
     first = (next(filter(None, (rule(leaf, model) for rule in RULES))) for leaf in model.leaves)
     return alike([_with_two_sides(*pair) for pair in zip(model.leaves, first, strict=True)], model)
 
