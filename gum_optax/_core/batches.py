@@ -67,8 +67,8 @@ def map_in_place(f: Callable[[Array], Array], stack: Float[Array, "k m n"]) -> F
             return jax.lax.dynamic_update_slice_in_dim(stack, f(x).astype(stack.dtype), i * size, axis=0)
 
         size = min(max(len(stack) // 2, _AT_ONCE), len(stack))
-        turns, left = divmod(len(stack), size)
-        stack = jax.lax.fori_loop(0, turns, step, stack)
+        whole, left = divmod(len(stack), size)
+        stack = jax.lax.fori_loop(0, whole, step, stack)
         return stack.at[-left:].set(f(stack[-left:]).astype(stack.dtype)) if left else stack
 
     return jax.lax.platform_dependent(stack, cuda=in_halves, default=one_by_one)

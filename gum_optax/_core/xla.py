@@ -122,10 +122,10 @@ def rolled_but_on_tpu(rolled: Callable[..., Any], unrolled: Callable[..., Any], 
 
 
 def repeat(step: Callable[[Any, Any], Any], x: Any, rows: Any) -> Any:
-    """`x`, an array or a tree of them, after `step(x, row)` for each row: by a loop, whose turns share their
-    buffers.
+    """`x`, an array or a tree of them, after `step(x, row)` for each row: by a loop, whose iterations share
+    their buffers.
 
-    On a GPU a stack takes no loop, which would launch kernels that count the turns and cut out the rows. A
+    On a GPU a stack takes no loop, which would launch kernels that count and cut out the rows. A
     single matrix keeps it: without loops XLA orders the steps of separate leaves so that most of them are in
     memory at once (a whole training step of `muon`, 12 layers of width 256: 2.04 of the gradients for 1.09).
     """

@@ -110,17 +110,17 @@ class Layers(NamedTuple):
             return rows[number]
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False), rows)
 
-    def _repeat(self, first: int, stop: int, turn: Callable[[Any, Any], Any], carried: Any) -> Any:
+    def _repeat(self, first: int, stop: int, body: Callable[[Any, Any], Any], carried: Any) -> Any:
         """A loop, which is unrolled where layers are separate trees."""
         if self.division.is_stacked:
-            return jax.lax.fori_loop(first, stop, turn, carried)
+            return jax.lax.fori_loop(first, stop, body, carried)
         for i in range(first, stop):
-            carried = turn(i, carried)
+            carried = body(i, carried)
         return carried
 
-    def _count_down(self, count: int, turn: Callable[[Any, Any], Any], carried: Any) -> Any:
-        """`turn` with the numbers from `count - 1` to 0."""
-        return self._repeat(0, count, lambda i, carried: turn(count - 1 - i, carried), carried)
+    def _count_down(self, count: int, body: Callable[[Any, Any], Any], carried: Any) -> Any:
+        """`body` with the numbers from `count - 1` to 0."""
+        return self._repeat(0, count, lambda i, carried: body(count - 1 - i, carried), carried)
 
 
 def _check_keeps_types(x: Any, y: Any) -> None:

@@ -14,9 +14,10 @@ from .._linalg.numerics import exact_matmul, safe_reciprocal
 from .._linalg.orthonormal import project
 from .._matrices.view import View, plain_view
 from .finders import SubspaceFinder
+from .gather import gather, gather_by_slot
 from .projectors import ProjectorStorage, Stored
 from .refresh import Found, no_rotation, refreshed, refreshed_by_means, unchanged
-from .slots import Group, gather_blocks, gather_early
+from .slots import Group
 
 
 class Energy(NamedTuple):
@@ -116,11 +117,7 @@ class DenseGradient(NamedTuple):
             ((self.stored[i], self.views[i]), (projectors[i], plain_view(projectors[i])))
             for i in group.leaf_indices
         ]
-        one_by_one = gather_early if set(group.sizes) == {1} else gather_blocks
-        return jax.lax.platform_dependent(
-            tpu=lambda: gather_blocks(input_of, members, index, group),
-            default=lambda: one_by_one(input_of, members, index, group),
-        )
+        return gather(input_of, members, index, group)
 
 
 class ProjectedGradient(NamedTuple):
@@ -199,7 +196,7 @@ class ProjectedGradient(NamedTuple):
         """The slots' inputs of a group: `input_of` each block at `index`, one block at a time."""
 
         def blocks(leaves, views):
-            return gather_blocks(
+            return gather_by_slot(
                 lambda x: x, [((leaves[i], views[i]),) for i in group.leaf_indices], index, group
             )
 

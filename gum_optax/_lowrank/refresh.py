@@ -16,7 +16,7 @@ from .._linalg.numerics import exact_matmul
 from .._matrices.view import View, plain_view
 from .blocks import Member, read
 from .finders import LinearForm, SubspaceFinder
-from .switch import finders_of
+from .switch import few_finders_of, finders_of
 
 # A leaf's gradient as it is stored, its view as blocks, and its projector as that is stored.
 Row = tuple[Float[Array, "..."], View, tuple[Array, ...]]
@@ -59,21 +59,21 @@ def refreshed(
       load: makes a projector of what is stored of it, so that memory holds few of them.
       then: a function `(gradient as blocks, gradient as it is stored, projector, rotation) -> result`.
     """
-    forms, phase = finders_of(find, count)
+    (forms, phase), (few, _) = finders_of(find, count), few_finders_of(find, count)
     stored = [first for *_, (first, *_) in rows]
     groups = same_shape_groups(
         stored, [(p.shape, view.shape[-1]) for p, (_, view, _) in zip(stored, rows, strict=True)]
     )
     # Jitted, so that leaves with the same views are traced once.
     reader_of = functools.cache(
-        lambda views: jax.jit(functools.partial(_read, forms, load, then, views, [range(len(views))]))
+        lambda forms, views: jax.jit(functools.partial(_read, forms, load, then, views, [range(len(views))]))
     )
 
-    def in_groups(size_of):
+    def in_groups(forms, size_of):
         results: dict[int, Any] = {}
         for group in groups:
             for leaf_indices in _cut(group, size_of(len(group))):
-                read_them = reader_of(tuple(rows[i][1] for i in leaf_indices))
+                read_them = reader_of(forms, tuple(rows[i][1] for i in leaf_indices))
                 leaves = [(rows[i][0], rows[i][2]) for i in leaf_indices]
                 chosen = some(keys, leaf_indices)
                 of_them = in_one(read_them, is_refresh, phase, chosen, leaves)
@@ -86,11 +86,11 @@ def refreshed(
         looped = {i for group in groups if len(group) > 1 for i in group}
         seen = [(view.of(g) if i in looped else g, p) for i, (g, view, p) in enumerate(rows)]
         views = [plain_view(g) if i in looped else rows[i][1] for i, (g, _) in enumerate(seen)]
-        return _read(forms, load, then, views, groups, is_refresh, phase, keys, seen)
+        return _read(few, load, then, views, groups, is_refresh, phase, keys, seen)
 
     return jax.lax.platform_dependent(
-        cpu=lambda: in_groups(lambda size: size // _LOOPS if size > 2 * _LOOPS else 1),
-        tpu=lambda: in_groups(lambda size: 1),
+        cpu=lambda: in_groups(few, lambda size: size // _LOOPS if size > 2 * _LOOPS else 1),
+        tpu=lambda: in_groups(forms, lambda size: 1),
         default=all_groups,
     )
 
@@ -151,8 +151,8 @@ def _sequentially(forms: Any, views: Any, phase: Any, keys: Any, leaves: Any) ->
     ]
     batch = leaves[0][1].shape[:-2]
 
-    def one(turn):
-        member, data = turn
+    def one(row):
+        member, data = row
         g, p = (x.reshape(*batch, *x.shape) for x in read(members, member, jnp.int32(0)))
 
         def mean_of(f, *operands):
@@ -160,7 +160,7 @@ def _sequentially(forms: Any, views: Any, phase: Any, keys: Any, leaves: Any) ->
 
         return found_by(forms, phase, mean_of, [typed(data)], [p])[0]
 
-    # The keys travel as data: `jax_debug_key_reuse` takes a loop over keys for a use of all in each turn.
+    # The keys travel as data: `jax_debug_key_reuse` takes a loop over keys for a use of all in each row.
     projectors, rotations = jax.lax.map(one, (jnp.arange(len(leaves)), jax.random.key_data(keys)))
     return [(p, rotation) for p, rotation in unstacked(projectors, rotations)]
 
@@ -197,7 +197,7 @@ def refreshed_by_means(
     projectors: Sequence[Float[Array, "*b m r"]],
 ) -> list[Found]:
     """The refresh of gradients that nobody forms; all leaves at once, so that they share each mean."""
-    forms, phase = finders_of(find, count)
+    forms, phase = few_finders_of(find, count)
 
     def refreshing(projectors):
         return found_by(forms, phase, mean_of, keys, projectors)

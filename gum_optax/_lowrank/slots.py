@@ -10,9 +10,8 @@ writes one slot at a time:
 
 - `draw` says which blocks stand in the slots. It returns an index `(slots,)` for each group, which counts
   the blocks over the leaves of the group. The index follows from the key and the number of the period.
-- `gather` reads the sampled blocks of the gradient, each with its projector, and makes the slots' inputs. A
-  loop over the slots reads one block at a time. Where all leaves of the group are single matrices, each
-  gradient is copied into its slot as soon as the backward pass has made it, except on a TPU.
+- `gather` reads the sampled blocks of the gradient, each with its projector, and makes the slots' inputs:
+  slot by slot or leaf by leaf, as `gather.py` says.
 - `scatter` writes the slots' steps over the sampled blocks of the low-rank step. It inverts the index:
   the slot of each block, or -1, tells each leaf what to read. A single matrix makes one choice. On a TPU a
   stack makes one choice for each slot, if the slots are few. Any other stack is overwritten in place.
@@ -20,9 +19,8 @@ writes one slot at a time:
 The leaves of a group are never concatenated: a sampled block costs its own size and no more.
 """
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -35,7 +33,6 @@ from .._core.keys import draw
 from .._core.trees import map_with_leaf_index
 from .._core.xla import opaque_constants, rolled_but_on_tpu, wait_for
 from .._mesh.explicit import zeros
-from .blocks import Member, read, with_small
 
 # The sampled blocks of each group, by its name, counted over its leaves: {group: (slots,)}. No shape has a
 # name in these annotations, because a name stands for one size, and groups differ.
@@ -170,64 +167,6 @@ class Slots(NamedTuple):
             for leaf_index, start, size in zip(group.leaf_indices, starts, group.sizes, strict=True):
                 held[leaf_index] = name, jax.lax.dynamic_slice_in_dim(slots, start, size)
         return held
-
-
-def gather_blocks(
-    f: Callable[..., Float[Array, "..."]], members: Sequence[Member], index: Int[Array, "k"], group: Group
-) -> Float[Array, "k ..."]:
-    """The results of `f` for the blocks at `index`, one block at a time."""
-    starts = jnp.asarray(group.starts)
-
-    @jax.jit  # traced once for all slots
-    def one(i):
-        leaf = jnp.searchsorted(starts, i, side="right", method="compare_all") - 1
-        return f(*read(members, leaf, i - starts[leaf]))
-
-    def unrolled(index):
-        return jnp.stack([one(i) for i in index])
-
-    return rolled_but_on_tpu(functools.partial(jax.lax.map, one), unrolled, index)
-
-
-def gather_early(
-    f: Callable[..., Float[Array, "m n"]], members: Sequence[Member], index: Int[Array, "k"], group: Group
-) -> Float[Array, "k m n"]:
-    """`gather_blocks` for leaves of one block each, without branches.
-
-    Each gradient is copied into its slot as soon as the backward pass has made it. `gather_blocks` would read
-    all slots' gradients at the end, when every gradient is in memory, and on a GPU each of its branches may
-    wait for the host.
-    """
-    first = [member[0] for member in members]
-    slots = slot_of_each_block(index, group.blocks)
-    rows, columns = group.shape
-    # With one slot, XLA would fuse all writes into one, which waits for all gradients; an extra row
-    # prevents that.
-    one_more = int(group.slots == 1)
-    held = jnp.zeros((group.slots * rows + one_more, columns), jnp.float32)
-    numbers = opaque_constants(range(len(first)), slots[0])
-    # The backward pass begins with the last layers.
-    for (leaf, view), number in reversed(list(zip(first, numbers, strict=True))):
-        slot = jax.lax.dynamic_index_in_dim(slots, number, keepdims=False)
-        at = slot.astype(jnp.uint32) * rows  # anywhere for -1
-        before = jax.lax.dynamic_slice_in_dim(held, at, rows)
-        block = view.of(leaf).reshape(group.shape).astype(jnp.float32)
-        now = jnp.where(slot < 0, before, block)
-        held = jax.lax.dynamic_update_slice_in_dim(held, now, at, 0)
-
-    # The XLA of jax 0.12 would fuse the last write with what reads the slots, and hold a copy beside them.
-    held = jax.lax.optimization_barrier(held)
-
-    def looped(small_of, held):
-        def one(slot, held):
-            block = jax.lax.dynamic_slice_in_dim(held, slot * rows, rows)
-            found = f(block, *small_of(slot))
-            return jax.lax.dynamic_update_slice_in_dim(held, found, slot * rows, 0)
-
-        return jax.lax.fori_loop(0, group.slots, one, held)
-
-    held = with_small([member[1:] for member in members], index, looped, held)
-    return held[: len(held) - one_more].reshape(group.slots, rows, columns)
 
 
 # Up to this many slots are written into a stack by choices, each of which reads its slot once for every

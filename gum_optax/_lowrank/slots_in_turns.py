@@ -132,14 +132,14 @@ class SlotsInTurn(NamedTuple):
             steps, held = one(0, held, lambda: lift(p, s).reshape(1, *leaf.view.shape[-2:]))
             return steps.reshape(leaf.view.shape), held
 
-        def turn(number, steps_and_held):
+        def next_block(number, steps_and_held):
             steps, held = steps_and_held
             before = jax.lax.dynamic_slice_in_dim(steps, number, 1)
             new, held = one(number, held, lambda: before)
             return jax.lax.dynamic_update_slice_in_dim(steps, new, number, 0), held
 
         low_rank_steps = lift(p, s).reshape(-1, *leaf.view.shape[-2:])
-        steps, held = jax.lax.fori_loop(0, math.prod(batch), turn, (low_rank_steps, held))
+        steps, held = jax.lax.fori_loop(0, math.prod(batch), next_block, (low_rank_steps, held))
         return steps.reshape(leaf.view.shape), held
 
     def _run(self, name: str, slot: Any, x: Float[Array, "1 m n"], old: Any, accepted: Any) -> Any:

@@ -1,6 +1,7 @@
 """Subspace finders that follow each other; the default finder is one of these."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -68,22 +69,38 @@ def _phases(find: SubspaceFinder) -> dict[int, SubspaceFinder]:
     return {0: find}
 
 
-def finders_of(find: SubspaceFinder, step: Int[Array, ""]) -> tuple[tuple[LinearForm, ...], Int[Array, ""]]:
-    """The linear forms of all finders, and the number of the one that runs at a step.
+# Linear forms, and the number of the one that runs.
+Phased = tuple[tuple[functools.partial[Any], ...], Int[Array, ""]]
 
-    If all finders are power steps, they become one finder that looks up its number of steps, so that XLA
-    compiles one finder.
-    """
-    if isinstance(find, InTurn):
-        forms, phase = finders_of(find.find, step)
-        return tuple(functools.partial(_with_row_keys, form, find.turn) for form in forms), phase
-    phases = _phases(find)
+
+def finders_of(find: SubspaceFinder, step: Int[Array, ""]) -> Phased:
+    """The linear forms of all finders, and the number of the one that runs at a step."""
+    found = find.find if isinstance(find, InTurn) else find
+    phases = _phases(found)
     phase = jnp.sum(step >= jnp.asarray(list(phases))) - 1
-    forms = [linear_form(finder) for finder in phases.values()]
+    return _in_rows(find, [linear_form(finder) for finder in phases.values()]), phase
+
+
+def few_finders_of(find: SubspaceFinder, step: Int[Array, ""]) -> Phased:
+    """`finders_of`, with one finder in place of several that are all power steps.
+
+    It looks up its number of steps, so that XLA compiles one finder. On a TPU, XLA would move the conversion
+    of the gradient to bfloat16 out of its loop.
+    """
+    forms, phase = finders_of(find.find if isinstance(find, InTurn) else find, step)
     if all(form.func is power_steps for form in forms):
         iterations = jnp.asarray([form.keywords.get("iterations", ITERATIONS) for form in forms])
-        return (functools.partial(power_steps, iterations=iterations[phase]),), phase
-    return tuple(forms), phase
+        forms = (functools.partial(power_steps, iterations=iterations[phase]),)
+    return _in_rows(find, forms), phase
+
+
+def _in_rows(
+    find: SubspaceFinder, forms: Sequence[functools.partial[Any]]
+) -> tuple[functools.partial[Any], ...]:
+    """The forms; in one turn of a step each gets the keys of rows."""
+    if not isinstance(find, InTurn):
+        return tuple(forms)
+    return tuple(functools.partial(_with_row_keys, form, find.turn) for form in forms)
 
 
 def _with_row_keys(form: LinearForm, turn: WholeStep, mean_of: MeanOf, keys: Any, previous: Any) -> Any:

@@ -52,7 +52,8 @@ def galore_muon(
       find_subspace: `track_subspace` (the default: two power steps at first, then one step of
         `subspace_iteration` at each refresh) or `svd_subspace` (as in the paper).
       on_refresh: what becomes of the momentum: `keep` (the default, as in GaLore), `restart`, or `rotate`
-        into the new subspace, which ended 0.013 lower over a million tokens (docs/results, "The ablation").
+        into the new subspace, which ended 0.013 lower over a million tokens and 0.008 over five million
+        (docs/results/longer_runs.md).
       momentum, momentum_dtype, orthogonalizer, consistent_rms: as in `muon`.
       weight_decay, weight_decay_mask, weight_dimension_numbers, others: as in `muon`.
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import gum_optax as go
 from gum_optax._linalg.orthonormal import orthonormalize, outside
 from gum_optax._lowrank.finders import count_sketch
-from gum_optax._lowrank.switch import finders_of
+from gum_optax._lowrank.switch import few_finders_of
 
 from helpers import sequence
 
@@ -101,7 +101,7 @@ def test_the_default_finder_captures_what_the_svd_captures():
     p, share = start(48, 12), []
     for step, g in enumerate(drifting(steps=12)):
         before = p
-        (form,), phase = finders_of(go.track_subspace, jnp.int32(step))
+        (form,), phase = few_finders_of(go.track_subspace, jnp.int32(step))
         assert int(phase) == min(step, 1)
         p = form(lambda f, *operands, g=g: f(g, *operands), KEY, p)
         np.testing.assert_array_equal(p, go.subspace_iteration(KEY, g, before, 1 if step else 2))

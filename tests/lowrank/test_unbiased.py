@@ -7,9 +7,9 @@ import optax
 import pytest
 
 import gum_optax as go
-from gum_optax._lowrank import blocks, slots
+from gum_optax._lowrank import blocks, gather, slots
 from gum_optax._matrices.dimension_numbers import LAST_TWO
-from gum_optax._matrices.view import view_of
+from gum_optax._matrices.view import plain_view, view_of
 
 from helpers import muon_rule
 
@@ -125,6 +125,24 @@ def test_a_users_own_compensation_is_a_function_of_q(problem):
     for block in np.asarray(state.outside.index[f"{M}x{N}"]):
         expected[block] = 0.25 * inside[block] + 2 * (g - inside)[block]
     np.testing.assert_allclose(step, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(3, 2), (1, 3), (1, 1)])
+def test_blocks_are_gathered_the_same_by_slot_by_leaf_and_early(sizes):
+    rng = np.random.default_rng(0)
+    leaves = [rng.standard_normal((size, 3, 4), np.float32) for size in sizes]
+    projectors = [rng.standard_normal((size, 3, 2), np.float32) for size in sizes]
+    group = slots.Group("3x4", (3, 4), tuple(range(len(sizes))), sizes, 2)
+    members = [
+        [(jnp.asarray(x), plain_view(x)) for x in pair] for pair in zip(leaves, projectors, strict=True)
+    ]
+    orders = [gather.gather_by_slot, gather.gather_by_leaf] + [gather.gather_early] * (set(sizes) == {1})
+    blocks_of = [np.concatenate(arrays) for arrays in (leaves, projectors)]
+    for index in ([0, 1], [sum(sizes) - 1, 0]):
+        expected = [g - p @ (p.T @ g) for g, p in zip(*(x[index] for x in blocks_of), strict=True)]
+        for order in orders:
+            found = order(lambda g, p: g - p @ (p.T @ g), members, jnp.asarray(index), group)
+            np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=order.__name__)
 
 
 @pytest.mark.parametrize("held", [(-1, 0, -1, 1, -1, 2), (2, -1, 1, 0, -1, -1), (-1,) * 6])

@@ -1,0 +1,119 @@
+"""How the slots' inputs are read from the gradient.
+
+Each result is a function of one sampled block and of its projector. `gather_by_slot` goes over the slots and
+reads the leaf that holds the block. The others go over the leaves, and copy what is sampled of each into its
+slots, so that a gradient is used up before the next one is read.
+
+| leaves of the group | CPU, GPU | TPU |
+|---|---|---|
+| each a single matrix | `gather_early` | `gather_by_slot` |
+| stacks, or both kinds | `gather_by_slot` | `gather_by_leaf` |
+
+Temporaries of `gum` on a TPU over the gradients, twelve layers of width 1024: scanned 0.07, by slot 0.13;
+separate 0.43 by slot, 0.46 early.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from .._core.xla import opaque_constants, rolled_but_on_tpu
+from .blocks import Member, read, with_small
+from .slots import Group, slot_of_each_block
+
+
+def gather(
+    f: Callable[..., Float[Array, "m n"]], members: Sequence[Member], index: Int[Array, "k"], group: Group
+) -> Float[Array, "k m n"]:
+    """The results of `f` for the blocks at `index`, in the order that suits the platform."""
+    are_single = set(group.sizes) == {1}
+    on_tpu, elsewhere = (gather_by_slot, gather_early) if are_single else (gather_by_leaf, gather_by_slot)
+    return jax.lax.platform_dependent(
+        tpu=lambda: on_tpu(f, members, index, group), default=lambda: elsewhere(f, members, index, group)
+    )
+
+
+def _read_block(members: Sequence[Member], i: Int[Array, ""], group: Group) -> list[Float[Array, "m n"]]:
+    """Block `i` of the group, of each array."""
+    starts = jnp.asarray(group.starts)
+    leaf = jnp.searchsorted(starts, i, side="right", method="compare_all") - 1
+    return read(members, leaf, i - starts[leaf])
+
+
+def gather_by_slot(
+    f: Callable[..., Float[Array, "..."]], members: Sequence[Member], index: Int[Array, "k"], group: Group
+) -> Float[Array, "k ..."]:
+    """The results of `f` for the blocks at `index`, one block at a time."""
+
+    @jax.jit  # traced once for all slots
+    def one(i):
+        return f(*_read_block(members, i, group))
+
+    def unrolled(index):
+        return jnp.stack([one(i) for i in index])
+
+    return rolled_but_on_tpu(functools.partial(jax.lax.map, one), unrolled, index)
+
+
+def gather_by_leaf(
+    f: Callable[..., Float[Array, "m n"]], members: Sequence[Member], index: Int[Array, "k"], group: Group
+) -> Float[Array, "k m n"]:
+    """`gather_by_slot` for stacks on a TPU.
+
+    There XLA would read the blocks of all slots at once, when all gradients are in memory.
+    """
+    held = jnp.zeros((len(index), *group.shape), jnp.float32)
+    for ((stack, view), *_), start, size in zip(members, group.starts, group.sizes, strict=True):
+        for slot, number in enumerate(index - start):
+            block = view.block(stack, jnp.clip(number, 0, size - 1)).astype(jnp.float32)
+            is_here = (number >= 0) & (number < size)
+            held = held.at[slot].set(jnp.where(is_here, block, held[slot]))
+        # Without this, XLA would fuse the reads of all leaves into one.
+        held = jax.lax.optimization_barrier(held)
+    for slot, i in enumerate(index):
+        held = held.at[slot].set(f(held[slot], *_read_block([others for _, *others in members], i, group)))
+    return held
+
+
+def gather_early(
+    f: Callable[..., Float[Array, "m n"]], members: Sequence[Member], index: Int[Array, "k"], group: Group
+) -> Float[Array, "k m n"]:
+    """`gather_by_slot` for leaves of one block each, without branches.
+
+    Each gradient is copied into its slot as soon as the backward pass has made it. `gather_by_slot` would
+    read all slots' gradients at the end, when every gradient is in memory, and on a GPU each of its branches
+    may wait for the host.
+    """
+    first = [member[0] for member in members]
+    slots = slot_of_each_block(index, group.blocks)
+    rows, columns = group.shape
+    # With one slot, XLA would fuse all writes into one, which waits for all gradients; an extra row
+    # prevents that.
+    one_more = int(group.slots == 1)
+    held = jnp.zeros((group.slots * rows + one_more, columns), jnp.float32)
+    numbers = opaque_constants(range(len(first)), slots[0])
+    # The backward pass begins with the last layers.
+    for (leaf, view), number in reversed(list(zip(first, numbers, strict=True))):
+        slot = jax.lax.dynamic_index_in_dim(slots, number, keepdims=False)
+        at = slot.astype(jnp.uint32) * rows  # anywhere for -1
+        before = jax.lax.dynamic_slice_in_dim(held, at, rows)
+        block = view.of(leaf).reshape(group.shape).astype(jnp.float32)
+        now = jnp.where(slot < 0, before, block)
+        held = jax.lax.dynamic_update_slice_in_dim(held, now, at, 0)
+
+    # The XLA of jax 0.12 would fuse the last write with what reads the slots, and hold a copy beside them.
+    held = jax.lax.optimization_barrier(held)
+
+    def looped(small_of, held):
+        def one(slot, held):
+            block = jax.lax.dynamic_slice_in_dim(held, slot * rows, rows)
+            found = f(block, *small_of(slot))
+            return jax.lax.dynamic_update_slice_in_dim(held, found, slot * rows, 0)
+
+        return jax.lax.fori_loop(0, group.slots, one, held)
+
+    held = with_small([member[1:] for member in members], index, looped, held)
+    return held[: len(held) - one_more].reshape(group.slots, rows, columns)
