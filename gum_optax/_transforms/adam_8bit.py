@@ -108,24 +108,29 @@ def scale_by_adam_8bit(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _is_coded(x: Any) -> bool:
-    """Whether a leaf has moments of eight bits."""
+def _gets_codes(x: Any) -> bool:
+    """Whether a leaf of the parameters gets moments of eight bits."""
     return x.size >= _SMALLEST and x.shape[-1] >= _SHORTEST_ROW
 
 
 def _zeros(x: Any, code: Code) -> Array:
-    return jnp.zeros_like(x, code.dtype if _is_coded(x) else jnp.float32)
+    return jnp.zeros_like(x, code.dtype if _gets_codes(x) else jnp.float32)
 
 
 def _no_scales(x: Any) -> Any:
-    return scales_beside(x) if _is_coded(x) else optax.MaskedNode()
+    return scales_beside(x) if _gets_codes(x) else optax.MaskedNode()
+
+
+def _is_coded(stored: Array, code: Code) -> bool:
+    # By the dtype, not by the size: `layerwise_update` passes one row of a stack, which may be too small.
+    return stored.dtype == code.dtype
 
 
 def _load(stored: Array, scales: Any, code: Code) -> Array:
-    return dequantize(stored, scales, code) if _is_coded(stored) else stored
+    return dequantize(stored, scales, code) if _is_coded(stored, code) else stored
 
 
 def _store(stored: Array, moment: Array, key: Any, code: Code) -> tuple[Array, Any]:
-    if not _is_coded(stored):
+    if not _is_coded(stored, code):
         return moment, optax.MaskedNode()
     return quantize(moment, noise_of(key, moment.shape), code)

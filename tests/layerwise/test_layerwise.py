@@ -131,8 +131,10 @@ def test_momenta_in_few_bits_round_as_in_the_stack(make, dtype):
     assert differ < count / 100
 
 
-def test_adams_moments_of_eight_bits_round_as_in_the_stack(monkeypatch):
-    monkeypatch.setattr(adam_8bit, "_SMALLEST", 1)
+@pytest.mark.parametrize("smallest", [1, LAYERS * WIDTH])
+def test_adams_moments_of_eight_bits_round_as_in_the_stack(monkeypatch, smallest):
+    """The second size is that of the stack of norms: a single norm would be too small for eight bits."""
+    monkeypatch.setattr(adam_8bit, "_SMALLEST", smallest)
     monkeypatch.setattr(adam_8bit, "_SHORTEST_ROW", 1)
     tx = small_gum(others=go.adamw_8bit(1e-2, b2=0.99))
     (expected, state, _), (found, other, _) = both(tx, steps=1)
