@@ -174,7 +174,7 @@ def dimension_numbers(
         return default(tree) if paths else []
     if is_function(spec):
         spec = spec(tree)  # pyright: ignore[reportCallIssue]
-    if isinstance(spec, MuonDimensionNumbers | Parts):
+    if isinstance(spec, MuonDimensionNumbers | ShardedDimensionNumbers | Parts):
         return [spec] * len(paths)
     if isinstance(spec, dict) and is_patterns(spec, tree):
         patterns = [matching(spec, "/".join(names)) for names in leaf_names(tree)]

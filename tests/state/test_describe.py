@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 import gum_optax as go
 
@@ -109,6 +110,20 @@ def test_parts_and_the_users_own_numbers_are_named_as_such():
     found = rows(go.gum(1e-3, rank=4, weight_dimension_numbers=tree), params)
     assert [found[f"0/{x}/kernel"].kind for x in ("qkv", "up")] == ["matrix", "other"]
     assert found["0/up/kernel"].reason == "your dimension numbers"
+
+
+def test_leaves_with_declared_shardings_have_rows_with_the_side_that_is_projected():
+    """With the rows of `up` sharded, its columns are projected; a fused kernel has its parts."""
+    mesh = AbstractMesh((2,), ("x",), axis_types=(AxisType.Auto,))
+    params = {"norm": {"scale": shape(16)}, "qkv": {"kernel": shape(16, 32)}, "up": {"kernel": shape(16, 24)}}
+    shardings = jax.tree.map(lambda x: NamedSharding(mesh, PartitionSpec("x")), params)
+    spec = go.with_shardings(shardings, {"qkv/*": go.Parts((16, 8, 8)), "up/*": go.LAST_TWO, "norm/*": None})
+    description = go.describe(go.galore_muon(1e-3, rank=4, weight_dimension_numbers=spec), params)
+    found = {row.name: row for row in description.leaves}
+    assert found["up/kernel"][2:5] == ("matrix", "1 of 24 × 16", 4)
+    assert found["qkv/kernel"].blocks == "1 of 16 × 16 + 1 of 8 × 16 + 1 of 8 × 16"
+    assert found["norm/scale"].kind == "other"
+    assert description.notes == ()
 
 
 def test_an_optimizer_of_another_library_is_described_by_its_state_alone():
