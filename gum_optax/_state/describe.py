@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from .._core.checks import check_arrays, check_rule
@@ -134,7 +135,7 @@ class _Leaf:
     """A leaf of the parameters, and its matrices."""
 
     def __init__(self, names: Names, x: Any, reading: Reading):
-        self.names, self.shape, self.reading = names, tuple(x.shape), reading
+        self.names, self.shape, self.reading = names, jnp.shape(x), reading
         self.name = "/".join(names) or "(the only leaf)"
         self.views: list[View] = []
         if reading.entry is not None:

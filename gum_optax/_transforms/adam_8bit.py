@@ -89,7 +89,7 @@ def scale_by_adam_8bit(
         count = jnp.asarray(optax.safe_increment(state.count))
 
         def moved(g, mu, nu, mu_scales, nu_scales, mu_key, nu_key):
-            wide = g.astype(jnp.float32)
+            wide = jnp.asarray(g, jnp.float32)
             m = b1 * _load(mu, mu_scales, SIGNED_FLOAT) + (1 - b1) * wide
             v = b2 * _load(nu, nu_scales, SQUARES) + (1 - b2) * wide * wide
             step = m / (1 - b1**count) / (jnp.sqrt(v / (1 - b2**count)) + eps)
@@ -110,7 +110,7 @@ def scale_by_adam_8bit(
 
 def _gets_codes(x: Any) -> bool:
     """Whether a leaf of the parameters gets moments of eight bits."""
-    return x.size >= _SMALLEST and x.shape[-1] >= _SHORTEST_ROW
+    return jnp.size(x) >= _SMALLEST and x.shape[-1] >= _SHORTEST_ROW
 
 
 def _zeros(x: Any, code: Code) -> Array:

@@ -45,7 +45,8 @@ def cautious_weight_decay(weight_decay: Any, mask: Any = None) -> optax.Gradient
             raise ValueError("Weight decay needs the parameters: call update(gradients, state, params).")
 
         def decayed(u: Any, w: Any) -> Any:
-            decay = jnp.asarray(weight_decay, u.dtype) * w.astype(u.dtype)
+            dtype = jnp.result_type(u)
+            decay = jnp.asarray(weight_decay, dtype) * jnp.asarray(w, dtype)
             # Signs are compared, for a product of small numbers would be zero.
             agrees = jnp.where(u > 0, w >= 0, jnp.where(u < 0, w <= 0, True))
             return u + jnp.where(agrees, decay, 0)

@@ -128,4 +128,4 @@ def evaluation_parameters(state: optax.OptState, params: optax.Params) -> optax.
             " pass nnx.state(model, nnx.Param)."
         )
     rows = zip(leaves, shifts, strict=True)
-    return treedef.unflatten([y if is_masked(e) else (y - e).astype(y.dtype) for y, e in rows])
+    return treedef.unflatten([y if is_masked(e) else (y - e).astype(jnp.result_type(y)) for y, e in rows])

@@ -437,3 +437,22 @@ def test_a_checkpointed_model_gives_the_same_steps():
 
     remade, held = (jax.jit(functools.partial(step, f))() for f in (jax.checkpoint(loss), loss))
     chex.assert_trees_all_close(remade, held, atol=AMPLIFIED)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        go.muon(0.1, weight_decay=go.cautious_weight_decay(0.1), others=go.adamw_8bit(0.1)),
+        optax.chain(go.scale_by_adam_8bit(), go.cautious_weight_decay(0.1)),
+        go.extrapolate(go.muon(0.1), optax.scale(0.5)),
+    ],
+    ids=["muon", "adamw_8bit", "extrapolate"],
+)
+def test_a_leaf_may_be_a_number_of_python(tx):
+    """As for optax's own rules; not within `jit`, where every number is an array."""
+    params = {"kernel": jnp.ones((4, 6)), "temperature": 2.0}
+    gradients = {"kernel": jnp.ones((4, 6)), "temperature": 0.5}
+    updates, state = tx.update(gradients, tx.init(params), params)
+    assert np.isfinite(updates["temperature"])
+    if hasattr(state, "extrapolation"):
+        assert go.evaluation_parameters(state, params)["temperature"] == 2.25

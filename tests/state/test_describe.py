@@ -126,6 +126,12 @@ def test_leaves_with_declared_shardings_have_rows_with_the_side_that_is_projecte
     assert description.notes == ()
 
 
+def test_a_leaf_may_be_a_number_of_python():
+    params = {"kernel": shape(8, 16), "temperature": 1.0}
+    for tx in (go.muon(1e-3), optax.adamw(1e-3)):
+        assert rows(tx, params)["temperature"].shape == ()
+
+
 def test_an_optimizer_of_another_library_is_described_by_its_state_alone():
     found = rows(optax.adamw(1e-3), model())
     assert {row.kind for row in found.values()} == {"other", "state"}
