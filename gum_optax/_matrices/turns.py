@@ -1,14 +1,16 @@
 """A turn of a step whose leaves are seen as matrices."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from .._core.trees import flat, is_masked, leaf_indices_of
 from .._core.turns import Place, Turn, WholeStep
+from .dimension_numbers import names_of
 from .parts import Apart
-from .view import views_of
+from .view import View, views_of
 
 
 def turn_of_matrices(turn: WholeStep, kernels: Apart, updates: Any, *, wide: bool) -> WholeStep:
@@ -45,7 +47,9 @@ def turn_of_matrices(turn: WholeStep, kernels: Apart, updates: Any, *, wide: boo
         places.append(place)
     tree = kernels.apart(updates)
     treedef = jax.tree.structure(tree, is_leaf=is_masked)
-    _check_rows(places, views)
+    paths = jax.tree_util.tree_leaves_with_path(own.shapes, is_leaf=is_masked)
+    names = ["/".join(names_of(paths[leaf_index][0])) for leaf_index in whole.leaf_indices(own.shapes)]
+    _check_rows(places, flat(views), names)
     return dataclasses.replace(own, shapes=shapes, places=treedef.unflatten(places))
 
 
@@ -57,12 +61,16 @@ def _entries_of_whole(turn: Turn, kernels: Apart) -> list[Any]:
     return [by_leaf[i] for i in leaf_indices_of(turn.shapes)]
 
 
-def _check_rows(places: list[Place], views: Any) -> None:
+def _check_rows(places: Sequence[Place], views: Sequence[View], names: Sequence[str]) -> None:
     """Refuse a stack whose first axis is not a batch of matrices."""
-    by_leaf = flat(views)
     for place in places:
-        if not is_masked(place) and place.is_row and 0 not in by_leaf[place.leaf_indices[0]].order[:1]:
+        if is_masked(place) or not place.is_row:
+            continue
+        part = place.leaf_indices[0]
+        # Without a batch axis, the first of `order` is an axis of the rows.
+        if views[part].batch == 0 or views[part].order[0] != 0:
             raise ValueError(
-                "layerwise_update needs matrices of which each belongs to one layer, but dimension numbers"
-                " count the layers of a stack among the axes of its matrices."
+                "layerwise_update needs matrices of which each belongs to one layer, but the dimension"
+                f" numbers of {names[part]} count axis 0, the layers of the stack, among the axes of a"
+                " matrix. Choose axes other than the first, or give the leaf None as its dimension numbers."
             )

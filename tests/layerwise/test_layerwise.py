@@ -10,6 +10,7 @@ import optax
 import pytest
 from layerwise_model import (
     LAYERS,
+    WIDE,
     WIDTH,
     batch,
     embed,
@@ -385,11 +386,28 @@ def test_arguments_that_do_not_fit_are_refused():
     )
     several = functools.partial(refused, tx, "head must return the loss, a scalar; got shape (3, 5)")
     several(functions=(embed, layer, lambda own, x, data: x[..., 0]))
-    numbers = {"layers/q/kernel": optax.contrib.MuonDimensionNumbers(0, 1)}
-    refused(small_gum(weight_dimension_numbers=numbers), "count the layers of a stack among the axes")
     differently = {"layers/0/q/*": None}
     tx = small_gum(weight_dimension_numbers=differently)
     refused(tx, "layers that the optimizer treats alike", params(stacked=False))
+
+
+@pytest.mark.parametrize("make", [small_gum, functools.partial(go.muon, 1e-2)])
+@pytest.mark.parametrize(
+    ("leaf", "axes"),
+    [("q/kernel", (0, 1)), ("norm/scale", (0, 1)), ("norm/scale", (1, 0)), ("mix/kernel", ((0, 1), 2))],
+)
+def test_a_matrix_across_the_layers_is_refused(make, leaf, axes):
+    """Also if the axis of the layers is the first of all, with no block axis in front of it."""
+    numbers = {f"layers/{leaf}": optax.contrib.MuonDimensionNumbers(*axes)}
+    tx, start = make(weight_dimension_numbers=numbers), params(shapes={"mix": (1, WIDE)})
+    state = jax.eval_shape(tx.init, start)
+    with pytest.raises(ValueError, match=f"layers/{leaf} count axis 0, the layers of the stack, among"):
+        jax.eval_shape(
+            lambda state: go.layerwise_update(
+                tx, embed, layer, head, batch(0), state, start, per_layer=leaf == "q/kernel"
+            ),
+            state,
+        )
 
 
 def test_a_state_of_another_optimizer_is_named():
