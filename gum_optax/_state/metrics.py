@@ -1,5 +1,6 @@
 """Reads metrics from an optimizer state."""
 
+import itertools
 import math
 from typing import Any
 
@@ -19,7 +20,8 @@ def metrics(state: Any) -> dict[str, Scalar | Array]:
         `nnx.state`, a checkpoint restored without a target. If it holds shapes, the result holds shapes.
 
     Returns:
-      A flat dict of scalars, each present where the state has it:
+      A flat dict of scalars, each present where the state has it; the stacked states of several runs, as
+      `jax.vmap` makes them, have one number a run:
 
       - `captured_energy`: `|PᵀG|² / |G|²` over the projected blocks;
       - `residual_share`: `|G - P PᵀG| / |G|`, its complement;
@@ -27,6 +29,10 @@ def metrics(state: Any) -> dict[str, Scalar | Array]:
       - `realised_fraction`: sampled blocks over the blocks of sampled groups, `γ/L`;
       - `sampled/64x256/0`: the block in that slot of that group, counted over the group's leaves;
       - `skipped_steps`: the number of steps that some leaf skipped because its gradient was not finite.
+
+      If the state has several low-rank rules, as under `optax.partition`, each rule has its own keys, such as
+      `near/captured_energy` for the rule with the label `near`. They begin with the path to the rule's state,
+      without the names that all these paths begin with or end with. `skipped_steps` is a sum.
 
     Raises:
       TypeError: `state` is the optimizer.
@@ -64,20 +70,46 @@ def _measured(arrays: dict[Names, Any]) -> dict[str, Scalar | Array]:
         # The count is an integer, unlike the moments of a parameter with that name.
         if name[-1:] == ("skipped",) and jnp.issubdtype(type_of(x)[1], jnp.integer):
             values["skipped_steps"] = values.get("skipped_steps", 0) + x
+    rules = {}
     for place in low_rank_places(arrays):
-        inside = [(name[len(place) :], x) for name, x in arrays.items() if _is_within(name, [place])]
-        projectors = [x for name, x in inside if name[0] == "projectors"]
-        if not projectors:
-            continue  # nothing is projected, so nothing is lost
-        captured = jnp.asarray(arrays[*place, "captured"])
-        values["captured_energy"] = captured
-        values["residual_share"] = jnp.sqrt(jnp.clip(1 - captured, 0))
-        values["refresh_count"] = arrays[*place, "refreshes"]
-        # Without groups the index is one number, and its name has no third part.
-        index = {name[2]: x for name, x in inside if name[:2] == ("outside", "index") and len(name) == 3}
-        if index:
-            blocks = sum(math.prod(p.shape[:-2]) for p in projectors)
-            values["realised_fraction"] = jnp.float32(sum(i.shape[-1] for i in index.values()) / blocks)
-        for group, i in index.items():
-            values |= {f"sampled/{group}/{slot}": i[..., slot] for slot in range(i.shape[-1])}
+        inside = {name[len(place) :]: x for name, x in arrays.items() if _is_within(name, [place])}
+        if any(name[0] == "projectors" for name in inside):  # if nothing is projected, nothing is lost
+            rules[place] = _of_low_rank(inside)
+    for own, found in zip(_differing(list(rules)), rules.values(), strict=True):
+        values |= {"/".join((*own, key)): x for key, x in found.items()}
     return {name: jnp.asarray(value) for name, value in values.items()}
+
+
+def _of_low_rank(arrays: dict[Names, Any]) -> dict[str, Any]:
+    """The metrics of one low-rank rule, from the arrays of its state."""
+    captured = jnp.asarray(arrays["captured",])
+    values = {
+        "captured_energy": captured,
+        "residual_share": jnp.sqrt(jnp.clip(1 - captured, 0)),
+        "refresh_count": arrays["refreshes",],
+    }
+    # Without groups the index is one number, and its name has no third part.
+    index = {name[2]: x for name, x in arrays.items() if name[:2] == ("outside", "index") and len(name) == 3}
+    if index:
+        # Stacked states of several runs have as many values of everything.
+        projectors = [x for name, x in arrays.items() if name[0] == "projectors"]
+        blocks = sum(math.prod(p.shape[captured.ndim : -2]) for p in projectors)
+        sampled = sum(i.shape[-1] for i in index.values())
+        values["realised_fraction"] = jnp.full(captured.shape, sampled / blocks, jnp.float32)
+    for group, i in index.items():
+        values |= {f"sampled/{group}/{slot}": i[..., slot] for slot in range(i.shape[-1])}
+    return values
+
+
+def _differing(places: list[Names]) -> list[Names]:
+    """The places without the names that they all begin with, and without those that they all end with."""
+    start = _shared(places)
+    ends = [place[start:][::-1] for place in places]
+    stop = _shared(ends)
+    return [end[stop:][::-1] for end in ends]
+
+
+def _shared(places: list[Names]) -> int:
+    """How many names at the start are the same in all places."""
+    columns = zip(*places, strict=False)
+    return len(list(itertools.takewhile(lambda column: len(set(column)) == 1, columns)))

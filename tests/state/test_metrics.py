@@ -54,3 +54,29 @@ def test_no_gradient_has_no_energy_and_no_projected_block_no_share():
 def test_an_optimizer_is_no_state():
     with pytest.raises(TypeError, match="metrics reads the state of an optimizer, got the optimizer: pass"):
         go.metrics(go.gum(1e-3))
+
+
+@pytest.mark.parametrize("contained", [lambda state: state, lambda state: {"step": 3, "opt_state": state}])
+def test_each_of_several_low_rank_rules_has_its_own_metrics(rng, contained):
+    params = {name: np.float32(rng.normal(size=(4, 6, 9))) for name in ("near", "far")}
+    rules = {"a": go.gum(0.1, rank=2, full_rank_fraction=0.3), "b": go.galore_muon(0.1, rank=5)}
+    tx = optax.chain(optax.partition(rules, {"near": "a", "far": "b"}), optax.scale(1.0))
+    _, state = run(tx, [params] * 2, params)
+    found = go.metrics(contained(state))
+    shares = ("captured_energy", "residual_share", "refresh_count")
+    own = {"a/realised_fraction", "a/sampled/6x9/0"}
+    assert found.keys() == {"skipped_steps"} | own | {f"{rule}/{name}" for rule in "ab" for name in shares}
+    for rule, name in (("a", "near"), ("b", "far")):
+        _, alone = run(rules[rule], [{name: params[name]}] * 2)
+        for key, value in go.metrics(alone).items():
+            if key in shares:
+                np.testing.assert_allclose(found[f"{rule}/{key}"], value, rtol=1e-5)
+
+
+def test_the_metrics_of_several_runs_are_those_of_each_run():
+    tx = go.gum(0.1, rank=2, full_rank_fraction=0.25)
+    params = {"w": jnp.ones((8, 4, 7))}
+    single = go.metrics(tx.init(params))
+    found = go.metrics(jax.vmap(tx.init)({"w": jnp.ones((3, 8, 4, 7))}))
+    for name, value in single.items():
+        np.testing.assert_array_equal(found[name], [value] * 3, err_msg=name)
