@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool
 
-from .trees import leaf_indices_of
+from .trees import is_masked, leaf_indices_of
 
 # For a whole leaf, or for each matrix of a stack.
 Accepted = Bool[Array, "*k"]
@@ -75,7 +75,12 @@ class Acceptance:
         leaves = jax.tree.structure(like).unflatten(self.of_leaves(like))
         # An array that belongs to no leaf, such as a count, is chosen by `keep_rest_if_rejected`.
         accepted = optax.tree.map_params(
-            inner, lambda _, yes: yes, old, leaves, transform_non_params=lambda _: jnp.asarray(True)
+            inner,
+            lambda x, yes: x if is_masked(x) else yes,
+            old,
+            leaves,
+            transform_non_params=lambda _: jnp.asarray(True),
+            is_leaf=is_masked,
         )
         return jax.tree.map(choose, accepted, new, old)
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from .._core.acceptance import Accepted, choose
 from .._core.measurements import Measurements
 from .._core.turns import Turn, WholeStep
 from .._linalg.numerics import exact_matmul, safe_reciprocal
@@ -74,11 +75,11 @@ def _projection(g: Array, stored: Array, p: Array, rotation: Array) -> Projectio
 
 
 def _unless_rejected(
-    accepted: Sequence[Bool[Array, ""]], found: Sequence[Found], projectors: Sequence[Array]
+    accepted: Sequence[Accepted], found: Sequence[Found], projectors: Sequence[Array]
 ) -> list[Found]:
     """What was found for each leaf; a leaf that rejects the step keeps its projector."""
     rows = zip(accepted, found, unchanged(projectors), strict=True)
-    return [jax.tree.map(functools.partial(jnp.where, yes), new, old) for yes, new, old in rows]
+    return [jax.tree.map(functools.partial(choose, yes), new, old) for yes, new, old in rows]
 
 
 class DenseGradient(NamedTuple):
@@ -91,7 +92,7 @@ class DenseGradient(NamedTuple):
         self,
         find: SubspaceFinder,
         is_refresh: Bool[Array, ""],
-        accepted: Sequence[Bool[Array, ""]],
+        accepted: Sequence[Accepted],
         count: Int[Array, ""],
         keys: Key[Array, "leaves"],
         projectors: Sequence[Stored],
@@ -104,7 +105,7 @@ class DenseGradient(NamedTuple):
         return [
             x._replace(
                 projector=storage.choose(yes, x.projector, stored),
-                rotation=jnp.where(yes, x.rotation, no_rotation(x.projector)),
+                rotation=choose(yes, x.rotation, no_rotation(x.projector)),
             )
             for x, yes, stored in zip(projections, accepted, projectors, strict=True)
         ]
@@ -134,7 +135,7 @@ class ProjectedGradient(NamedTuple):
         self,
         find: SubspaceFinder,
         is_refresh: Bool[Array, ""],
-        accepted: Sequence[Bool[Array, ""]],
+        accepted: Sequence[Accepted],
         count: Int[Array, ""],
         keys: Key[Array, "leaves"],
         projectors: Sequence[Stored],

@@ -176,3 +176,40 @@ def test_a_slot_reads_its_block_of_stacks_of_single_matrices_and_of_both(sizes):
         for number in range(len(x)):
             (block,) = blocks.read(members, jnp.int32(place), jnp.int32(number))
             np.testing.assert_array_equal(block, x[number].T)
+
+
+def with_a_slot_in_each_leaf(inner, params):
+    """GUM of `inner` whose two slots hold a block of the first leaf and one of the second, with its state."""
+    for key in range(99):
+        rule = go.unbiased_low_rank(inner, 1, 9, 0.5, key=key)
+        tx = go.matrix_optimizer(rule, 1.0, 1.0)
+        state = tx.init(params)
+        outside = state.inner.inner_states["matrices"].inner_state[0].outside
+        if sorted(np.asarray(outside.index["4x6"]) // 2) == [0, 1]:
+            return tx, state
+    raise AssertionError
+
+
+@pytest.mark.parametrize("rank", [1, 2])  # two as there are slots: a mask of slots then fits the wrong axis
+def test_a_low_rank_rule_in_the_slots_keeps_the_state_of_a_leaf_that_skips(rng, rank):
+    """The other slot goes on as if nothing had happened, over a refresh in the slots."""
+    gradients = [{name: np.float32(rng.normal(size=(2, 4, 6))) for name in ("down", "up")} for _ in range(3)]
+    inner = go.low_rank(go.scale_by_muon(), rank, 2, on_refresh=go.rotate)
+    tx, state = with_a_slot_in_each_leaf(inner, gradients[0])
+    update = jax.jit(tx.update)
+
+    def slots_of(state):
+        outside = state.inner.inner_states["matrices"].inner_state[0].outside
+        return np.asarray(outside.index["4x6"]) // 2, (outside.slots.projectors, outside.slots.low)
+
+    for g in gradients[:2]:
+        _, state = update(g, state)
+    leaf_of_slot, before = slots_of(state)
+    _, expected = slots_of(update(gradients[2], state)[1])
+    _, found = slots_of(update(gradients[2] | {"up": np.full((2, 4, 6), np.nan, np.float32)}, state)[1])
+    for slot, leaf in enumerate(leaf_of_slot):
+        wanted = before if leaf else expected
+        rows = zip(*map(jax.tree.leaves, (found, wanted)), strict=True)
+        for x, y in rows:
+            if x.ndim == 3:
+                np.testing.assert_allclose(x[slot], y[slot], atol=1e-6)
