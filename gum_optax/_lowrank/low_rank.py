@@ -129,7 +129,8 @@ def low_rank(
     lift = lift_with(residual)
 
     def plan_for(tree):
-        is_projected = [min(leaf.shape[-2:]) > rank for leaf in jax.tree.leaves(tree)]
+        # A stack of no matrices has no subspace.
+        is_projected = [leaf.size > 0 and min(leaf.shape[-2:]) > rank for leaf in jax.tree.leaves(tree)]
         return Plan(is_projected, None, lift)
 
     return in_subspace(inner, subspace, plan_for)

@@ -39,7 +39,7 @@ def as_matrices(
       A transformation whose state is that of `inner`. The step keeps the dtype from `inner`.
 
     Raises:
-      ValueError: at `init`, a leaf has no two matrix axes, or dimension numbers overlap.
+      ValueError: at `init`, a leaf is empty or has no two matrix axes, or dimension numbers overlap.
       TypeError: at `init`, a leaf is complex or integer.
 
     Examples:

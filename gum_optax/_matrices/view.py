@@ -73,7 +73,8 @@ def view_of(path: Any, leaf: Any, entry: Entry, *, wide: bool) -> View:
     that a state fits every mesh.
 
     Raises:
-      ValueError: the leaf has no two matrix axes, or its dimension numbers overlap or are out of range.
+      ValueError: the leaf is empty or has no two matrix axes, or its dimension numbers overlap or are out of
+        range.
       TypeError: the leaf is complex or integer.
     """
     check_matrix_leaf(path, leaf)
@@ -83,6 +84,11 @@ def view_of(path: Any, leaf: Any, entry: Entry, *, wide: bool) -> View:
         raise ValueError(
             f"leaf {where} has None as its dimension numbers: it is not a matrix."
             " Give it to another rule with optax.partition, or use an optimizer's `others`."
+        )
+    if 0 in leaf.shape:
+        raise ValueError(
+            f"leaf {where} of shape {leaf.shape} is empty, which is no matrix. Give it to another rule with"
+            " optax.partition, or give it None as its dimension numbers."
         )
     reduction = axes_of(entry.reduction_axis, where, leaf.ndim)
     output = axes_of(entry.output_axis, where, leaf.ndim)

@@ -1,5 +1,8 @@
 """Views and routing: dimension numbers, Flax Linen, NNX, scanned layers."""
 
+import functools
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -341,3 +344,21 @@ def test_rules_take_leaves_of_any_stack(rng):
     a, _ = run(rule, [g])
     b, _ = run(rule, [g.reshape(6, 4, 6)])
     np.testing.assert_allclose(a[0].reshape(6, 4, 6), b[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(4, 0), (0, 4), (0, 4, 6)])
+@pytest.mark.parametrize("make", [go.muon, functools.partial(go.galore, rank=2), go.scion, go.hfac])
+def test_an_empty_leaf_with_dimension_numbers_is_refused_by_name(make, shape):
+    params = {"kernel": jnp.zeros(shape), "up": jnp.ones((4, 6))}
+    with pytest.raises(ValueError, match=re.escape(f"leaf ['kernel'] of shape {shape} is empty")):
+        make(0.1, weight_dimension_numbers={"*": go.LAST_TWO}).init(params)
+    tx = make(0.1, weight_dimension_numbers={"kernel*": None, "*": go.LAST_TWO})
+    (updates,), _ = run(tx, [params])
+    assert updates["kernel"].shape == shape
+
+
+def test_a_bare_low_rank_rule_projects_no_empty_stack():
+    params = {"none": jnp.zeros((0, 4, 6)), "some": jnp.ones((2, 4, 6))}
+    (steps,), state = run(go.low_rank(optax.trace(0.9), rank=2, period=3), [params])
+    assert steps["none"].shape == (0, 4, 6)
+    assert set(jax.tree.leaves(state.projectors)[0].shape) == {2, 4}
