@@ -16,24 +16,32 @@ from levanter.optim.config import OptimizerConfig
 
 import gum_optax
 
+from ._decay import decay_arguments
+
 # The field types of a configuration, by the annotations of arguments; it cannot hold functions and trees.
 _FIELD_TYPES: dict[Any, Any] = {annotation: annotation for annotation in (int, float, bool, float | None)} | {
     int | jax.Array: int
 }
+_WITHOUT_A_MASK = "set weight_decay to 0, or default_weight_decay_mask to false and no weight_decay_modules"
 
 
 def config_of(
-    optimizer: Callable[..., optax.GradientTransformation], type_name: str | None = None
+    optimizer: Callable[..., optax.GradientTransformation],
+    type_name: str | None = None,
+    *,
+    max_grad_norm: float | None = 1.0,
 ) -> type[Any]:
     """Make the configuration of an optimizer, and register it under the optimizer's name or `type_name`.
 
     The fields are the optimizer's numeric arguments and `momentum_dtype`, with their defaults; `key` is an
     integer. `max_grad_norm` first clips the gradient, as in Levanter's configurations; `null` turns clipping
-    off.
+    off. Levanter's decay and its mask go to the optimizer; to build an optimizer that takes no mask, such as
+    `adalomo`, is a ValueError where there are both.
 
     Args:
       optimizer: an optimizer of this library, or a function with the same arguments and annotations.
       type_name: the name of the optimizer under `type` in a configuration. Default: the function's name.
+      max_grad_norm: the default of that field.
 
     Returns:
       A subclass of Levanter's `OptimizerConfig`.
@@ -50,15 +58,14 @@ def config_of(
         tx = optimizer(
             self.lr_scheduler(num_train_steps),
             **{p.name: getattr(self, p.name) for p in own},
-            weight_decay=self.weight_decay,
-            weight_decay_mask=self.build_weight_decay_mask(),
+            **decay_arguments(optimizer, self.weight_decay, self.build_weight_decay_mask(), _WITHOUT_A_MASK),
         )
         if self.max_grad_norm is None:
             return tx
         return optax.chain(optax.clip_by_global_norm(self.max_grad_norm), tx)
 
     fields = [(p.name, types[p.name], dataclasses.field(default=p.default)) for p in own]
-    fields.append(("max_grad_norm", float | None, dataclasses.field(default=1.0)))
+    fields.append(("max_grad_norm", float | None, dataclasses.field(default=max_grad_norm)))
     name = optimizer.__name__
     described = {"build": build, "__doc__": f"The arguments of `gum_optax.{name}`.", "__module__": __name__}
     class_name = "".join(word.capitalize() for word in name.split("_")) + "Config"
@@ -80,6 +87,11 @@ SinkgdConfig: type[Any] = config_of(gum_optax.sinkgd)
 TrionConfig: type[Any] = config_of(gum_optax.trion)
 DionConfig: type[Any] = config_of(gum_optax.dion)
 CosmosConfig: type[Any] = config_of(gum_optax.cosmos)
+NormuonConfig: type[Any] = config_of(gum_optax.normuon)
+HfacConfig: type[Any] = config_of(gum_optax.hfac)
+# Its step has a size of its own, whatever that of the gradient.
+AdalomoConfig: type[Any] = config_of(gum_optax.adalomo, max_grad_norm=None)
+Adamw8bitConfig: type[Any] = config_of(gum_optax.adamw_8bit)
 # Levanter has its own optimizers with these two names.
 MuonConfig: type[Any] = config_of(gum_optax.muon, "gum_optax_muon")
 ScionConfig: type[Any] = config_of(gum_optax.scion, "gum_optax_scion")

@@ -5,8 +5,11 @@ from typing import Any
 
 import optax
 
+from ._decay import decay_arguments
+
 # MaxText's own `get_optimizer` wraps these around its optimizers; `install` does not.
 _WRAPPERS = ("skip_step_on_spikes", "trainable_parameters_mask")
+_WITHOUT_A_MASK = "leave adamw_mask out, or set adam_weight_decay to 0"
 
 
 def install(optimizer: Callable[..., optax.GradientTransformation], **arguments: Any) -> None:
@@ -22,7 +25,8 @@ def install(optimizer: Callable[..., optax.GradientTransformation], **arguments:
 
     Raises:
       ValueError: when training begins, if the configuration requests `skip_step_on_spikes` or
-        `trainable_parameters_mask`, which only MaxText's own optimizers support.
+        `trainable_parameters_mask`, which only MaxText's own optimizers support; or if it has a decay and an
+        `adamw_mask`, and the optimizer takes no mask, as `adalomo`.
     """
     from maxtext.optimizers import optimizers  # here, because its imports depend on environment variables
 
@@ -38,6 +42,9 @@ def install(optimizer: Callable[..., optax.GradientTransformation], **arguments:
             "weight_decay": config.adam_weight_decay,
             "weight_decay_mask": optimizers.get_adamw_mask(config),
         }
-        return optimizer(learning_rate_schedule, **{**decay, **arguments})
+        own = {**decay, **arguments}
+        weight_decay, mask = own.pop("weight_decay"), own.pop("weight_decay_mask")
+        own |= decay_arguments(optimizer, weight_decay, mask, _WITHOUT_A_MASK)
+        return optimizer(learning_rate_schedule, **own)
 
     optimizers.get_optimizer = get_optimizer
