@@ -16,7 +16,7 @@ from .rules.leaves import Reading
 
 # The latest decisions about trees with axis names, by the user's dimension numbers and the tree's paths and
 # shapes. They serve optimizers that are constructed anew for every update, as by `optax.inject_hyperparams`.
-_LATEST: dict[Any, tuple[WeightDimensionNumbers, list[Entry]]] = {}
+_LATEST: dict[Any, tuple[WeightDimensionNumbers, list[Reading]]] = {}
 _MOST = 64
 
 
@@ -36,29 +36,33 @@ class Decisions:
                 f" {{'*/NAME/kernel': gum_optax.LAST_TWO}}, got {spec!r}."
             )
         self.spec = spec
-        self._kept: dict[Any, list[Entry]] = {}
+        self._kept: dict[Any, list[Reading]] = {}
 
     def decide_at_init(self, params: Any) -> list[Entry]:
         """Decide on parameters, with all the metadata of their library."""
-        entries: list[Entry] = [reading.entry for reading in decided(self.spec, params)]
-        if entries:
+        found = decided(self.spec, params)
+        if found:
             signature = _signature(params)
-            self._kept[signature] = entries
+            self._kept[signature] = found
             if has_boxes(params):
                 # Store the user's object too, so that no other object gets its id.
-                _LATEST[id(self.spec), signature] = self.spec, entries
+                _LATEST[id(self.spec), signature] = self.spec, found
                 if len(_LATEST) > _MOST:
                     _LATEST.pop(next(iter(_LATEST)))
-        return entries
+        return _entries(found)
 
     def of(self, tree: Any) -> list[Entry]:
         """The decisions on parameters or gradients."""
+        return _entries(self.readings(tree))
+
+    def readings(self, tree: Any) -> list[Reading]:
+        """The decisions on parameters or gradients, with what else is known of each leaf."""
         signature = _signature(tree)
         if signature in self._kept:
             return self._kept[signature]
         if not has_boxes(tree) and (id(self.spec), signature) in _LATEST:
             return _LATEST[id(self.spec), signature][1]
-        return [reading.entry for reading in decided(self.spec, tree)]
+        return decided(self.spec, tree)
 
     def warning_at_init(self, init: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """`init` with one warning about doubtful readings, or with a record for a listener instead."""
@@ -76,6 +80,10 @@ class Decisions:
             return state
 
         return telling
+
+
+def _entries(readings: Sequence[Reading]) -> list[Entry]:
+    return [reading.entry for reading in readings]
 
 
 def _signature(tree: Any) -> Any:

@@ -6,7 +6,7 @@ from .._matrices.as_matrices import as_matrices
 from .._matrices.dimension_numbers import WeightDimensionNumbers
 from .._transforms.factored_rms import clip_by_rms, scale_by_factored_rms, scale_by_parameter_rms
 from .matrix_optimizer import WeightDecay, checked_decay, decayed_weights, matrix_optimizer
-from .others_by_kind import as_rows, others_by_kind
+from .others_by_kind import ByKind, as_rows, others_by_kind
 
 
 def adalomo(
@@ -27,9 +27,10 @@ def adalomo(
         U = G / √(r cᵀ / mean(r)),   U ← U / max(1, RMS(U) / d)
         W ← W - η ρ (U + λ W),   ρ = max(ε₂, RMS(W))
 
-    State: `m + n` numbers per matrix. Embeddings and heads are matrices here too; a vector has a full second
-    moment. With `layerwise_update` this is the authors' fused backward pass, which holds one layer's gradient
-    at a time. Clip no gradients by their global norm: the step has a size of its own.
+    State: `m + n` numbers per matrix. Embeddings and heads are matrices here too; a vector, and each row of a
+    matrix that dimension numbers exclude, has a full second moment and a size of its own. With
+    `layerwise_update` this is the authors' fused backward pass, which holds one layer's gradient at a time.
+    Clip no gradients by their global norm: the step has a size of its own.
 
     Equation and defaults are those of the authors' code, which has the root and the growing `β`; Algorithm 1
     of the paper has neither.
@@ -65,12 +66,16 @@ def adalomo(
         decayed_weights(checked_decay(weight_decay), None),
         scale_by_parameter_rms(parameter_eps),
     )
-    tables = as_matrices(rule)
+
+    def others_rule(kinds):
+        tables = as_matrices(rule)
+        return others_by_kind(kinds, tables, heads=tables, vectors=as_rows(rule))
+
     return matrix_optimizer(
         rule,
         learning_rate,
         1.0,
         weight_dimension_numbers=weight_dimension_numbers,
         others=others,
-        others_rule=others_by_kind(tables, heads=tables, vectors=as_rows(rule)),
+        others_rule=ByKind(others_rule),
     )

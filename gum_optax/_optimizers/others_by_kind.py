@@ -1,43 +1,73 @@
-"""Rules for the leaves that are not hidden matrices: embedding tables, heads, and vectors."""
+"""Rules for the leaves that are not hidden matrices: embedding tables, heads, and vectors.
 
-from collections.abc import Hashable
+The kinds of these leaves are those of the library's policy for the whole tree, as it is before the matrices
+are masked: the matrices beside a leaf are evidence of what it is.
+"""
+
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from .._core.context import NO_CONTEXT, MatrixContext
 from .._core.partition import partition
+from .._core.trees import flat, leaf_indices_of
+from .._core.turns import WholeStep
+from .._matrices.decisions import Decisions
 from .._matrices.dimension_numbers import names_of
-from .._matrices.hidden_matrices import policy
+from .._matrices.rules.leaves import Reading
+
+
+@dataclasses.dataclass(frozen=True)
+class ByKind:
+    """A rule for the leaves that are not matrices, made anew for each tree from the kinds of its leaves.
+
+    Attributes:
+      make: from the tree of kinds to the rule.
+      decisions: what the policy says of the whole tree, whatever dimension numbers the user has given.
+    """
+
+    make: Callable[[Any], optax.GradientTransformation]
+    decisions: Decisions = dataclasses.field(default_factory=lambda: Decisions(None))
+
+    def of(self, tree: Any, turn: WholeStep) -> optax.GradientTransformation:
+        """The rule for `tree`, in which no matrix is masked yet."""
+        kinds = turn.of_whole(tree, lambda whole: _kinds(whole, self.decisions.readings(whole)))
+        return self.make(jax.tree.structure(tree).unflatten(kinds))
 
 
 def others_by_kind(
+    kinds: Any,
     tables: optax.GradientTransformation,
     heads: optax.GradientTransformation,
     vectors: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Each rule for its kind of leaf; the names of the whole tree decide.
+    """Each rule for its kind of leaf.
 
     Args:
+      kinds: a tree with the kind of each leaf, as `ByKind` passes it.
       tables: for embeddings, `(vocabulary, width)`.
       heads: for the kernels of heads, `(width, vocabulary)`, and for embeddings named as kernels.
-      vectors: for all other leaves: norms and biases, `(*layers, n)`.
+      vectors: for all other leaves: norms and biases, `(*layers, n)`, and matrices that the user excludes.
     """
+    of_whole = flat(kinds)
+
     rules: dict[Hashable, optax.GradientTransformation] = {
         "tables": tables,
         "heads": heads,
         "vectors": vectors,
     }
 
-    def init(params):
-        return partition(rules, params, _kinds(params)).init(params)
+    def of_leaves(tree):
+        _check_real(tree)
+        return partition(rules, tree, [of_whole[leaf_index] for leaf_index in leaf_indices_of(tree)])
 
-    def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
-        of_leaves = partition(rules, updates, context.turn.of_whole(updates, _kinds))
-        return of_leaves.update(updates, state, params, context=context, **extra_args)
+    def update(updates, state, params=None, **extra_args):
+        return of_leaves(updates).update(updates, state, params, **extra_args)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(lambda params: of_leaves(params).init(params), update)
 
 
 def as_rows(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -55,19 +85,23 @@ def as_rows(inner: optax.GradientTransformation) -> optax.GradientTransformation
     return optax.GradientTransformationExtraArgs(lambda params: inner.init(seen(params)), update)
 
 
-def _kinds(params: optax.Params) -> list[str]:
-    """The kind of each leaf, by name."""
+def _kinds(tree: Any, readings: Sequence[Reading]) -> list[str]:
+    """The kind of each leaf, by the reading of the policy."""
 
     def kind(path, x, reading):
+        if jnp.ndim(x) < 2 or reading.kind not in ("embedding", "head"):
+            return "vectors"
+        is_table = reading.kind == "embedding" and names_of(path)[-1] != "kernel"
+        return "tables" if is_table else "heads"
+
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [kind(*leaf, reading) for leaf, reading in zip(leaves, readings, strict=True)]
+
+
+def _check_real(tree: Any) -> None:
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
         if jnp.iscomplexobj(x):
             raise TypeError(
                 f"leaf {jax.tree_util.keystr(path)} is complex, but this optimizer's rules are for real"
                 " numbers; pass others=optax.adamw(learning_rate), for instance."
             )
-        if jnp.ndim(x) < 2 or (reading.entry is None and reading.kind not in ("embedding", "head")):
-            return "vectors"
-        is_table = reading.kind == "embedding" and names_of(path)[-1] != "kernel"
-        return "tables" if is_table else "heads"
-
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return [kind(*leaf, reading) for leaf, reading in zip(leaves, policy(params), strict=True)]

@@ -13,7 +13,7 @@ from .._matrices.dimension_numbers import WeightDimensionNumbers
 from .._transforms.momentum import ema
 from .._transforms.normalize import normalize, normalize_sequentially
 from .matrix_optimizer import WeightDecay, at_least_float32, matrix_optimizer
-from .others_by_kind import others_by_kind
+from .others_by_kind import ByKind, others_by_kind
 
 
 def scion(
@@ -76,11 +76,16 @@ def scion(
         "embedding_lmo", sign_lmo if embedding_lmo is None else embedding_lmo, "gum_optax.sign_lmo"
     )
     head = check_function("head_lmo", sign_lmo if head_lmo is None else head_lmo, "gum_optax.sign_lmo")
-    steepest = others_by_kind(
-        tables=optax.chain(_of_matrices(table), optax.scale(edge_radius)),
-        heads=optax.chain(_of_matrices(outputs_first(head)), optax.scale(edge_radius)),
-        vectors=optax.chain(normalize(_unit_vector), optax.scale(radius)),
-    )
+
+    def others_rule(kinds):
+        steepest = others_by_kind(
+            kinds,
+            tables=optax.chain(_of_matrices(table), optax.scale(edge_radius)),
+            heads=optax.chain(_of_matrices(outputs_first(head)), optax.scale(edge_radius)),
+            vectors=optax.chain(normalize(_unit_vector), optax.scale(radius)),
+        )
+        return optax.chain(averaged, steepest)
+
     # The average is in float32 and has no bias correction, which would not change a normalized step.
     averaged = ema(momentum)
     rule = at_least_float32(optax.chain(averaged, normalize_sequentially(outputs_first(hidden))))
@@ -92,7 +97,7 @@ def scion(
         weight_decay_mask=weight_decay_mask,
         weight_dimension_numbers=weight_dimension_numbers,
         others=others,
-        others_rule=optax.chain(averaged, steepest),
+        others_rule=ByKind(others_rule),
         wide=False,
     )
 

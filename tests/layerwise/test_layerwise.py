@@ -237,6 +237,19 @@ def test_masks_labels_and_other_rules_see_the_whole_tree():
     check_equal(optax.partition({"gum": tx, "few": optax.set_to_zero()}, labels), steps=4)
 
 
+@pytest.mark.parametrize("name", ["scion", "adalomo"])
+def test_leaves_beside_the_matrices_are_read_as_in_the_whole_tree(name):
+    """A vector for each layer, without a vector's name, and an excluded matrix."""
+    make, rate = getattr(go, name), 2**-12 if name == "scion" else 1e-2
+    start = params()
+    start["layers"]["mix"] = jnp.ones((LAYERS, WIDTH))
+
+    def model(own, x):
+        return layer(own, x) * own["mix"]
+
+    check_equal(make(rate, weight_dimension_numbers={"layers/q/*": None}), start, steps=2, model=model)
+
+
 def test_parameters_in_bfloat16():
     start = params(dtype=jnp.bfloat16)
     (expected, _, _), (found, _, _) = both(small_gum(), start, steps=1)

@@ -87,6 +87,18 @@ def test_the_policy_reads_a_real_model_as_its_author_does(name):
     assert not wrong
 
 
+def test_without_the_matrices_or_the_other_leaves_one_leaf_in_50_is_read_otherwise():
+    """The page says so; `optax.partition` around an optimizer makes such trees."""
+    same = []
+    for model in MODELS.values():
+        whole = entries(tree_of(model["leaves"]))
+        for are_matrices in (True, False):
+            some = {x: y for x, y in model["leaves"].items() if (whole[x] is not None) == are_matrices}
+            same += [entry == whole[path] for path, entry in entries(tree_of(some)).items()]
+    assert len(same) > 400
+    assert 0.98 <= np.mean(same) < 1
+
+
 def test_the_meant_readings_are_of_leaves_that_exist():
     paths = [path for model in MODELS.values() for path in model["leaves"]]
     assert not [part for part in MEANT if not any(part in path for path in paths)]
