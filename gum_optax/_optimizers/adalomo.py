@@ -68,8 +68,9 @@ def adalomo(
     )
 
     def others_rule(kinds):
+        # The factors of a table do not depend on which of its sides is the fan-in.
         tables = as_matrices(rule)
-        return others_by_kind(kinds, tables, heads=tables, vectors=as_rows(rule))
+        return others_by_kind(kinds, tables, heads=lambda _: tables, vectors=as_rows(rule))
 
     return matrix_optimizer(
         rule,

@@ -16,8 +16,16 @@ from .._core.partition import partition
 from .._core.trees import flat, leaf_indices_of
 from .._core.turns import WholeStep
 from .._matrices.decisions import Decisions
-from .._matrices.dimension_numbers import names_of
+from .._matrices.dimension_numbers import LAST_TWO, names_of
 from .._matrices.rules.leaves import Reading
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """The rule of a leaf."""
+
+    rule: str  # "tables", "heads" or "vectors"
+    numbers: Any = LAST_TWO  # of a table or a head: which axes are fan-in and fan-out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +49,7 @@ class ByKind:
 def others_by_kind(
     kinds: Any,
     tables: optax.GradientTransformation,
-    heads: optax.GradientTransformation,
+    heads: Callable[[Callable[[Any], Any]], optax.GradientTransformation],
     vectors: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
     """Each rule for its kind of leaf.
@@ -49,20 +57,27 @@ def others_by_kind(
     Args:
       kinds: a tree with the kind of each leaf, as `ByKind` passes it.
       tables: for embeddings, `(vocabulary, width)`.
-      heads: for the kernels of heads, `(width, vocabulary)`, and for embeddings named as kernels.
+      heads: from dimension numbers to the rule for heads, and for embeddings named as kernels. The dimension
+        numbers are a function from the tree of heads, as `as_matrices` takes it.
       vectors: for all other leaves: norms and biases, `(*layers, n)`, and matrices that the user excludes.
     """
     of_whole = flat(kinds)
 
+    def of(tree):
+        return [of_whole[leaf_index] for leaf_index in leaf_indices_of(tree)]
+
+    def numbers(tree):
+        return jax.tree.structure(tree).unflatten([kind.numbers for kind in of(tree)])
+
     rules: dict[Hashable, optax.GradientTransformation] = {
         "tables": tables,
-        "heads": heads,
+        "heads": heads(numbers),
         "vectors": vectors,
     }
 
     def of_leaves(tree):
         _check_real(tree)
-        return partition(rules, tree, [of_whole[leaf_index] for leaf_index in leaf_indices_of(tree)])
+        return partition(rules, tree, [kind.rule for kind in of(tree)])
 
     def update(updates, state, params=None, **extra_args):
         return of_leaves(updates).update(updates, state, params, **extra_args)
@@ -85,14 +100,15 @@ def as_rows(inner: optax.GradientTransformation) -> optax.GradientTransformation
     return optax.GradientTransformationExtraArgs(lambda params: inner.init(seen(params)), update)
 
 
-def _kinds(tree: Any, readings: Sequence[Reading]) -> list[str]:
+def _kinds(tree: Any, readings: Sequence[Reading]) -> list[Kind]:
     """The kind of each leaf, by the reading of the policy."""
 
     def kind(path, x, reading):
         if jnp.ndim(x) < 2 or reading.kind not in ("embedding", "head"):
-            return "vectors"
-        is_table = reading.kind == "embedding" and names_of(path)[-1] != "kernel"
-        return "tables" if is_table else "heads"
+            return Kind("vectors")
+        if reading.kind == "head":
+            return Kind("heads", reading.head)
+        return Kind("tables" if names_of(path)[-1] != "kernel" else "heads")
 
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [kind(*leaf, reading) for leaf, reading in zip(leaves, readings, strict=True)]

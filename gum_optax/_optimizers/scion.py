@@ -81,7 +81,9 @@ def scion(
         steepest = others_by_kind(
             kinds,
             tables=optax.chain(_of_matrices(table), optax.scale(edge_radius)),
-            heads=optax.chain(_of_matrices(outputs_first(head)), optax.scale(edge_radius)),
+            heads=lambda numbers: optax.chain(
+                _of_matrices(outputs_first(head), numbers), optax.scale(edge_radius)
+            ),
             vectors=optax.chain(normalize(_unit_vector), optax.scale(radius)),
         )
         return optax.chain(averaged, steepest)
@@ -102,8 +104,8 @@ def scion(
     )
 
 
-def _of_matrices(method: Normalizer) -> optax.GradientTransformation:
-    return as_matrices(normalize(method), wide=False)
+def _of_matrices(method: Normalizer, numbers: WeightDimensionNumbers = None) -> optax.GradientTransformation:
+    return as_matrices(normalize(method), numbers, wide=False)
 
 
 def _unit_vector(x: Array) -> Array:

@@ -63,6 +63,7 @@ class Reading(NamedTuple):
     kind: str  # "matrix", "embedding", "head", "vector", ...
     reason: str
     doubt: str = ""  # another, equally plausible reading
+    head: Any = None  # of a head, which has no entry: the dimension numbers of its fan-in and fan-out
 
 
 # A rule of the policy returns its reading of a leaf, or None if it does not apply.

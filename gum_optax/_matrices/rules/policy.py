@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from ..dimension_numbers import LAST_TWO, OUT_IN
 from .attention import beside_its_bias, beside_its_other_side, by_name_and_size, einsums
 from .axes import by_axis_names, has_experts_as_features, vocabulary_or_norm
 from .convolutions import convolutions, square_windows
@@ -63,7 +64,22 @@ def readings(params: Any) -> list[Reading]:
     """The reading of each leaf of a tree, in the order of the leaves."""
     model = with_stacks(Model(leaves_of(params)))
     first = (next(filter(None, (rule(leaf, model) for rule in RULES))) for leaf in model.leaves)
-    return alike([_with_two_sides(*pair) for pair in zip(model.leaves, first, strict=True)], model)
+    rows = [_with_two_sides(*pair) for pair in zip(model.leaves, first, strict=True)]
+    return alike([_with_sides_of_head(*pair, model) for pair in zip(model.leaves, rows, strict=True)], model)
+
+
+def _with_sides_of_head(leaf: Leaf, reading: Reading, model: Model) -> Reading:
+    """Tell which axes of a head are its fan-in: a head has no entry, but rules of its own need to know.
+
+    Its layer decides, or its window, as for a matrix. A leaf called `weight` is `(out, in)`, as in PyTorch,
+    unless its axes have names: `vocabulary_or_norm` calls a leaf a head if the vocabulary is its last axis.
+    """
+    if reading.kind != "head":
+        return reading
+    for rule in (layers, convolutions, square_windows):
+        if (found := rule(leaf, model)) is not None and found.entry is not None:
+            return reading._replace(head=found.entry)
+    return reading._replace(head=OUT_IN if leaf.name == "weight" and not leaf.axes else LAST_TWO)
 
 
 def _with_two_sides(leaf: Leaf, reading: Reading) -> Reading:
