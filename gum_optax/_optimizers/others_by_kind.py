@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from .._core.context import NO_CONTEXT, MatrixContext
 from .._core.partition import partition
 from .._core.trees import flat, leaf_indices_of
-from .._core.turns import WholeStep
+from .._core.turns import Turn, WholeStep
 from .._matrices.decisions import Decisions
 from .._matrices.dimension_numbers import LAST_TWO, names_of
 from .._matrices.rules.leaves import Reading
@@ -79,8 +80,9 @@ def others_by_kind(
         _check_real(tree)
         return partition(rules, tree, [kind.rule for kind in of(tree)])
 
-    def update(updates, state, params=None, **extra_args):
-        return of_leaves(updates).update(updates, state, params, **extra_args)
+    def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
+        _check_rows(updates, context.turn)
+        return of_leaves(updates).update(updates, state, params, context=context, **extra_args)
 
     return optax.GradientTransformationExtraArgs(lambda params: of_leaves(params).init(params), update)
 
@@ -112,6 +114,22 @@ def _kinds(tree: Any, readings: Sequence[Reading]) -> list[Kind]:
 
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [kind(*leaf, reading) for leaf, reading in zip(leaves, readings, strict=True)]
+
+
+def _check_rows(tree: Any, turn: WholeStep) -> None:
+    """Refuse a stack of numbers: it is one vector, of which a turn would see one number."""
+    if not isinstance(turn, Turn):
+        return
+    rows = zip(
+        jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(turn.beside(tree).places), strict=True
+    )
+    for (path, x), place in rows:
+        if place.is_row and jnp.ndim(x) == 1:
+            raise ValueError(
+                f"{'/'.join(names_of(path))} has one number for each layer. This optimizer normalizes them as"
+                " one vector, and layerwise_update passes one of them at a time: pass"
+                " others=optax.adamw(learning_rate), for instance."
+            )
 
 
 def _check_real(tree: Any) -> None:

@@ -250,6 +250,22 @@ def test_leaves_beside_the_matrices_are_read_as_in_the_whole_tree(name):
     check_equal(make(rate, weight_dimension_numbers={"layers/q/*": None}), start, steps=2, model=model)
 
 
+@pytest.mark.parametrize("name", ["scion", "adalomo"])
+def test_a_number_for_each_layer_is_refused_where_vectors_have_a_norm(name):
+    """In the stack the numbers of all layers are one vector; layer by layer each would be a vector of one."""
+    start = params()
+    start["layers"]["gain"] = jnp.ones(LAYERS)
+    tx = getattr(go, name)(1e-2)
+    state = jax.eval_shape(tx.init, start)
+    with pytest.raises(ValueError, match=r"layers/gain has one number for each layer\..*others=optax\.adamw"):
+        jax.eval_shape(
+            lambda state: go.layerwise_update(
+                tx, embed, layer, head, batch(0), state, start, per_layer=name == "adalomo"
+            ),
+            state,
+        )
+
+
 def test_parameters_in_bfloat16():
     start = params(dtype=jnp.bfloat16)
     (expected, _, _), (found, _, _) = both(small_gum(), start, steps=1)
