@@ -10,8 +10,8 @@ writes one slot at a time:
 
 - `draw` says which blocks stand in the slots. It returns an index `(slots,)` for each group, which counts
   the blocks over the leaves of the group. The index follows from the key and the number of the period.
-- `gather` reads the sampled blocks of the gradient, each with its projector, and makes the slots' inputs:
-  slot by slot or leaf by leaf, as `gather.py` says.
+- `gather` reads the sampled blocks of the gradient, each with its projector, and makes the slots' inputs, as
+  `gather.py` says.
 - `scatter` writes the slots' steps over the sampled blocks of the low-rank step. It inverts the index:
   the slot of each block, or -1, tells each leaf what to read. A single matrix makes one choice. On a TPU a
   stack makes one choice for each slot, if the slots are few. Any other stack is overwritten in place.
