@@ -1,7 +1,6 @@
 """Subspace finders that follow each other; the default finder is one of these."""
 
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -75,10 +74,11 @@ Phased = tuple[tuple[functools.partial[Any], ...], Int[Array, ""]]
 
 def finders_of(find: SubspaceFinder, step: Int[Array, ""]) -> Phased:
     """The linear forms of all finders, and the number of the one that runs at a step."""
-    found = find.find if isinstance(find, InTurn) else find
-    phases = _phases(found)
+    if isinstance(find, InTurn):
+        return _in_rows(finders_of(find.find, step), find.turn)
+    phases = _phases(find)
     phase = jnp.sum(step >= jnp.asarray(list(phases))) - 1
-    return _in_rows(find, [linear_form(finder) for finder in phases.values()]), phase
+    return tuple(linear_form(finder) for finder in phases.values()), phase
 
 
 def few_finders_of(find: SubspaceFinder, step: Int[Array, ""]) -> Phased:
@@ -87,20 +87,19 @@ def few_finders_of(find: SubspaceFinder, step: Int[Array, ""]) -> Phased:
     It looks up its number of steps, so that XLA compiles one finder. On a TPU, XLA would move the conversion
     of the gradient to bfloat16 out of its loop.
     """
-    forms, phase = finders_of(find.find if isinstance(find, InTurn) else find, step)
+    if isinstance(find, InTurn):
+        return _in_rows(few_finders_of(find.find, step), find.turn)
+    forms, phase = finders_of(find, step)
     if all(form.func is power_steps for form in forms):
         iterations = jnp.asarray([form.keywords.get("iterations", ITERATIONS) for form in forms])
         forms = (functools.partial(power_steps, iterations=iterations[phase]),)
-    return _in_rows(find, forms), phase
+    return forms, phase
 
 
-def _in_rows(
-    find: SubspaceFinder, forms: Sequence[functools.partial[Any]]
-) -> tuple[functools.partial[Any], ...]:
-    """The forms; in one turn of a step each gets the keys of rows."""
-    if not isinstance(find, InTurn):
-        return tuple(forms)
-    return tuple(functools.partial(_with_row_keys, form, find.turn) for form in forms)
+def _in_rows(found: Phased, turn: WholeStep) -> Phased:
+    """The same finders, each with the keys of rows."""
+    forms, phase = found
+    return tuple(functools.partial(_with_row_keys, form, turn) for form in forms), phase
 
 
 def _with_row_keys(form: LinearForm, turn: WholeStep, mean_of: MeanOf, keys: Any, previous: Any) -> Any:
