@@ -25,7 +25,7 @@ class Acceptance:
 
     A rule that reads `accept` of the context may choose between a new array and the old one where it makes
     the new one. Everything after it then reads the array that is stored, so that no second array stays in
-    memory. The acceptance remembers the arrays that a rule has chosen, and does not choose again.
+    memory. The acceptance remembers those arrays as kept, and does not choose again.
 
     Args:
       all_leaves: whether all leaves accept. It depends on every gradient, so only small arrays may wait for
@@ -37,7 +37,7 @@ class Acceptance:
     def __init__(self, all_leaves: Bool[Array, ""], by_leaf: Mapping[int, Accepted] | None = None):
         self.all_leaves = all_leaves
         self.by_leaf = by_leaf
-        self._chosen: dict[int, Any] = {}  # holds the arrays, so that no other array takes their id
+        self._kept: dict[int, Any] = {}  # holds the arrays, so that no other array takes their id
 
     def allow_refresh(self, is_refresh: Bool[Array, ""]) -> Bool[Array, ""]:
         """Whether a new period begins: a step that the whole tree rejects begins none."""
@@ -73,7 +73,7 @@ class Acceptance:
         if self.by_leaf is None:
             return new  # `allow_refresh` has prevented the refresh
         leaves = jax.tree.structure(like).unflatten(self.of_leaves(like))
-        # An array that belongs to no leaf, such as a count, is chosen by `keep_rest_if_rejected`.
+        # An array that belongs to no leaf, such as a count, is left to `keep_rest_if_rejected`.
         accepted = optax.tree.map_params(
             inner,
             lambda x, yes: x if is_masked(x) else yes,
@@ -85,7 +85,7 @@ class Acceptance:
         return jax.tree.map(choose, accepted, new, old)
 
     def keep_rest_if_rejected(self, new: Any, old: Any) -> Any:
-        """The arrays of `new`, or those of `old` unless all leaves accept; arrays chosen before stay."""
+        """The arrays of `new`, or those of `old` unless all leaves accept; arrays kept before stay."""
 
         def kept(after, before):
             return after if self.is_kept(after) else jnp.where(self.all_leaves, after, before)
@@ -93,14 +93,14 @@ class Acceptance:
         return self.mark_kept(jax.tree.map(kept, new, old))
 
     def is_kept(self, array: Any) -> bool:
-        """Whether an array has been chosen already."""
-        return id(array) in self._chosen
+        """Whether an array already is the old one where its leaf rejects."""
+        return id(array) in self._kept
 
     def mark_kept(self, tree: Any) -> Any:
-        """`tree`, whose arrays already are the old ones where their leaf rejects."""
-        self._chosen |= {id(x): x for x in jax.tree.leaves(tree)}
+        """`tree`, of whose arrays `is_kept` is true from now on."""
+        self._kept |= {id(x): x for x in jax.tree.leaves(tree)}
         return tree
 
     def mark_kept_by(self, other: "Acceptance", tree: Any) -> None:
-        """Marks the arrays of `tree` that `other`, for other leaves of the same parameters, has chosen."""
+        """Marks the arrays of `tree` that `other`, for other leaves of the same parameters, has kept."""
         self.mark_kept([x for x in jax.tree.leaves(tree) if other.is_kept(x)])

@@ -36,7 +36,7 @@ def map_sequentially(f: Callable[..., Any], tree: Any, *others: Any) -> Any:
 
 
 # On a GPU so many matrices, or half a stack if that is more, go through a function at once.
-_AT_ONCE = 6
+AT_ONCE = 6
 # On a GPU leaves of up to this share of all numbers go through a function at once. Measured on an H200's
 # compiler, twelve layers of width 512: two of the largest leaves, or five of the others.
 _SHARE = 1 / 26
@@ -66,7 +66,7 @@ def map_in_place(f: Callable[[Array], Array], stack: Float[Array, "k m n"]) -> F
             x = jax.lax.dynamic_slice_in_dim(stack, i * size, size)
             return jax.lax.dynamic_update_slice_in_dim(stack, f(x).astype(stack.dtype), i * size, axis=0)
 
-        size = min(max(len(stack) // 2, _AT_ONCE), len(stack))
+        size = min(max(len(stack) // 2, AT_ONCE), len(stack))
         whole, left = divmod(len(stack), size)
         stack = jax.lax.fori_loop(0, whole, step, stack)
         return stack.at[-left:].set(f(stack[-left:]).astype(stack.dtype)) if left else stack

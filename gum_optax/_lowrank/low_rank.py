@@ -184,7 +184,8 @@ def in_subspace(
             state.key,
         )
         lifted, outside_state = plan.lift.update(step, state.outside, **extra_args)  # P S + the rest
-        full_steps, full_state = inner.update(as_float32(full), state.full, None, **extra_args)
+        full = optax.tree.cast(full, jnp.float32)
+        full_steps, full_state = inner.update(full, state.full, None, **extra_args)
         new_state = LowRankState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             refreshes=state.refreshes + is_refresh,
@@ -231,8 +232,8 @@ def _initial(
         captured=jnp.zeros((), jnp.float32),
         projectors=projectors,
         low=inner_state,
-        full=inner.init(float32_zeros(full)),
-        outside=plan.lift.init(float32_zeros(low)),
+        full=inner.init(optax.tree.zeros_like(full, dtype=jnp.float32)),
+        outside=plan.lift.init(optax.tree.zeros_like(low, dtype=jnp.float32)),
         projectors_scales=scales,
     )
 
@@ -274,13 +275,3 @@ def _times(weights: Sequence[float] | None, tree: optax.Updates) -> optax.Update
         return tree
     leaves, treedef = jax.tree.flatten(tree)
     return treedef.unflatten([w * x for w, x in zip(weights, leaves, strict=True)])
-
-
-def float32_zeros(tree: Any) -> Any:
-    """What `inner.init` sees of unprojected leaves: its accumulators are float32, whatever the model is."""
-    return jax.tree.map(lambda g: jnp.zeros_like(g, jnp.float32), tree)
-
-
-def as_float32(tree: Any) -> Any:
-    """What `inner.update` sees of unprojected leaves."""
-    return jax.tree.map(lambda g: g.astype(jnp.float32), tree)

@@ -143,27 +143,20 @@ def matching(patterns: dict[str, Entry], name: str) -> str | None:
     return next((pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)), None)
 
 
-def _last_two_of_all(tree: Any) -> list[Entry]:
-    return [LAST_TWO] * len(jax.tree.leaves(tree))
-
-
 def leaf_names(tree: Any) -> list[tuple[str, ...]]:
     """The names along the path of each leaf, without the names inside its box."""
     boxes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_box)
     return [names_of(path) for path, box in boxes for _ in jax.tree.leaves(box)]
 
 
-def dimension_numbers(
-    spec: WeightDimensionNumbers, tree: Any, default: Callable[[Any], list[Entry]] = _last_two_of_all
-) -> list[Entry]:
+def dimension_numbers(spec: WeightDimensionNumbers, tree: Any) -> list[Entry]:
     """The dimension numbers of each leaf of `tree`, in the order of its leaves.
 
     Args:
       spec: one `MuonDimensionNumbers` or `Parts` for every leaf; a tree of them, with `None` for leaves that
         are not matrices; a function from the tree to such a tree; a mapping from path patterns to them, in
-        which the first match decides; or `None`.
+        which the first match decides; or `None`. A leaf that it does not decide has `LAST_TWO`.
       tree: a tree of arrays.
-      default: a function from the tree to the dimension numbers of leaves that `spec` does not decide.
 
     Raises:
       ValueError: a leaf has no entry in the tree.
@@ -171,16 +164,14 @@ def dimension_numbers(
     """
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     if not paths or spec is None:
-        return default(tree) if paths else []
+        return [LAST_TWO] * len(paths)
     if is_function(spec):
         spec = spec(tree)  # pyright: ignore[reportCallIssue]
     if isinstance(spec, MuonDimensionNumbers | ShardedDimensionNumbers | Parts):
         return [spec] * len(paths)
     if isinstance(spec, dict) and is_patterns(spec, tree):
         patterns = [matching(spec, "/".join(names)) for names in leaf_names(tree)]
-        defaults = default(tree) if None in patterns else [None] * len(patterns)
-        rows = zip(patterns, defaults, strict=True)
-        return [entry if pattern is None else spec[pattern] for pattern, entry in rows]
+        return [LAST_TWO if pattern is None else spec[pattern] for pattern in patterns]
     entries = jax.tree_util.tree_leaves_with_path(spec, is_leaf=_is_entry)
     table = {names_of(path): entry for path, entry in entries}
     return [_entry_at(path, table) for path in paths]

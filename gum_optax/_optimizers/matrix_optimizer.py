@@ -46,7 +46,7 @@ from .._state.containers import with_clear_errors
 from .._transforms.momentum import adam
 from .._transforms.scaling import scale_by_fans
 from .._transforms.skip_non_finite import skip_as_one, skip_leaves
-from .others_by_kind import ByKind
+from .others_by_kind import ByKind, OfAnyKind
 
 # A number, a function of the fan-in and fan-out of a matrix, or a rule over `(*blocks, fan_in, fan_out)`.
 Scale = float | jax.Array | Callable[[int, int], Any] | optax.GradientTransformation
@@ -207,8 +207,10 @@ def matrix_optimizer(
     weight_decay = checked_decay(weight_decay)
     if not callable(learning_rate):
         learning_rate = check_number("learning_rate", learning_rate, at_least=0)
-    for name, given in (("others", others), ("others_rule", others_rule)):
-        check_rule(name, optax.identity() if given is None or isinstance(given, ByKind) else given)
+    if others is not None:
+        others = skip_as_one(check_rule("others", others))
+    if not isinstance(others_rule, ByKind):
+        others_rule = OfAnyKind(adam() if others_rule is None else check_rule("others_rule", others_rule))
     check_mask("weight_decay_mask", weight_decay_mask)
     decisions = Decisions(weight_dimension_numbers)
 
@@ -222,15 +224,12 @@ def matrix_optimizer(
             decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(learning_rate)
         )
         matrices = optax.chain(as_matrices(rule, dims, wide=wide), rescale(dims), descent)
-        rule_of_others = others_rule.of(tree, turn) if isinstance(others_rule, ByKind) else others_rule
-        rest = optax.chain(at_least_float32(rule_of_others or adam()), descent)
-        outer = rest if others is None else skip_as_one(others)
-        return partition_matrices(matrices, outer, tree, entries)
+        rest = others or optax.chain(at_least_float32(others_rule.of(tree, turn)), descent)
+        return partition_matrices(matrices, rest, tree, entries)
 
     def init(params):
         entries = decisions.decide_at_init(params)
-        if isinstance(others_rule, ByKind):
-            others_rule.decisions.decide_at_init(params)
+        others_rule.at_init(params)
         _check_matrices(params, entries)
         _check_mask_fits(weight_decay_mask, params)
         return routed(params).init(params)

@@ -31,7 +31,7 @@ class Kind:
 
 @dataclasses.dataclass(frozen=True)
 class ByKind:
-    """A rule for the leaves that are not matrices, made anew for each tree from the kinds of its leaves.
+    """A rule for the leaves that are not matrices, made for each tree from the kinds of its leaves.
 
     Attributes:
       make: from the tree of kinds to the rule.
@@ -41,10 +41,28 @@ class ByKind:
     make: Callable[[Any], optax.GradientTransformation]
     decisions: Decisions = dataclasses.field(default_factory=lambda: Decisions(None))
 
+    def at_init(self, params: Any) -> None:
+        """Decide what the leaves are, once."""
+        self.decisions.decide_at_init(params)
+
     def of(self, tree: Any, turn: WholeStep) -> optax.GradientTransformation:
         """The rule for `tree`, in which no matrix is masked yet."""
         kinds = turn.of_whole(tree, lambda whole: _kinds(whole, self.decisions.readings(whole)))
         return self.make(jax.tree.structure(tree).unflatten(kinds))
+
+
+@dataclasses.dataclass(frozen=True)
+class OfAnyKind:
+    """One rule for all leaves that are not matrices."""
+
+    rule: optax.GradientTransformation
+
+    def at_init(self, params: Any) -> None:
+        """Nothing to decide."""
+
+    def of(self, tree: Any, turn: WholeStep) -> optax.GradientTransformation:
+        """The rule."""
+        return self.rule
 
 
 def others_by_kind(
