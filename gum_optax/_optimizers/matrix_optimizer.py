@@ -135,6 +135,12 @@ def at_least_float32(rule: optax.GradientTransformation) -> optax.GradientTransf
     return optax.GradientTransformationExtraArgs(lambda params: rule.init(widened(params)), update)
 
 
+def _auxiliary(others_rule: optax.GradientTransformation | ByKind | None) -> ByKind | OfAnyKind:
+    if isinstance(others_rule, ByKind):
+        return others_rule
+    return OfAnyKind(adam() if others_rule is None else check_rule("others_rule", others_rule))
+
+
 def _check_matrices(params: Any, entries: Sequence[Entry]) -> None:
     """Refuse leaves that are not matrices before optax masks the tree, so that errors name their paths."""
     chosen, _ = split(params, [entry is not None for entry in entries])
@@ -209,8 +215,7 @@ def matrix_optimizer(
         learning_rate = check_number("learning_rate", learning_rate, at_least=0)
     if others is not None:
         others = skip_as_one(check_rule("others", others))
-    if not isinstance(others_rule, ByKind):
-        others_rule = OfAnyKind(adam() if others_rule is None else check_rule("others_rule", others_rule))
+    auxiliary = _auxiliary(others_rule)
     check_mask("weight_decay_mask", weight_decay_mask)
     decisions = Decisions(weight_dimension_numbers)
 
@@ -224,12 +229,12 @@ def matrix_optimizer(
             decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(learning_rate)
         )
         matrices = optax.chain(as_matrices(rule, dims, wide=wide), rescale(dims), descent)
-        rest = others or optax.chain(at_least_float32(others_rule.of(tree, turn)), descent)
+        rest = others or optax.chain(at_least_float32(auxiliary.of(tree, turn)), descent)
         return partition_matrices(matrices, rest, tree, entries)
 
     def init(params):
         entries = decisions.decide_at_init(params)
-        others_rule.at_init(params)
+        auxiliary.at_init(params)
         _check_matrices(params, entries)
         _check_mask_fits(weight_decay_mask, params)
         return routed(params).init(params)
