@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
-from .._core.trees import is_state_field
+from .._core.trees import is_masked, is_state_field
 from .._core.xla import if_needed
 from .._linalg.numerics import exact_matmul
 from .._transforms.storage import QuantizedTrace
@@ -55,13 +55,15 @@ def rotate(inner: Any, state: Any, coordinates: Any, rotation: Any, is_refresh: 
     """
 
     def follow(m, q, r):
+        if is_masked(m):
+            return m
         is_accumulator = m.shape == r.shape and jnp.issubdtype(m.dtype, jnp.floating)
         return _rotated(is_refresh, q, m) if is_accumulator else m
 
     def follow_codes(node):
         return node.rotated(is_refresh, rotation) if isinstance(node, QuantizedTrace) else node
 
-    state = optax.tree.map_params(inner, follow, state, rotation, coordinates)
+    state = optax.tree.map_params(inner, follow, state, rotation, coordinates, is_leaf=is_masked)
     return jax.tree.map(follow_codes, state, is_leaf=lambda node: isinstance(node, QuantizedTrace))
 
 

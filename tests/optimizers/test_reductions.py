@@ -95,6 +95,17 @@ def test_rotated_linear_momentum_is_the_projection_of_a_momentum_that_lies_in_bo
     assert_same(rule, optax.trace(0.9), sequence_in_subspace, exactly=False)
 
 
+@pytest.mark.parametrize("on_refresh", [go.rotate, go.keep, go.restart])
+def test_an_inner_rule_that_masks_a_leaf_runs_on_the_others_as_alone(gradients, on_refresh):
+    def rule(inner):
+        return go.low_rank(inner, RANK, PERIOD, on_refresh=on_refresh)
+
+    masked = optax.masked(optax.trace(0.9), {name: name == "a" for name in gradients[0]})
+    some, alone = (run(go.as_matrices(rule(inner)), gradients)[0] for inner in (masked, optax.trace(0.9)))
+    for x, y in zip(some, alone, strict=True):
+        np.testing.assert_array_equal(x["a"], y["a"])
+
+
 @pytest.mark.skipif(
     "consistent_rms" not in inspect.signature(optax.contrib.muon).parameters,
     reason="optax.contrib.muon has had consistent_rms since 0.2.8",
