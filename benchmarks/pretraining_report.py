@@ -9,7 +9,6 @@ it. `--costs` first measures the time of a step, round-robin in one process on a
 
 import argparse
 import json
-import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 from flax import nnx
-from results import RESULTS
+from results import RESULTS, beside, mean_and_interval
 
 from pretraining import (
     BATCH,
@@ -48,8 +47,6 @@ from llama import SIZES, Llama  # isort: skip
 from optimizers import Settings, optimizer  # isort: skip
 
 ROUNDS, STEPS_A_ROUND = 9, 5
-# Student's t for a two-sided interval of 95 %, by degrees of freedom.
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 COLOURS = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#d55e00", "#0072b2")  # Okabe and Ito's
 
 
@@ -69,21 +66,6 @@ class Group(NamedTuple):
         steps = [int(step) for step in self.runs[0]["validation"]]
         losses = [list(r["validation"].values()) for r in self.runs]
         return np.array(steps) * self.settings.batch * self.settings.seq, np.array(losses)
-
-
-def interval(values: Sequence[float]) -> str:
-    """The mean and its 95 % interval by Student's t."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return f"{mean:.4f}"
-    return f"{mean:.4f} ± {T95[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values)):.4f}"
-
-
-def beside(group: Group, other: Group) -> str:
-    """The difference of the losses, paired by seed, with its interval."""
-    pairs = list(zip(group.losses, other.losses, strict=False))
-    found = interval([a - b for a, b in pairs])
-    return found if found.startswith("-") else f"+{found}"
 
 
 def reached(group: Group, loss: float) -> float | None:
@@ -139,12 +121,12 @@ def long_table(groups: list[Group], costs: dict[str, Any]) -> Iterator[str]:
     for group in groups:
         gap = after = ""
         if adamw and group is not adamw:
-            gap = beside(group, adamw)
+            gap = beside(group.losses, adamw.losses)
             tokens = reached(group, statistics.fmean(adamw.losses))
             after = f"{tokens / 1e6:.2f}M tokens" if tokens else "not reached"
         cost = costs.get(group.name)
         step, state = (f"{cost['step_ms']:.0f} ms", f"{cost['state_mib']:.1f}") if cost else ("", "")
-        loss = f"{interval(group.losses)} ({len(group.runs)})"
+        loss = f"{mean_and_interval(group.losses)} ({len(group.runs)})"
         yield f"| `{group.name}` | {group.settings.lr:g} | {loss} | {gap} | {after} | {step} | {state} |"
 
 

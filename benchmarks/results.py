@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
@@ -26,6 +27,24 @@ def mean_and_deviation(values: Sequence[float]) -> str:
         return ""
     deviation = f" ± {statistics.stdev(values):.4f} ({len(values)})" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.4f}{deviation}"
+
+
+# Student's t for a two-sided interval of 95 %, by degrees of freedom.
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+
+
+def mean_and_interval(values: Sequence[float]) -> str:
+    """The mean and its 95 % interval by Student's t, as a cell of a table."""
+    mean = f"{statistics.fmean(values):.4f}"
+    if len(values) < 2:
+        return mean
+    return f"{mean} ± {T95[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values)):.4f}"
+
+
+def beside(losses: Sequence[float], others: Sequence[float]) -> str:
+    """The mean difference of losses, paired by seed, with its interval."""
+    found = mean_and_interval([a - b for a, b in zip(losses, others, strict=False)])
+    return found if found.startswith("-") else f"+{found}"
 
 
 def losses_table(columns: Iterable[str], runs: dict[str, dict[str, dict[str, float]]]) -> list[str]:

@@ -17,7 +17,7 @@ def interval(right: int, of: int) -> tuple[float, float]:
     share, width = right / of, z**2 / of
     middle = (share + width / 2) / (1 + width)
     half = z / (1 + width) * math.sqrt(share * (1 - share) / of + width / (4 * of))
-    return middle - half, middle + half
+    return max(middle - half, 0.0), min(middle + half, 1.0)  # past an end by rounding
 
 
 def answer(model: Llama, chat: Chat, items: Sequence[Item]) -> dict[str, Any]:

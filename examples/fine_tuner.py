@@ -31,7 +31,7 @@ class FinetuneSettings(Settings):
     protect: float = 0.0  # the fraction of each matrix's singular vectors that must stay
 
 
-def _by_head(make: Maker) -> Maker:
+def by_head(make: Maker) -> Maker:
     """The same optimizer, to which each head may be a matrix of its own."""
 
     def made(s: FinetuneSettings, lr: Any, **arguments: Any) -> optax.GradientTransformation:
@@ -57,7 +57,7 @@ def _protected(make: Maker) -> Maker:
 # Walks along random directions, without gradients and without a state (MeZO, arXiv 2305.17333).
 MEZO: tuple[Maker, float] = (lambda s, lr, **arguments: optax.set_to_zero(), 1e-6)
 
-BY_HEAD = {name: (_by_head(make), lr) for name, (make, lr) in OPTIMIZERS.items() if name != "adamw"}
+BY_HEAD = {name: (by_head(make), lr) for name, (make, lr) in OPTIMIZERS.items() if name != "adamw"}
 PROTECTED = {name: (_protected(make), lr) for name, (make, lr) in (OPTIMIZERS | BY_HEAD).items()}
 KNOWN = PROTECTED | {"lora": LORA, "mezo": MEZO}
 

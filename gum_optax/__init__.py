@@ -139,6 +139,7 @@ from ._linalg.newton_schulz import JORDAN as JORDAN
 from ._linalg.newton_schulz import POLAR_EXPRESS as POLAR_EXPRESS
 from ._linalg.newton_schulz import fastest_newton_schulz as fastest_newton_schulz
 from ._linalg.newton_schulz import gram_newton_schulz as gram_newton_schulz
+from ._linalg.newton_schulz import high_pass as high_pass
 from ._linalg.newton_schulz import newton_schulz as newton_schulz
 from ._linalg.normalizers import column_lmo as column_lmo
 from ._linalg.normalizers import multi_norm as multi_norm

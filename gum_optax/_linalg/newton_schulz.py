@@ -73,6 +73,43 @@ Examples:
 """
 
 
+# Newton-Schulz's own quintic, the steepest at zero of those that rise to 1 and are flat there; and the only
+# quintic without a linear term that does.
+_PROMOTION = (1.875, -1.25, 0.375)
+_SUPPRESSION = (0.0, 2.5, -1.5)
+
+
+def high_pass(promotions: int, steps: int = 5) -> Coefficients:
+    """Coefficients that keep the large singular values and drop the small ones, for noisy gradients (Pion).
+
+        σ ← (15 σ - 10 σ³ + 3 σ⁵)/8   `promotions` times,   then   σ ← (5 σ³ - 3 σ⁵)/2   on the other steps
+
+    Both rise from 0 to 1, so that singular values keep their order. Those far below the Frobenius norm go to
+    zero: a matrix whose singular values are all alike has almost no step, and its size is not that of
+    `consistent_rms`. More promotions keep more of them.
+
+    Args:
+      promotions: how many steps promote, from 0 to `steps`; 0 to 2 in the paper's experiments.
+      steps: 5 as in the paper.
+
+    Raises:
+      TypeError, ValueError: `steps` is below 1, or `promotions` is not an integer from 0 to `steps`.
+
+    Examples:
+      >>> method = lambda x: gum_optax.newton_schulz(x, gum_optax.high_pass(2))
+      >>> print(np.diagonal(method(jnp.diag(jnp.array([1.0, 0.6, 0.2])))).round(2))
+      [1.   0.99 0.07]
+      >>> pion = gum_optax.muon(1e-3, orthogonalizer=method)
+
+    References:
+      Fan et al., Pion, arXiv 2605.19282, equations 7 and 8.
+    """
+    steps = check_integer("steps", steps, at_least=1)
+    if check_integer("promotions", promotions, at_least=0) > steps:
+        raise ValueError(f"promotions must be at most the number of steps, {steps}, got {promotions}.")
+    return (_PROMOTION,) * promotions + (_SUPPRESSION,) * (steps - promotions)
+
+
 def _as_wide(f: Orthogonalizer, x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
     """Apply `f` to wide matrices, so that `X Xᵀ` is the smaller Gram matrix. Keeps the dtype of `x`.
 
@@ -101,8 +138,9 @@ def newton_schulz(
 
     Args:
       x: matrices in the last two axes, of any floating dtype.
-      coefficients: one row per step; `JORDAN` (5 rows, singular values to about [0.7, 1.2]) or
-        `POLAR_EXPRESS` (8 rows, to 1 within 1e-5; `POLAR_EXPRESS[:5]` is between the two).
+      coefficients: one row per step; `JORDAN` (5 rows, singular values to about [0.7, 1.2]),
+        `POLAR_EXPRESS` (8 rows, to 1 within 1e-5; `POLAR_EXPRESS[:5]` is between the two), or those of
+        `high_pass`, which drop small singular values.
       dtype: the dtype of `X` and of the products; bfloat16, as in Jordan's code, is enough for `JORDAN`.
 
     Returns:

@@ -139,6 +139,44 @@ def test_jordan_brings_singular_values_near_one(rng):
     assert out.max() < 1.25
 
 
+@pytest.mark.parametrize("promotions", [0, 2, 5])
+def test_high_pass_is_its_polynomials_of_the_singular_values(rng, promotions):
+    singular = np.array([1.0, 0.7, 0.4, 0.1, 0.02])
+    x = with_spectrum(rng, 5, 8, singular)
+    u, _, vt = np.linalg.svd(np.float64(x), full_matrices=False)
+    wanted = singular / np.linalg.norm(singular)
+    for step in range(5):
+        s = wanted
+        wanted = (15 * s - 10 * s**3 + 3 * s**5) / 8 if step < promotions else (5 * s**3 - 3 * s**5) / 2
+    for form in (go.newton_schulz, go.gram_newton_schulz):
+        np.testing.assert_allclose(form(x, go.high_pass(promotions)), u * wanted @ vt, atol=1e-5)
+
+
+@pytest.mark.parametrize(("a", "b", "c"), sorted(set(go.high_pass(1))))
+def test_rows_of_high_pass_rise_from_0_to_1_and_are_flat_there(a, b, c):
+    """With the linear term as large as that allows, or zero: this defines the two quintics."""
+    assert (a + b + c, a + 3 * b + 5 * c) == (1, 0)
+    u = np.linspace(0, 1, 1001)
+    slope = a + 3 * b * u + 5 * c * u**2
+    assert slope.min() > -1e-12
+    # A larger linear term, with the same value and slope at 1, would have a negative slope below 1.
+    steeper = (a + 0.1) + 3 * (b - 0.2) * u + 5 * (c + 0.1) * u**2
+    assert a == 0 or steeper.min() < -1e-6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((6,), "at most the number of steps, 5, got 6"),
+        ((-1,), "at least 0"),
+        ((0, 0), "steps must be at least 1"),
+    ],
+)
+def test_high_pass_refuses_other_numbers_of_steps(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        go.high_pass(*arguments)
+
+
 def test_polar_express_rows_are_minimax_each_on_the_range_that_the_row_before_leaves():
     """The errors of each quintic at its extremes are equal in size: this property defines the quintic.
 
