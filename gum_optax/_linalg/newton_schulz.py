@@ -97,8 +97,8 @@ def high_pass(promotions: int, steps: int = 5) -> Coefficients:
 
     Examples:
       >>> method = lambda x: gum_optax.newton_schulz(x, gum_optax.high_pass(2))
-      >>> print(np.diagonal(method(jnp.diag(jnp.array([1.0, 0.6, 0.2])))).round(2))
-      [1.   0.99 0.07]
+      >>> print(np.diagonal(method(jnp.diag(jnp.array([4.0, 3.0, 2.0, 1.0])))).round(2))
+      [1.   1.   1.   0.01]
       >>> pion = gum_optax.muon(1e-3, orthogonalizer=method)
 
     References:
