@@ -211,9 +211,9 @@ def test_the_study_of_fine_tuning_is_complete(stored, tmp_path, monkeypatch):
     assert Counter(x.seed for x in done) == {0: 30, 1: 10, 2: 10}
     assert {x.lora_rank > 0 for x in done if x.optimizer == "lora"} == {True}
     lines = finetuning.table(stored, tmp_path, "sums").splitlines()
-    of_adamw, of_muon = (line.split("|")[2:-1] for line in lines[2:4])
-    wanted = ["9.38e-05", "0.0000 ± 0.0000 (3)", "", "6 of 128 (2.2 to 9.8 %)", "1.0", "2"]
+    of_adamw, of_muon = (line.split("|")[1:-1] for line in lines[2:4])
+    wanted = ["`adamw`", "9.38e-05", "0.0000 ± 0.0000 (3)", "", "6 of 128 (2.2 to 9.8 %)", "1.0", "2"]
     assert [cell.strip() for cell in of_adamw] == wanted
-    assert of_muon[2].strip() == "+0.0000 ± 0.0000"
+    assert of_muon[3].strip() == "+0.0000 ± 0.0000"
     assert len(lines) == 2 + len(finetuning.ROWS)
     assert lines[-1].startswith("| `muon, high pass`, each head |")

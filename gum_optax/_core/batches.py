@@ -35,8 +35,7 @@ def map_sequentially(f: Callable[..., Any], tree: Any, *others: Any) -> Any:
     return treedef.unflatten([results[leaf_index] for leaf_index in range(len(rows))])
 
 
-# On a GPU so many matrices, or half a stack if that is more, go through a function at once.
-AT_ONCE = 6
+_AT_ONCE = 6
 # On a GPU leaves of up to this share of all numbers go through a function at once. Measured on an H200's
 # compiler, twelve layers of width 512: two of the largest leaves, or five of the others.
 _SHARE = 1 / 26
@@ -45,6 +44,11 @@ _SHARE_OF_LEAN = 1 / 10
 # The same for small leaves, which a CPU takes all at once: all coordinates of the attention's leaves, and one
 # leaf of the others.
 _SHARE_OF_SMALL = 1 / 3
+
+
+def at_once_on_gpu(count: int) -> int:
+    """How many of `count` matrices go through a function at once on a GPU: half, or six if that is more."""
+    return min(max(count // 2, _AT_ONCE), count)
 
 
 def map_in_place(f: Callable[[Array], Array], stack: Float[Array, "k m n"]) -> Float[Array, "k m n"]:
@@ -66,7 +70,7 @@ def map_in_place(f: Callable[[Array], Array], stack: Float[Array, "k m n"]) -> F
             x = jax.lax.dynamic_slice_in_dim(stack, i * size, size)
             return jax.lax.dynamic_update_slice_in_dim(stack, f(x).astype(stack.dtype), i * size, axis=0)
 
-        size = min(max(len(stack) // 2, AT_ONCE), len(stack))
+        size = at_once_on_gpu(len(stack))
         whole, left = divmod(len(stack), size)
         stack = jax.lax.fori_loop(0, whole, step, stack)
         return stack.at[-left:].set(f(stack[-left:]).astype(stack.dtype)) if left else stack

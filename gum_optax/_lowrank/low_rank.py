@@ -223,6 +223,8 @@ def _initial(
         refreshed = functools.partial(subspace.on_refresh, inner)
         jax.eval_shape(refreshed, inner_state, coordinates, rotation, True)
     starts = map_with_leaf_index(start, low)
+    # Accumulators are float32, whatever the model is.
+    wide_low, wide_full = (optax.tree.zeros_like(tree, dtype=jnp.float32) for tree in (low, full))
     projectors, scales = trees_of_stored(starts, list(map(subspace.storage.first, jax.tree.leaves(starts))))
     return LowRankState(
         count=jnp.zeros((), jnp.int32),
@@ -232,8 +234,8 @@ def _initial(
         captured=jnp.zeros((), jnp.float32),
         projectors=projectors,
         low=inner_state,
-        full=inner.init(optax.tree.zeros_like(full, dtype=jnp.float32)),
-        outside=plan.lift.init(optax.tree.zeros_like(low, dtype=jnp.float32)),
+        full=inner.init(wide_full),
+        outside=plan.lift.init(wide_low),
         projectors_scales=scales,
     )
 

@@ -18,7 +18,7 @@ XLA computes most results in the memory of gradients that are no longer needed. 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .._core.batches import AT_ONCE
+from .._core.batches import at_once_on_gpu
 
 _FLOAT32 = 4
 # Measured for a card of compute capability 8.9, in bfloat16: 2.56 on the shapes of LLaMA-3-8B, 1.6 on twelve
@@ -98,7 +98,7 @@ def _matrices(leaves: Sequence[Any]) -> list[Any]:
 
 def _newton_schulz(stack: Any, platform: str) -> int:
     count, m, n = stack.shape[0], *sorted(stack.shape[1:])
-    at_once = min(max(count // 2, AT_ONCE), count) if platform == "gpu" else 1
+    at_once = at_once_on_gpu(count) if platform == "gpu" else 1
     return _FLOAT32 * at_once * 2 * (m * n + m * m)
 
 
