@@ -124,7 +124,7 @@ def normal(key: PRNGKeyArray | RowKey, shape: tuple[int, ...]) -> Float[Array, "
 
 def some(keys: Key[Array, "count"], chosen: Sequence[int]) -> Key[Array, "chosen"]:
     """`keys[chosen]`, which `jax_debug_key_reuse` would take for a use of all of them."""
-    return typed(jax.random.key_data(keys)[jnp.asarray(chosen)])
+    return typed(jax.random.key_data(keys)[jnp.asarray(chosen, jnp.int32)])
 
 
 def draw(key: UInt32[Array, "2"], period: Int[Array, ""], group: str, blocks: int, k: int) -> Int[Array, "k"]:

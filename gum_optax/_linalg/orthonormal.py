@@ -1,5 +1,7 @@
 """Orthonormal columns: how to compute them, project onto their span, and lift from it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -80,6 +82,7 @@ def straighten(p: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:
     return p
 
 
+@functools.partial(jax.jit, static_argnames="shifted_passes")  # traced once for all leaves of a shape
 def orthonormalize(y: Float[Array, "*b m r"], shifted_passes: int = 1) -> Float[Array, "*b m r"]:
     """The `Q` of `Y = Q R`, `R` with positive diagonal, by shifted Cholesky-QR.
 

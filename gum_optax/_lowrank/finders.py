@@ -100,13 +100,8 @@ def power_steps(mean_of: MeanOf, keys: Any, p: Any, iterations: Any = ITERATIONS
     """`subspace_iteration` of all leaves, which share their means. `iterations` may be traced."""
     del keys
 
-    def replaced(p, y):
-        y = y.astype(p.dtype)
-        squares = jnp.sum(y * y, axis=(-2, -1), keepdims=True)
-        return orthonormalize(regularized(y * safe_reciprocal(jnp.sqrt(squares)), p))
-
     def step(p, _):
-        return jax.tree.map(replaced, p, _power_step(mean_of, p))
+        return jax.tree.map(_replaced, p, _power_step(mean_of, p))
 
     # In float32, whatever the gradient and the state are kept in.
     p = jax.tree.map(lambda p: p.astype(jnp.float32), p)
@@ -148,6 +143,14 @@ def subspace_iteration(
       [1.   0.56 0.25 0.06]
     """
     return power_steps(functools.partial(_of, gradient), key, previous, iterations)
+
+
+@jax.jit  # traced once for all leaves of a shape
+def _replaced(p: Float[Array, "*b m r"], y: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:
+    """The orthonormal columns of `Y / |Y| + δ P`."""
+    y = y.astype(p.dtype)
+    squares = jnp.sum(y * y, axis=(-2, -1), keepdims=True)
+    return orthonormalize(regularized(y * safe_reciprocal(jnp.sqrt(squares)), p))
 
 
 def _power_step(mean_of: MeanOf, p: Any) -> Any:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from .._core.acceptance import Accepted, choose
+from .._core.keys import some
 from .._core.measurements import Measurements
 from .._core.turns import Turn, WholeStep
 from .._linalg.numerics import exact_matmul, safe_reciprocal
@@ -74,6 +75,13 @@ def _projection(g: Array, stored: Array, p: Array, rotation: Array) -> Projectio
     return Projection(p, rotation, r, Energy(scale, _squares(r, scale), _squares(stored, scale)))
 
 
+def _no_projection(view: View, p: Array) -> Projection:
+    """Of a leaf that takes no step in this turn, so that nothing is traced for it."""
+    zero = jnp.zeros((), jnp.float32)
+    r = jnp.zeros((*view.shape[:-2], p.shape[-1], view.shape[-1]), jnp.float32)
+    return Projection(p, no_rotation(p), r, Energy(zero, zero, zero))
+
+
 def _unless_rejected(
     accepted: Sequence[Accepted], found: Sequence[Found], projectors: Sequence[Array]
 ) -> list[Found]:
@@ -87,6 +95,7 @@ class DenseGradient(NamedTuple):
 
     stored: Sequence[Float[Array, "..."]]  # as the model has them
     views: Sequence[View]
+    are_live: Sequence[bool]  # whether each leaf takes a step in this turn
 
     def refresh_and_project(
         self,
@@ -99,16 +108,23 @@ class DenseGradient(NamedTuple):
         storage: ProjectorStorage,
     ) -> list[Projection]:
         """The projection of each leaf, on a new projector at a refresh."""
-        rows = list(zip(self.stored, self.views, projectors, strict=True))
-        projections = refreshed(find, is_refresh, count, keys, rows, storage.load, _projection)
-        # Nothing reads the rest of a rejected leaf's projection.
-        return [
-            x._replace(
-                projector=storage.choose(yes, x.projector, stored),
-                rotation=choose(yes, x.rotation, no_rotation(x.projector)),
+        live = [leaf_index for leaf_index, is_live in enumerate(self.are_live) if is_live]
+        rows = [(self.stored[i], self.views[i], projectors[i]) for i in live]
+        own_keys = keys if len(live) == len(self.stored) else some(keys, live)
+        projections = refreshed(find, is_refresh, count, own_keys, rows, storage.load, _projection)
+        found = dict(zip(live, projections, strict=True))
+
+        def chosen(leaf_index, accepted, stored):
+            if leaf_index not in found:
+                return _no_projection(self.views[leaf_index], storage.load(*stored))
+            # Nobody reads the rest of a rejected leaf's projection.
+            x = found[leaf_index]
+            return x._replace(
+                projector=storage.choose(accepted, x.projector, stored),
+                rotation=choose(accepted, x.rotation, no_rotation(x.projector)),
             )
-            for x, yes, stored in zip(projections, accepted, projectors, strict=True)
-        ]
+
+        return list(map(chosen, range(len(self.stored)), accepted, projectors))
 
     def gather(
         self, input_of: SlotInput, group: Group, index: Int[Array, "k"], projectors: Sequence[Array]

@@ -162,7 +162,7 @@ def in_subspace(
         low, full = split(updates, is_projected)
         views, _ = split(views_beside(updates, context.views), is_projected)
         extra_args |= {"context": MatrixContext(accept=accept, turn=turn)}
-        gradient = gradient_of(low, jax.tree.leaves(views), context.measurements)
+        gradient = gradient_of(low, jax.tree.leaves(views), context)
         is_refresh = begins_period(state.count, subspace.period, accept)
         projections = refresh_and_project(gradient, subspace, state, is_refresh, low, context)  # P, R = PᵀG
         projectors, scales = _stored(subspace.storage, projections.projectors, state, is_refresh, accept)

@@ -10,7 +10,6 @@ from jaxtyping import Array, Bool, Int
 
 from .._core.acceptance import Acceptance, Accepted
 from .._core.context import MatrixContext
-from .._core.measurements import Measurements
 from .._core.trees import leaf_indices_of
 from .._core.xla import barrier_but_on_cpu
 from .._matrices.view import View
@@ -41,14 +40,12 @@ class Projections(NamedTuple):
     energies: list[Energy]  # of each leaf
 
 
-def gradient_of(
-    low: Any, views: Sequence[View], measurements: Measurements | None
-) -> DenseGradient | ProjectedGradient:
+def gradient_of(low: Any, views: Sequence[View], context: MatrixContext) -> DenseGradient | ProjectedGradient:
     """The gradient of the projected leaves: their updates as they are stored, or measurements."""
-    if measurements is not None:
-        return ProjectedGradient(measurements, leaf_indices_of(low), views)
-    leaves = jax.tree.leaves(low)
-    return DenseGradient([view.back(g) for g, view in zip(leaves, views, strict=True)], views)
+    if context.measurements is not None:
+        return ProjectedGradient(context.measurements, leaf_indices_of(low), views)
+    stored = [view.back(g) for g, view in zip(jax.tree.leaves(low), views, strict=True)]
+    return DenseGradient(stored, views, context.turn.are_live(low))
 
 
 def begins_period(count: Int[Array, ""], period: int, accept: Acceptance | None) -> Bool[Array, ""]:
