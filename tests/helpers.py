@@ -1,5 +1,7 @@
 """Small functions and tables that several test modules share."""
 
+import gc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,9 @@ import optax
 import pytest
 
 import gum_optax as go
+
+# A trace makes many objects that live on, and each collection looks at them again: an eighth of the time.
+gc.set_threshold(50_000, 20, 20)
 
 # If two programs round differently, Newton-Schulz multiplies the difference by up to its slope at zero:
 # 3.4445⁵ = 485 for Jordan's five steps, and 485 roundings of float32 are 6e-5.

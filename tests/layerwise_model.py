@@ -12,7 +12,7 @@ import gum_optax as go
 LAYERS, WIDTH, WIDE, VOCABULARY = 4, 6, 9, 11
 
 
-def params(*, stacked=True, dtype=jnp.float32, shapes=None, width=WIDTH, wide=WIDE):
+def params(*, stacked=True, dtype=jnp.float32, shapes=None, width=WIDTH, wide=WIDE, count=LAYERS):
     """Layers with two shapes of matrices, a norm, and a matrix no larger than the rank."""
     rng = np.random.default_rng(0)
 
@@ -21,10 +21,10 @@ def params(*, stacked=True, dtype=jnp.float32, shapes=None, width=WIDTH, wide=WI
 
     kernels = {"q": (width, width), "k": (width, width), "up": (width, wide), "down": (wide, width)}
     kernels |= {"few": (2, width)} | (shapes or {})
-    layers = {name: {"kernel": array(LAYERS, *shape)} for name, shape in kernels.items()}
-    layers["norm"] = {"scale": jnp.ones((LAYERS, width), dtype)}
+    layers = {name: {"kernel": array(count, *shape)} for name, shape in kernels.items()}
+    layers["norm"] = {"scale": jnp.ones((count, width), dtype)}
     if not stacked:
-        layers = [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(LAYERS)]
+        layers = [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(count)]
     head = {"norm": {"scale": jnp.ones(width, dtype)}, "lm_head": {"kernel": array(width, VOCABULARY)}}
     return {"embed": {"embedding": array(VOCABULARY, width)}, "layers": layers, "head": head}
 

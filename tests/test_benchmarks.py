@@ -43,10 +43,10 @@ def few(monkeypatch):
     some = {name: accelerator.OPTIMIZERS[name] for name in ("adamw", "gum")}
     monkeypatch.setattr(accelerator, "OPTIMIZERS", some)
     monkeypatch.setattr(accelerator, "PEERS", (speed.PEER,))
-    monkeypatch.setattr(accelerator, "OURS", ("gum",))
+    monkeypatch.setattr(accelerator, "OURS", ("galore_muon",))
     monkeypatch.setattr(accelerator, "TRAINED", ("gum",))
-    monkeypatch.setattr(accelerator, "STEPPED", ("optax.sgd", "gum"))
-    monkeypatch.setattr(scaling, "NAMES", ("gum",))
+    monkeypatch.setattr(accelerator, "STEPPED", ("optax.sgd", "sinkgd"))
+    monkeypatch.setattr(scaling, "NAMES", ("galore_muon",))
     kept = ("svd_subspace", "sketched_subspace, 1 step")
     monkeypatch.setattr(refresh, "FINDERS", {name: refresh.FINDERS[name] for name in kept})
 
@@ -64,15 +64,16 @@ def test_the_accelerator_script_checks_measures_and_trains(tmp_path, monkeypatch
     assert all(np.isfinite(row["val_loss"]) for row in trained.values())
     assert list(check) == ["adamw", "gum"]
     assert all(row["agrees"] for row in check.values())
-    assert lean["gum"]["state"] < lean[speed.PEER]["state"]
-    assert lean["gum"]["peak"] is None  # a CPU has no such statistics
-    assert lean["gum"]["predicted peak"] > lean["gum"]["state"] + lean["gum"]["temporaries"]
-    assert lean["gum"]["kernels"] > 0
-    assert fast["gum"]["step"] > 0
+    own = lean["galore_muon"]
+    assert own["state"] < lean[speed.PEER]["state"]
+    assert own["peak"] is None  # a CPU has no such statistics
+    assert own["predicted peak"] > own["state"] + own["temporaries"]
+    assert own["kernels"] > 0
+    assert fast["galore_muon"]["step"] > 0
     assert finders["svd_subspace"]["of the SVD's"] == 1
     assert finders["sketched_subspace, 1 step"]["of the SVD's"] not in (0, 1)
-    assert steps["gum"]["over_sgd"] > 0
-    assert swept["gum, rank 2"]["temporaries"] > 0
+    assert steps["sinkgd"]["over_sgd"] > 0
+    assert swept["galore_muon, rank 2"]["temporaries"] > 0
     assert (tmp_path / "accelerator.png").stat().st_size > 0
     text = (tmp_path / "accelerator.md").read_text()
     assert text.count("| of optax's Muon |") == 1
@@ -102,7 +103,7 @@ def test_no_process_is_started_for_the_device_once_this_one_holds_it(tmp_path, m
     assert happened.count("child") == 2 * 2 + 1
     assert "child" not in happened[happened.index("held") :]
     rows = list(settings_of(tmp_path / "accelerator.json").values())
-    assert rows[1]["gum"]["peak"] == "failed: out of memory"
+    assert rows[1]["galore_muon"]["peak"] == "failed: out of memory"
 
 
 @pytest.mark.parametrize("rate", [0.097, 0.103, float("nan")])
