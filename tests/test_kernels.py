@@ -70,7 +70,7 @@ BUDGETS = {
         "galore_muon": (0.15, 276),
         "muon": (0.4, 552),
         "swan": (0.4, 766),
-        "sumo": (0.39, 715),
+        "sumo": (0.3, 715),
         "sinkgd": (0.05, 194),
     },
     "separate": {

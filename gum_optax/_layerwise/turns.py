@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Int
 from .._core.context import MatrixContext
 from .._core.trees import is_masked
 from .._core.turns import Ledger, Place, Turn
-from .._core.xla import depend_on, row_major, stacks_in_place
+from .._core.xla import barrier_on_tpu, depend_on, row_major, stacks_in_place
 from .._transforms.skip_non_finite import SkipNonFiniteState
 from .division import KINDS, SHARED, Divided, Division
 
@@ -83,7 +83,8 @@ class Step:
             (division.layer(carry.params, number), [division.layer(piece, number) for piece in carry.state])
         )
         own, state, _ = self._turn("layers", number, division.around(own, gradient), own, state, ledger)
-        own, state = placed((own, state))
+        # A TPU would add all float32 steps of the layer where it writes the stacks, after the last of them.
+        own, state = placed((jax.tree.map(barrier_on_tpu, own), state))
         return carried(
             Carry(
                 division.with_layer(carry.params, number, own),

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from .._core.batches import map_sequentially
 from .._core.checks import check_residual, is_rule
+from .._core.xla import add_product
 from .._linalg.numerics import norm, safe_reciprocal
 from .._linalg.orthonormal import lift, outside
 from .gradient import ProjectedGradient
@@ -50,7 +51,7 @@ def add_raw(
       >>> gum_optax.add_raw(g, p, r, s).tolist()
       [[1.0, 1.0], [4.0, 4.0], [4.0, 4.0]]
     """
-    return g + lift(p, s - r)
+    return add_product(g, p, s - r)
 
 
 def scale_as_inside() -> optax.GradientTransformationExtraArgs:
@@ -118,7 +119,7 @@ def _lift_with_rule(residual: Any) -> Lift:
         extra_args |= {"coordinates": step.coordinates, "steps": step.steps}
         rest = map_sequentially(lambda g, p: outside(p, g), step.updates, step.projectors)
         rest, state = rule.update(rest, state, None, **extra_args)
-        return map_sequentially(lambda p, x, s: lift(p, s) + x, step.projectors, rest, step.steps), state
+        return map_sequentially(add_product, rest, step.projectors, step.steps), state
 
     return Lift(rule.init, update)
 
