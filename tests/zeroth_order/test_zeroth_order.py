@@ -48,7 +48,8 @@ def test_the_slope_is_that_along_the_direction_that_was_drawn(params, loss, dire
         jax.tree.map(lambda g, d: np.testing.assert_allclose(g, slope * d, rtol=2e-3, atol=1e-3), found, z)
         spread = 0 if epsilon is None else epsilon**2 * inner(z, z)
         assert float(value) == pytest.approx(float(loss(params)) + spread, rel=1e-5)
-    value, found, back = go.project_loss(loss, params, 3, 7, epsilon=0.1, directions=directions)
+    project = jax.jit(lambda p: go.project_loss(loss, p, 3, 7, epsilon=0.1, directions=directions))
+    value, found, back = project(params)
     assert float(found) == pytest.approx(slope, rel=1e-3)
     chex.assert_trees_all_close(back, params, atol=1e-6)
 
