@@ -164,7 +164,7 @@ def test_the_variants_of_the_comparison_change_one_thing_of_their_optimizers():
     def first_step(name):
         make, _ = corpus_comparison.MAKERS[name]
         tx = make(s, rate, others=optax.sgd(rate), weight_decay=decay)
-        updates, state = tx.update({"kernel": g}, tx.init({"kernel": w}), {"kernel": w})
+        updates, state = jax.jit(tx.update)({"kernel": g}, tx.init({"kernel": w}), {"kernel": w})
         return updates["kernel"], {x.dtype for x in jax.tree.leaves(state)}
 
     for name in ("muon", "gum"):
