@@ -40,7 +40,7 @@ def settings_of(path):
 
 def few(monkeypatch):
     """A benchmark with the smallest sizes that show that every part works."""
-    some = {name: accelerator.OPTIMIZERS[name] for name in ("adamw", "gum")}
+    some = {name: accelerator.OPTIMIZERS[name] for name in ("adamw", "galore_muon")}
     monkeypatch.setattr(accelerator, "OPTIMIZERS", some)
     monkeypatch.setattr(accelerator, "PEERS", (speed.PEER,))
     monkeypatch.setattr(accelerator, "OURS", ("galore_muon",))
@@ -62,7 +62,7 @@ def test_the_accelerator_script_checks_measures_and_trains(tmp_path, monkeypatch
     trained, check, lean, fast, finders, steps, swept = found.values()
     assert list(trained) == ["gum"]
     assert all(np.isfinite(row["val_loss"]) for row in trained.values())
-    assert list(check) == ["adamw", "gum"]
+    assert list(check) == ["adamw", "galore_muon"]
     assert all(row["agrees"] for row in check.values())
     own = lean["galore_muon"]
     assert own["state"] < lean[speed.PEER]["state"]
@@ -120,6 +120,7 @@ def test_a_part_that_there_is_not_is_refused(tmp_path, capsys):
     assert "got memory,sped" in capsys.readouterr().err
 
 
+@pytest.mark.long  # as a part of `accelerator.py` above it runs in every test run
 def test_a_training_step_is_timed_beside_sgd(tmp_path):
     common = ["--batch", "2", "--seq", "8", "--rounds", "2", "--out", str(tmp_path)]
     training_step.main([*common, "--model", "tiny", "--optimizers", "optax.sgd,galore_muon"])
@@ -204,7 +205,7 @@ def test_a_setting_measured_again_replaces_itself_and_no_other(tmp_path):
 
 def test_the_guard_is_timed_beside_the_rule_alone(tmp_path, monkeypatch):
     made = guard.rules
-    monkeypatch.setattr(guard, "rules", lambda rank: {"gum": made(rank)["gum"]})
+    monkeypatch.setattr(guard, "rules", lambda rank: {"muon": made(rank)["muon"]})
     common = ["--model", "tiny", "--rank", "4", "--kinds", "scanned", "--rounds", "1"]
     guard.main([*common, "--out", str(tmp_path)])
     (rows,) = settings_of(tmp_path / "guard.json").values()
@@ -212,7 +213,7 @@ def test_the_guard_is_timed_beside_the_rule_alone(tmp_path, monkeypatch):
     assert all(row["step"] > 0 for row in rows.values())
     # The state is computed in place: no second copy, which is what optax's guard adds. Leaves are so small
     # here that XLA's packing of buffers moves the figure.
-    alone, built_in, optax_guard = (rows[f"gum, {how}"]["temporaries"] for how in guard.GUARDS)
+    alone, built_in, optax_guard = (rows[f"muon, {how}"]["temporaries"] for how in guard.GUARDS)
     assert optax_guard > 1.3 * alone
     assert built_in - alone < (optax_guard - alone) / 4
     assert (tmp_path / "guard.md").read_text().count("skip_non_finite") == 1

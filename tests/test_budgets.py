@@ -45,14 +45,14 @@ BUDGETS = {
 }
 
 
-# Separate layers take long to compile: with gradients kept, and of SUMO, they are `long`.
+# Separate layers take long to compile: with gradients kept, and of SUMO and SinkGD, they are `long`.
 TEMPORARIES = [
     pytest.param(
         name,
         scanned,
         kept,
         id=f"{name}-{'scanned' if scanned else 'separate'}-{'gradients kept' if kept else 'in training'}",
-        marks=[pytest.mark.long] * (not scanned and (kept or name == "sumo")),
+        marks=[pytest.mark.long] * (not scanned and (kept or name in ("sumo", "sinkgd"))),
     )
     for name, scanned in BUDGETS
     for kept in (False, True)
@@ -108,7 +108,7 @@ def test_a_training_step_does_not_hold_all_gradients_for_the_optimizer(name):
     assert np.all(np.array(shares) / beside <= WHOLE_STEP_BUDGETS[name]), (shares, beside)
 
 
-# Of two layers in a training step, separate and scanned.
+# Of two layers in a training step, separate (which are `long`) and scanned.
 OTHER_BUDGETS = {
     "fira": (0.61, 0.88),
     "frugal": (0.43, 0.57),
@@ -121,12 +121,16 @@ OTHER_BUDGETS = {
 
 
 @sequential_steps
+@pytest.mark.parametrize(
+    "scanned", [pytest.param(False, marks=pytest.mark.long), True], ids=["separate", "scanned"]
+)
 @pytest.mark.parametrize("name", OTHER_BUDGETS)
-def test_temporaries_of_the_other_optimizers(name):
+def test_temporaries_of_the_other_optimizers(name, scanned):
     """A leaf at a time. With all leaves at once twelve scanned layers took 1.1 (scion) to 2.6 (trion)."""
-    shapes = [memory.layers(WIDTH, FF, 2, scanned=scanned) for scanned in (False, True)]
-    shares = [memory.measure(memory.optimizers(RANK)[name](), tree, device=True) for tree in shapes]
-    assert np.all(np.array(shares) <= OTHER_BUDGETS[name]), shares
+    shapes = memory.layers(WIDTH, FF, 2, scanned=scanned)
+    assert (
+        memory.measure(memory.optimizers(RANK)[name](), shapes, device=True) <= OTHER_BUDGETS[name][scanned]
+    )
 
 
 @sequential_steps
@@ -170,8 +174,9 @@ def test_temporaries_on_a_tpu(kind, width, budgets, tmp_path):
     assert all(shares[name] <= budget for name, budget in budgets.items()), shares
 
 
+@pytest.mark.long  # the next test holds the same at a few layers
 @sequential_steps
-@pytest.mark.parametrize("name", [pytest.param("galore_muon", marks=pytest.mark.long), "gum"])
+@pytest.mark.parametrize("name", ["galore_muon", "gum"])
 def test_separate_layers_compile_to_less_than_optax_muon(name):
     """In lines of optimized HLO, for one loop a shape in place of one a layer."""
     shapes = memory.layers(32, 48, 8, scanned=False)
@@ -229,6 +234,7 @@ def test_the_table_has_a_row_an_optimizer_and_keeps_what_was_measured_elsewhere(
     assert lines[0] == "| optimizer | cpu 512 × 1 separate | cpu 512 × 1 scanned |"
 
 
+@pytest.mark.long  # as a part of `accelerator.py` it runs in every test run
 def test_the_speed_benchmark_times_steps_and_refreshes_and_ratios_are_to_optax_muon(tmp_path):
     common = ["--model", "tiny", "--rank", "4", "--rounds", "2", "--out", str(tmp_path)]
     peer = "optax.contrib.muon,"

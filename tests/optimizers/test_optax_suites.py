@@ -122,7 +122,8 @@ def test_the_state_keeps_its_types(name, suite, dtype):
     run(suite, "test_state_shape_dtype_shard_stability", name, dtype=dtype)
 
 
-@every_optimizer
+@pytest.mark.long  # the contract tests hold dtypes and `optax.MultiSteps` one by one
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_dtypes_of_gradients_and_parameters_may_differ_under_multi_steps(name):
     run(accumulation, "test_multi_steps_mixed_precision", name)
 
