@@ -79,8 +79,8 @@ def barrier_but_on_cpu(x: Any) -> Any:
     return jax.lax.platform_dependent(x, cpu=lambda x: x, default=jax.lax.optimization_barrier)
 
 
-def barrier_on_tpu(x: Array) -> Array:
-    """An array that a TPU writes out, and does not fuse into what stores it."""
+def barrier_on_tpu(x: Any) -> Any:
+    """An array or a tree of them: a TPU computes all before it reads any, and fuses no reader into them."""
     return jax.lax.platform_dependent(x, tpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 

@@ -111,8 +111,8 @@ class Layers(NamedTuple):
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False), rows)
 
     def _repeat(self, first: int, stop: int, body: Callable[[Any, Any], Any], carried: Any) -> Any:
-        """A loop, which is unrolled where layers are separate trees."""
-        if self.division.is_stacked:
+        """A loop, which is unrolled where layers are separate trees, and no loop for one turn."""
+        if self.division.is_stacked and stop - first > 1:
             return jax.lax.fori_loop(first, stop, body, carried)
         for i in range(first, stop):
             carried = body(i, carried)

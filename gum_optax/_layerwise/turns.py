@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Bool, Int
 
 from .._core.context import MatrixContext
-from .._core.trees import is_masked
+from .._core.trees import columns, is_masked
 from .._core.turns import Ledger, Place, Turn
 from .._core.xla import barrier_on_tpu, depend_on, row_major, stacks_in_place
 from .._transforms.skip_non_finite import SkipNonFiniteState
@@ -57,9 +57,10 @@ class Step:
     def take(self, kind: str, gradient: Any) -> None:
         """The turn of the head or of the embedding."""
         ledger = Ledger(self._ledger)
+        context = self._context(kind, 0, ledger)
         (own,), state = self._params.of_kind(kind), self._state.of_kind(kind)
-        own, state, _ = self._turn(kind, 0, gradient, own, state, ledger)
-        self._params = self._params.with_pieces({kind: [own]})
+        updates, state, _ = self._updated(kind, gradient, own, state, context)
+        self._params = self._params.with_pieces({kind: [self._applied(kind, own, updates, context)]})
         self._state = self._state.with_pieces({kind: state})
         self._ledger = ledger.after
 
@@ -82,7 +83,11 @@ class Step:
         own, state = placed(
             (division.layer(carry.params, number), [division.layer(piece, number) for piece in carry.state])
         )
-        own, state, _ = self._turn("layers", number, division.around(own, gradient), own, state, ledger)
+        context = self._context("layers", number, ledger)
+        updates, state, _ = self._updated("layers", division.around(own, gradient), own, state, context)
+        if division.is_stacked:
+            own, updates = self._rows_to_add_to(carry.params, number, updates)
+        own = self._applied("layers", own, updates, context)
         # A TPU would add all float32 steps of the layer where it writes the stacks, after the last of them.
         own, state = placed((jax.tree.map(barrier_on_tpu, own), state))
         return carried(
@@ -104,7 +109,7 @@ class Step:
     def finished(self) -> tuple[Any, Any]:
         """The parameters and the state after the step, and after the turn of what all leaves share."""
         ledger = Ledger(self._ledger)
-        _, _, new = self._turn(None, 0, None, None, [], ledger)
+        _, _, new = self._updated(None, None, None, [], self._context(None, 0, ledger))
         if not ledger.after and _skips(self._state.tree()):
             raise ValueError(
                 "tx runs an optimizer of this library without the extra arguments of its update, as"
@@ -121,13 +126,7 @@ class Step:
         of_no_layer = [division.rest(*row) for row in pieces]
         return self._params.tree(), self._state.with_pieces({SHARED: shared, "layers": of_no_layer}).tree()
 
-    def _turn(
-        self, kind: str | None, number: Any, gradient: Any, own: Any, state: list[Any], ledger: Ledger
-    ) -> tuple[Any, list[Any], Divided]:
-        """The new parameters and state of a kind, and the whole new state."""
-        updates = self._tree_of(self._params, kind, [gradient])
-        params = self._tree_of(self._params, kind, [own])
-        before = self._tree_of(self._state, kind, state)
+    def _context(self, kind: str | None, number: Any, ledger: Ledger) -> MatrixContext:
         turn = Turn(
             shapes=self._shapes,
             places=self._places(kind),
@@ -137,13 +136,36 @@ class Step:
             is_last=kind is None,
             ledger=ledger,
         )
-        context = MatrixContext(turn=turn)
+        return MatrixContext(turn=turn)
+
+    def _updated(
+        self, kind: str | None, gradient: Any, own: Any, state: list[Any], context: MatrixContext
+    ) -> tuple[Any, list[Any], Divided]:
+        """The updates, the new state of a kind, and the whole new state."""
+        updates = self._tree_of(self._params, kind, [gradient])
+        params = self._tree_of(self._params, kind, [own])
+        before = self._tree_of(self._state, kind, state)
         updates, after = self._update(updates, before, params, context=context, **self._extra_args)
         divided = self._division.divide(after)
-        if kind is None:
-            return None, [], divided
+        new = [] if kind is None else divided.of_kind(kind)
+        return updates, self._unless_rejected(new, state), divided
+
+    def _applied(self, kind: str, own: Any, updates: Any, context: MatrixContext) -> Any:
+        """The new parameters of a kind."""
+        params = self._tree_of(self._params, kind, [own])
         (new,) = self._division.divide(self._apply(params, updates, context=context)).of_kind(kind)
-        return self._unless_rejected(new, own), self._unless_rejected(divided.of_kind(kind), state), divided
+        return self._unless_rejected(new, own)
+
+    def _rows_to_add_to(self, stacks: Any, number: Any, updates: Any) -> tuple[Any, Any]:
+        """The parameters of a layer, and the updates: a TPU cuts each row out again once it has the update, and
+        holds none before.
+        """
+        divided = self._division.divide(updates)
+        (own,) = divided.of_kind("layers")
+        late = jax.tree.map(lambda update: barrier_on_tpu((number, update)), own)
+        numbers, own = columns(own, late, 2)
+        rows = row_major(jax.tree.map(self._division.layer, stacks, numbers))
+        return rows, divided.with_pieces({"layers": [own]}).tree()
 
     def _unless_rejected(self, new: Any, old: Any) -> Any:
         return jax.tree.map(lambda x, y: jnp.where(self._is_accepted, x, y).astype(y.dtype), new, old)
@@ -156,7 +178,7 @@ class Step:
     def _zeros(self, divided: Divided, kind: str) -> list[Any]:
         pieces = divided.of_kind(kind)
         if kind == "layers":
-            pieces = [self._division.layer(piece, 0) for piece in pieces]
+            pieces = jax.eval_shape(lambda pieces: [self._division.layer(piece, 0) for piece in pieces], pieces)
         return jax.tree.map(jnp.zeros_like, pieces)
 
     def _places(self, kind: str | None) -> Any:

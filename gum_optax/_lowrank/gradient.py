@@ -110,7 +110,7 @@ class DenseGradient(NamedTuple):
         """The projection of each leaf, on a new projector at a refresh."""
         live = [leaf_index for leaf_index, is_live in enumerate(self.are_live) if is_live]
         rows = [(self.stored[i], self.views[i], projectors[i]) for i in live]
-        own_keys = keys if len(live) == len(self.stored) else some(keys, live)
+        own_keys = some(keys, live)
         projections = refreshed(find, is_refresh, count, own_keys, rows, storage.load, _projection)
         found = dict(zip(live, projections, strict=True))
 

@@ -118,7 +118,7 @@ def _read(
         found: dict[int, Found] = {}
         for group in groups:
             refresh = _sequentially if len(group) > 1 else _alone
-            own_keys = keys if len(groups) == 1 else some(keys, group)
+            own_keys = some(keys, group)
             of_group = refresh(forms, [views[i] for i in group], phase, own_keys, [leaves[i] for i in group])
             found |= dict(zip(group, of_group, strict=True))
         return [found[i] for i in range(len(leaves))]

@@ -18,7 +18,7 @@ from .._core.batches import map_sequentially
 from .._core.context import MatrixContext
 from .._core.trees import flat, is_masked, key_name
 from .._core.turns import Place, Turn
-from .._core.xla import row_major
+from .._core.xla import barrier_on_tpu, row_major
 from .._linalg.orthonormal import lift
 from .._matrices.view import View, plain_view
 from .gradient import DenseGradient
@@ -77,14 +77,20 @@ class SlotsInTurn(NamedTuple):
         leaves = self._leaves(step, accept)
         are_live = self.turn.are_live(step.updates)
         treedef = jax.tree.structure(step.updates)
+        before: Any = None
 
         def of_leaf(leaf_index, p, s):
-            nonlocal held
+            nonlocal held, before
             name = names.get((p.shape[-2], s.shape[-1]))
             if name is None or not are_live[leaf_index]:
                 return lift(p, s)
-            steps, held = self._of_leaf(name, leaves[leaf_index], held, p, s)
-            return steps
+            # Small leaves first on a TPU too: then few gradients are left when a large leaf takes its step.
+            leaf = leaves[leaf_index]
+            if before is not None:
+                s, stored, first, _ = barrier_on_tpu((s, leaf.stored, leaf.first, before))
+                leaf = leaf._replace(stored=stored, first=first)
+            before, held = self._of_leaf(name, leaf, held, p, s)
+            return before
 
         leaf_indices = treedef.unflatten(range(len(leaves)))
         return map_sequentially(of_leaf, leaf_indices, step.projectors, step.steps), held

@@ -99,6 +99,19 @@ def test_a_fraction_of_the_gradients_on_a_gpu(width, tmp_path):
     assert row["temporaries"] <= GPU_BUDGETS[width] * row["gradients"]
 
 
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: nox -s tpu")
+def test_a_fraction_of_the_gradients_on_a_tpu(tmp_path):
+    """In a process of its own: libtpu takes long to forget."""
+    command = [sys.executable, "benchmarks/layerwise.py", "--chip", "v5e", "--width", "2048"]
+    command += ["--dtype", "bfloat16", "--optimizers", "gum;muon", "--steps", "layer by layer"]
+    env = os.environ | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, env=env, check=True)
+    (found,) = json.loads((tmp_path / "layerwise.json").read_text())["settings"].values()
+    assert len(found["rows"]) == 2
+    for row in found["rows"].values():
+        assert row["temporaries"] <= 0.2 * row["gradients"]
+
+
 @sequential_steps
 def test_inputs_are_kept_of_every_fourth_layer_and_activations_of_one_microbatch():
     """Sixteen layers and 512 windows, whose inputs are most of the temporaries."""
