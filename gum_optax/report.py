@@ -165,7 +165,7 @@ def updates(rank: int, fraction: float, dtype: Any, chip: Chip) -> dict[str, Upd
 
     def of_gum(others: Any, of_others: temporaries.Temporaries) -> Update:
         tx = gum(1.0, rank, full_rank_fraction=fraction, momentum_dtype=stored, others=others)
-        return Update(tx, temporaries.of_gum(rank, fraction, chip.platform), of_others)
+        return Update(tx, temporaries.of_gum(rank, fraction), of_others)
 
     low_rank = galore_muon(1.0, rank, momentum_dtype=stored)
     return {
@@ -176,10 +176,10 @@ def updates(rank: int, fraction: float, dtype: Any, chip: Chip) -> dict[str, Upd
         "muon": Update(muon(1.0, momentum_dtype=stored), temporaries.of_muon(chip.platform), fused),
         "galore_muon": Update(low_rank, temporaries.of_galore_muon(rank), fused),
         "gum": of_gum(None, fused),
-        "gum, factored others": of_gum(factored, temporaries.of_factored),
-        "sinkgd": Update(sinkgd(1.0), temporaries.of_sinkgd(chip.platform), fused),
+        "gum, factored others": of_gum(factored, temporaries.of_factored(chip.platform)),
+        "sinkgd": Update(sinkgd(1.0), fused, fused),
         "sinkgd, factored others": Update(
-            sinkgd(1.0, others=factored), temporaries.of_sinkgd(chip.platform), temporaries.of_factored
+            sinkgd(1.0, others=factored), fused, temporaries.of_factored(chip.platform)
         ),
     }
 

@@ -58,8 +58,8 @@ class MatrixContext:
       >>> rule = optax.GradientTransformationExtraArgs(optax.tree.ones_like, update)
       >>> tx, params = gum_optax.skip_non_finite(rule), {"w": jnp.ones(2)}
       >>> updates, state = tx.update({"w": jnp.full(2, jnp.nan)}, tx.init(params), params)
-      >>> updates["w"].tolist(), state.inner["w"].tolist()
-      ([0.0, 0.0], [1.0, 1.0])
+      >>> bool(updates["w"].any()), state.inner["w"].tolist()
+      (False, [1.0, 1.0])
     """
 
     views: Any = None

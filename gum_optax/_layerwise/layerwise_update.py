@@ -145,7 +145,7 @@ def layerwise_update(
     with clear_errors(tx, params, state, params):
         step = Step(tx, division, params, state, jnp.isfinite(loss), apply, extra_args)
         step.take("head", gradient)
-        dx = layers.backward(step, inputs, dx)
+        dx = layers.backward(step, inputs, step.after_head(dx))
         _, gradient, _ = each.pulled_back(embed_part, parts["embed"], None, dx)
         step.take("embed", optax.tree.add(gradient, of_table) if tied else gradient)
         return loss, *step.finished()

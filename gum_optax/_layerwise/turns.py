@@ -100,11 +100,11 @@ class Step:
 
     def after(self, carry: Carry, x: Any, number: int) -> Any:
         """`x`, computed only after the step of a layer."""
-        own = jax.tree.leaves(self._division.layer(carry.params, number))
-        x, own = jax.lax.optimization_barrier((x, own))
-        for leaf in own:
-            x = jax.tree.map(lambda x, leaf=leaf: depend_on(x, leaf) if leaf.size else x, x)
-        return x
+        return _after(self._division.layer(carry.params, number), x)
+
+    def after_head(self, x: Any) -> Any:
+        """`x`, computed only after the step of the head, whose gradient would wait for the layers' steps."""
+        return _after(self._params.of_kind("head"), x)
 
     def finished(self) -> tuple[Any, Any]:
         """The parameters and the state after the step, and after the turn of what all leaves share."""
@@ -157,8 +157,9 @@ class Step:
         return self._unless_rejected(new, own)
 
     def _rows_to_add_to(self, stacks: Any, number: Any, updates: Any) -> tuple[Any, Any]:
-        """The parameters of a layer, and the updates: a TPU cuts each row out again once it has the update, and
-        holds none before.
+        """The parameters of a layer, and the updates.
+
+        A TPU cuts each row out again once it has the update, and holds none before.
         """
         divided = self._division.divide(updates)
         (own,) = divided.of_kind("layers")
@@ -178,7 +179,9 @@ class Step:
     def _zeros(self, divided: Divided, kind: str) -> list[Any]:
         pieces = divided.of_kind(kind)
         if kind == "layers":
-            pieces = jax.eval_shape(lambda pieces: [self._division.layer(piece, 0) for piece in pieces], pieces)
+            pieces = jax.eval_shape(
+                lambda pieces: [self._division.layer(piece, 0) for piece in pieces], pieces
+            )
         return jax.tree.map(jnp.zeros_like, pieces)
 
     def _places(self, kind: str | None) -> Any:
@@ -208,6 +211,15 @@ def _skips(state: Any) -> bool:
         return isinstance(x, SkipNonFiniteState)
 
     return any(map(is_skipping, jax.tree.leaves(state, is_leaf=is_skipping)))
+
+
+def _after(params: Any, x: Any) -> Any:
+    """`x`, computed only after parameters."""
+    leaves = jax.tree.leaves(params)
+    x, leaves = jax.lax.optimization_barrier((x, leaves))
+    for leaf in leaves:
+        x = jax.tree.map(lambda x, leaf=leaf: depend_on(x, leaf) if leaf.size else x, x)
+    return x
 
 
 def _rows(state: list[Any], number: Any, new: list[Any]) -> list[tuple[Any, Any, Any]]:

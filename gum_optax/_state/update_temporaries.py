@@ -11,8 +11,6 @@ XLA computes most results in the memory of gradients that are no longer needed. 
                        its polynomial, m² each
     optax's Muon       all matrices at once: their size; in bfloat16 on a card that computes in float32,
                        2.5 times their size in float32
-    float32 on a GPU   GUM, Muon and SinkGD: 2 of the largest leaf, because XLA stores two of the seven
-                       gradients of a decoder's layers transposed; not in bfloat16
 """
 
 from collections.abc import Callable, Sequence
@@ -30,19 +28,14 @@ Temporaries = Callable[[Sequence[Any]], int]
 
 
 def of_fused(leaves: Sequence[Any]) -> int:
-    """AdamW's: XLA fuses the whole update."""
+    """AdamW's and SinkGD's: XLA fuses the whole update, but for vectors."""
     del leaves
     return 0
 
 
-def of_factored(leaves: Sequence[Any]) -> int:
-    """Those of `optax.scale_by_factored_rms` after a conversion to float32: the step of each leaf."""
-    return _FLOAT32 * sum(x.size for x in leaves)
-
-
-def of_sinkgd(platform: str) -> Temporaries:
-    """SinkGD's."""
-    return lambda leaves: _transposed(_matrices(leaves), platform)
+def of_factored(platform: str) -> Temporaries:
+    """Those of `optax.scale_by_factored_rms`: the steps in float32; a GPU fuses the whole update."""
+    return of_fused if platform == "gpu" else lambda leaves: _FLOAT32 * sum(x.size for x in leaves)
 
 
 def of_muon(platform: str) -> Temporaries:
@@ -52,7 +45,7 @@ def of_muon(platform: str) -> Temporaries:
         matrices = _matrices(leaves)
         widened = sum((_FLOAT32 - x.dtype.itemsize) * x.size for x in matrices)
         products = [_newton_schulz(x, platform) for x in matrices]
-        return max(widened, *products, _transposed(matrices, platform))
+        return max(widened, *products)
 
     return temporaries
 
@@ -62,7 +55,7 @@ def of_galore_muon(rank: int) -> Temporaries:
     return lambda leaves: _coordinates(_matrices(leaves), rank)
 
 
-def of_gum(rank: int, fraction: float, platform: str) -> Temporaries:
+def of_gum(rank: int, fraction: float) -> Temporaries:
     """GUM's, `fraction` of whose blocks run at full rank."""
 
     def temporaries(leaves):
@@ -75,7 +68,7 @@ def of_gum(rank: int, fraction: float, platform: str) -> Temporaries:
         sampled = sum(max(round(fraction * count), 1) * m * n for (m, n), count in blocks.items())
         copies = 3 if all(x.shape[0] == 1 for x in matrices) else 1
         full = _FLOAT32 * copies * sampled if fraction else 0
-        return _coordinates(matrices, rank) + full + _transposed(matrices, platform)
+        return _coordinates(matrices, rank) + full
 
     return temporaries
 
@@ -105,9 +98,3 @@ def _newton_schulz(stack: Any, platform: str) -> int:
 def _coordinates(matrices: Sequence[Any], rank: int) -> int:
     projected = [x for x in matrices if min(x.shape[1:]) > rank]
     return _FLOAT32 * sum(x.shape[0] * rank * max(x.shape[1:]) for x in projected)
-
-
-def _transposed(matrices: Sequence[Any], platform: str) -> int:
-    """Two of the largest leaf, in float32 on a GPU."""
-    is_copied = platform == "gpu" and all(x.dtype.itemsize == _FLOAT32 for x in matrices)
-    return 2 * _FLOAT32 * max((x.size for x in matrices), default=0) if is_copied else 0

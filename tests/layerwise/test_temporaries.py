@@ -99,6 +99,38 @@ def test_a_fraction_of_the_gradients_on_a_gpu(width, tmp_path):
     assert row["temporaries"] <= GPU_BUDGETS[width] * row["gradients"]
 
 
+# Temporaries over the size of a vocabulary's table, which is most of this model.
+TABLES = """
+import json, sys
+sys.path.insert(0, "benchmarks")
+import jax, jax.numpy as jnp, optax
+jax.config.update("jax_platforms", "cpu")
+import layerwise
+import gum_optax as go
+from chips import device_of
+model = layerwise.model_of(64, 176, 4, 8192)._replace(layers=2)
+found = {}
+for name, tx in {"sgd": go.sinkgd(1.0, others=optax.sgd(1.0)), "adamw": go.gum(1.0, 8)}.items():
+    for kind in layerwise.STEPS:
+        row = layerwise.measure(kind, tx, model, 16, jnp.float32, device_of("h200"))
+        found[f"{name}, {kind}"] = row["temporaries"] * 2**20 / (4 * 64 * 8192)
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason=INSTALL)
+def test_a_gpu_holds_no_table_but_the_gradients_of_embedding_and_head():
+    """A skipped step is no table of zeros, and the head steps before the layers: 3 tables each before."""
+    env = os.environ | {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "XLA_FLAGS": ""}
+    done = subprocess.run([sys.executable, "-c", TABLES], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["sgd, ordinary"] < 2.1
+    assert found["adamw, ordinary"] < 2
+    assert found["sgd, layer by layer"] < 1.4
+    assert found["adamw, layer by layer"] < 1.8
+
+
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: nox -s tpu")
 def test_a_fraction_of_the_gradients_on_a_tpu(tmp_path):
     """In a process of its own: libtpu takes long to forget."""

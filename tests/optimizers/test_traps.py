@@ -96,6 +96,7 @@ def test_a_leaf_whose_gradient_is_not_finite_does_not_step_and_the_other_does(ma
     expected, _ = update(gradients[1], before, params)
     steps, after = update(gradients[1] | {bad: np.full_like(gradients[1][bad], np.nan)}, before, params)
     assert not steps[bad].any()
+    assert np.signbit(steps[bad] + np.float32(-0.0)).all()  # no parameter changes by a bit
     np.testing.assert_array_equal(steps[good], expected[good])
     assert expected[bad].any()
     assert int(go.metrics(after)["skipped_steps"]) == 1

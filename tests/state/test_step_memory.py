@@ -77,16 +77,14 @@ def test_temporaries_are_those_of_the_equations():
     shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((12, 8, 20), (12, 20, 8), (12, 8))]
     matrices = 2 * 12 * 160
     assert temporaries.of_galore_muon(2)(shapes) == 4 * 2 * 12 * 2 * 20
-    assert temporaries.of_gum(2, 1 / 8, "gpu")(shapes) == 4 * (2 * 12 * 2 * 20 + 3 * 160)
-    assert temporaries.of_gum(8, 1 / 8, "gpu")(shapes) == 0  # nothing is projected
+    assert temporaries.of_gum(2, 1 / 8)(shapes) == 4 * (2 * 12 * 2 * 20 + 3 * 160)
+    assert temporaries.of_gum(8, 1 / 8)(shapes) == 0  # nothing is projected
     assert temporaries.of_muon("tpu")(shapes) == 2 * matrices
     assert temporaries.of_optax_muon(True)(shapes) == 2 * matrices
     assert temporaries.of_optax_muon(False)(shapes) == 10 * matrices
     wide = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in shapes]
-    assert temporaries.of_sinkgd("gpu")(wide) == 2 * 4 * 12 * 160
-    assert temporaries.of_sinkgd("tpu")(wide) == 0
     assert temporaries.of_muon("tpu")(wide) == 4 * 2 * (160 + 64)
-    assert temporaries.of_muon("gpu")(wide) == 2 * 4 * 12 * 160
+    assert temporaries.of_muon("gpu")(wide) == 4 * 6 * 2 * (160 + 64)
     few = [jax.ShapeDtypeStruct((2, 8, 9), jnp.float32)]
     assert temporaries.of_muon("gpu")(few) == 4 * 2 * 2 * (72 + 64)
 
