@@ -17,7 +17,7 @@ what each function saves, measured with jax 0.10.2 on a CPU: the matrices of twe
 | `map_matrices` | kernels of `muon` on an H200, separate layers | 1224 | 3723 |
 | `map_lean` | kernels of `sinkgd` on an H200, separate layers | 516 | 3196 |
 | `barrier_but_on_cpu` | temporaries of a training step of `muon` over AdamW's, jax 0.12.0 | 1.00 | 1.29 |
-| `barrier_on_tpu` | temporaries of `gum` layer by layer, bfloat16, a TPU, width 2048 | 0.19 | 0.27 |
+| `barrier_on_tpu` | temporaries of `gum` layer by layer, bfloat16, a TPU, width 2048 | 0.19 | 0.32 |
 | `add_product` | temporaries of `sumo` on an H200, scanned layers | 0.22 | 0.38 |
 | `wait_for` | temporaries of `gum` on an H200, scanned layers | 0.28 | 0.33 |
 | `if_needed` | conditionals of `sumo` on an H200, separate layers | 1 | 85 |
