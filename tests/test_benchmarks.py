@@ -40,7 +40,7 @@ def settings_of(path):
 
 def few(monkeypatch):
     """A benchmark with the smallest sizes that show that every part works."""
-    some = {name: accelerator.OPTIMIZERS[name] for name in ("adamw", "galore_muon")}
+    some = {name: accelerator.OPTIMIZERS[name] for name in ("adamw", "gum")}
     monkeypatch.setattr(accelerator, "OPTIMIZERS", some)
     monkeypatch.setattr(accelerator, "PEERS", (speed.PEER,))
     monkeypatch.setattr(accelerator, "OURS", ("galore_muon",))
@@ -62,7 +62,7 @@ def test_the_accelerator_script_checks_measures_and_trains(tmp_path, monkeypatch
     trained, check, lean, fast, finders, steps, swept = found.values()
     assert list(trained) == ["gum"]
     assert all(np.isfinite(row["val_loss"]) for row in trained.values())
-    assert list(check) == ["adamw", "galore_muon"]
+    assert list(check) == ["adamw", "gum"]
     assert all(row["agrees"] for row in check.values())
     own = lean["galore_muon"]
     assert own["state"] < lean[speed.PEER]["state"]
@@ -203,9 +203,10 @@ def test_a_setting_measured_again_replaces_itself_and_no_other(tmp_path):
     assert jnp.asarray(0).devices().pop().device_kind in data["a"]["machine"]
 
 
-def test_the_guard_is_timed_beside_the_rule_alone(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["muon", pytest.param("gum", marks=pytest.mark.long)])
+def test_the_guard_is_timed_beside_the_rule_alone(name, tmp_path, monkeypatch):
     made = guard.rules
-    monkeypatch.setattr(guard, "rules", lambda rank: {"muon": made(rank)["muon"]})
+    monkeypatch.setattr(guard, "rules", lambda rank: {name: made(rank)[name]})
     common = ["--model", "tiny", "--rank", "4", "--kinds", "scanned", "--rounds", "1"]
     guard.main([*common, "--out", str(tmp_path)])
     (rows,) = settings_of(tmp_path / "guard.json").values()
@@ -213,7 +214,7 @@ def test_the_guard_is_timed_beside_the_rule_alone(tmp_path, monkeypatch):
     assert all(row["step"] > 0 for row in rows.values())
     # The state is computed in place: no second copy, which is what optax's guard adds. Leaves are so small
     # here that XLA's packing of buffers moves the figure.
-    alone, built_in, optax_guard = (rows[f"muon, {how}"]["temporaries"] for how in guard.GUARDS)
+    alone, built_in, optax_guard = (rows[f"{name}, {how}"]["temporaries"] for how in guard.GUARDS)
     assert optax_guard > 1.3 * alone
     assert built_in - alone < (optax_guard - alone) / 4
     assert (tmp_path / "guard.md").read_text().count("skip_non_finite") == 1

@@ -174,7 +174,7 @@ def test_temporaries_on_a_tpu(kind, width, budgets, tmp_path):
     assert all(shares[name] <= budget for name, budget in budgets.items()), shares
 
 
-@pytest.mark.long  # the next test holds the same at a few layers
+@pytest.mark.long  # the next test holds what it rests on: layers share their kernels
 @sequential_steps
 @pytest.mark.parametrize("name", ["galore_muon", "gum"])
 def test_separate_layers_compile_to_less_than_optax_muon(name):
