@@ -122,13 +122,18 @@ def check(steps: int = 5) -> dict[str, dict[str, Any]]:
 
         def run(device: Any, settings: Settings = settings) -> Any:
             tx = optimizer(settings)
+
+            @jax.jit
+            def step(gradients: Any, state: Any, params: Any) -> Any:
+                updates, state = tx.update(gradients, state, params)
+                return optax.apply_updates(params, updates), state
+
             with jax.default_device(device), jax.default_matmul_precision("highest"):
                 grads = jax.device_put(gradients, device)
                 params = start = jax.tree.map(lambda g: 0.1 * g, grads[0])
-                state, update = tx.init(params), jax.jit(tx.update)
+                state = jax.jit(tx.init)(params)
                 for g in grads:
-                    step, state = update(g, state, params)
-                    params = optax.apply_updates(params, step)
+                    params, state = step(g, state, params)
                 return jax.device_get(jax.tree.map(jnp.subtract, params, start))
 
         here, there = run(jax.devices()[0]), run(jax.devices("cpu")[0])

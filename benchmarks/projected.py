@@ -68,7 +68,7 @@ def plain_update(tx: Any, loss: Any, batches: Any, state: Any, params: Any) -> t
     return tx.update(jax.lax.pmean(jax.tree.map(lambda x: x / count, gradients), "data"), state, params)
 
 
-def accumulated(step: Any, arguments: Any, microbatches: int) -> int:
+def accumulated(jaxpr: Any, microbatches: int) -> int:
     """Bytes that the loop over the microbatches carries, without refreshes."""
 
     def loops(jaxpr):
@@ -80,8 +80,7 @@ def accumulated(step: Any, arguments: Any, microbatches: int) -> int:
                     yield from loops(sub)
 
     # The model may have loops of this length, too: take the one that carries most.
-    found = loops(jax.make_jaxpr(step)(*arguments).jaxpr)
-    carried = [eqn.outvars for eqn in found]
+    carried = [eqn.outvars for eqn in loops(jaxpr)]
     return max(sum(v.aval.size * v.aval.dtype.itemsize for v in variables) for variables in carried)
 
 
@@ -105,7 +104,8 @@ def measure(name: str, optimizer: str, projected: bool, microbatches: int, lengt
     tokens = jax.ShapeDtypeStruct((microbatches, DEVICES, length + 1), jnp.int32)
     arguments = params, jax.eval_shape(tx.init, params), tokens
     start = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
+    traced = jax.jit(step, donate_argnums=(0, 1)).trace(*arguments)
+    compiled = traced.lower().compile()
     seconds = time.perf_counter() - start
     found = collectives(compiled.as_text() or "", DEVICES)
     analysis = compiled.memory_analysis()
@@ -114,7 +114,7 @@ def measure(name: str, optimizer: str, projected: bool, microbatches: int, lengt
     sizes = {
         "sent": total([c for c in found if not c.refresh]) - others * 2 * (DEVICES - 1) / DEVICES,
         "refresh": total([c for c in found if c.refresh]),
-        "accumulated": accumulated(step, arguments, microbatches) - others,
+        "accumulated": accumulated(traced.jaxpr.jaxpr, microbatches) - others,
         "temporaries": analysis.temp_size_in_bytes,
     }
     return {key: size / 2**20 for key, size in sizes.items()} | {"compile_seconds": seconds}

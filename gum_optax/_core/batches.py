@@ -7,8 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
+from .trees import merge, split
 from .xla import after, depend_on, unstacked
 
 
@@ -102,19 +104,86 @@ def map_batched(f: Callable[[Array], Array], tree: Any) -> Any:
 
 
 def map_matrices(f: Callable[[Array], Array], tree: Any) -> Any:
-    """`map_sequentially` of a function of stacks of matrices; on a GPU a few leaves go through it at once."""
-    return jax.lax.platform_dependent(
-        tree, cuda=functools.partial(_map_pieces, f, _SHARE), default=functools.partial(map_sequentially, f)
-    )
+    """`map_sequentially` of a function of stacks of matrices; on a GPU a few leaves go through it at once.
+
+    A GPU writes a single matrix out before it waits for its turn: it may be a momentum, which takes up its
+    gradient so. Otherwise the sum waits too, and all gradients stay in memory until then.
+    """
+
+    def on_gpu(tree):
+        def written(x):
+            return jax.lax.optimization_barrier(x) if math.prod(x.shape[:-2]) == 1 else x
+
+        return _map_pieces(f, _SHARE, jax.tree.map(written, tree))
+
+    return jax.lax.platform_dependent(tree, cuda=on_gpu, default=functools.partial(map_sequentially, f))
 
 
-def map_lean(f: Callable[[Array], Array], tree: Any) -> Any:
-    """`jax.tree.map` of a function of stacks that makes no others; on a GPU of a few leaves at once."""
-    return jax.lax.platform_dependent(
-        tree,
-        cuda=functools.partial(_map_pieces, f, _SHARE_OF_LEAN),
-        default=functools.partial(jax.tree.map, f),
-    )
+def map_lean(f: Callable[[Sequence[Array]], list[Array]], tree: Any) -> Any:
+    """Each leaf through a function of several stacks that makes no others; on a GPU a few leaves at once.
+
+    The large stacks of a GPU go through `f` together: they hold the gradients of scanned layers, which the
+    backward pass makes together.
+    """
+
+    def one(x):
+        return f([x])[0]
+
+    def on_gpu(tree):
+        leaves = jax.tree.leaves(tree)
+        least = _SHARE * sum(x.size for x in leaves)
+        are_large = [math.prod(x.shape[:-2]) > 1 and x.size > least for x in leaves]
+        large, rest = split(tree, are_large)
+        done = jax.tree.structure(large).unflatten(f(jax.tree.leaves(large)) if any(are_large) else [])
+        return merge(done, _map_pieces(one, _SHARE_OF_LEAN, rest))
+
+    return jax.lax.platform_dependent(tree, cuda=on_gpu, default=functools.partial(jax.tree.map, one))
+
+
+def map_together(f: Callable[..., Array], *columns: Sequence[Array]) -> list[Array]:
+    """`map` of a function that treats every number by itself, in one kernel of a GPU."""
+    shapes = [x.shape for x in columns[0]]
+    if len(shapes) == 1:
+        return [f(*(x for (x,) in columns))]
+    flat = f(*(jnp.concatenate([x.ravel() for x in arrays]) for arrays in columns))
+    ends = np.cumsum([math.prod(shape) for shape in shapes])
+    return [part.reshape(shape) for part, shape in zip(jnp.split(flat, ends[:-1]), shapes, strict=True)]
+
+
+# How many arrays of one shape a kernel of a GPU reduces over their columns. Given three, XLA would first
+# write out what is reduced (`findings/xla_gpu_variadic_reduce.sh`): the temporaries of `sinkgd`, scanned
+# layers, would be 0.25 of the gradients on an H200. Over their rows it reduces any number at once.
+_COLUMNS_AT_ONCE = 2
+
+
+def reduce_together(
+    f: Callable[[Any, Any], Array], arrays: Sequence[Float[Array, "..."]], axis: int
+) -> list[Float[Array, "..."]]:
+    """Arrays of numbers of at least 0, each reduced by `f` over an axis, which is kept.
+
+    Args:
+      f: `jax.lax.add` or `jax.lax.max`.
+      arrays: those of one shape are reduced together, in one kernel of a GPU.
+      axis: -1 or -2.
+    """
+
+    def reduced(xs):
+        axes = (xs[0].ndim + axis,)
+        if len(xs) == 1:
+            return [jax.lax.reduce(xs[0], jnp.float32(0), f, axes)]
+        return jax.lax.reduce(xs, [jnp.float32(0)] * len(xs), lambda a, b: list(map(f, a, b)), axes)
+
+    of_shape: dict[Hashable, list[int]] = {}
+    for i, x in enumerate(arrays):
+        of_shape.setdefault(x.shape, []).append(i)
+    results = list(arrays)
+    for numbers in of_shape.values():
+        size = len(numbers) if axis == -1 else _COLUMNS_AT_ONCE
+        for start in range(0, len(numbers), size):
+            some = numbers[start : start + size]
+            for i, x in zip(some, reduced([arrays[i] for i in some]), strict=True):
+                results[i] = jnp.expand_dims(x, axis)
+    return results
 
 
 def _map_stacks(f: Callable[[Array], Array], tree: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 import optax
 
 from .._core.checks import check_integer, check_number
-from .._linalg.normalizers import sinkhorn
+from .._linalg.normalizers import sinkhorn_together
 from .._matrices.dimension_numbers import WeightDimensionNumbers
 from .._transforms.normalize import normalize_lean
 from .matrix_optimizer import WeightDecay, matrix_optimizer
@@ -48,7 +48,7 @@ def sinkgd(
     """
     check_integer("rounds", rounds, at_least=1)
     # A Flax kernel has outputs as columns; the paper's matrices have them as rows.
-    rule = normalize_lean(functools.partial(sinkhorn, rounds=rounds, first=-2))
+    rule = normalize_lean(functools.partial(sinkhorn_together, rounds=rounds, first=-2))
     return matrix_optimizer(
         rule,
         learning_rate,

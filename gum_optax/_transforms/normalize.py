@@ -1,11 +1,13 @@
 """Normalize each matrix of a tree."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 
 from .._core.batches import map_lean, map_matrices, map_sequentially
 from .._core.checks import check_function
@@ -33,27 +35,38 @@ def normalize(method: Normalizer) -> optax.GradientTransformation:
       [ 2. -2.  2. -2.]
     """
     check_function("method", method, "gum_optax.sinkhorn")
-    return _stateless(method, jax.tree.map, jax.tree.map)
+    map_leaves = functools.partial(jax.tree.map, _in_float32(method))
+    return _stateless(map_leaves, map_leaves)
 
 
-def normalize_lean(method: Normalizer) -> optax.GradientTransformation:
-    """`normalize` of matrices by a method that makes no others, such as `sinkhorn`.
+def normalize_lean(method: Callable[[Sequence[Array]], list[Array]]) -> optax.GradientTransformation:
+    """`normalize` of matrices by a method of several stacks that makes no others: `sinkhorn_together`.
 
-    On a GPU a few leaves go through `method` as one stack. Elsewhere each goes as it comes: waiting would
-    only copy its gradient.
+    On a GPU a few leaves go through `method` at once. Elsewhere each goes as it comes: waiting would only
+    copy its gradient.
     """
-    return _stateless(method, map_lean, jax.tree.map)
+    of_stacks = _in_float32(method)
+    return _stateless(
+        functools.partial(map_lean, of_stacks), functools.partial(jax.tree.map, lambda g: of_stacks([g])[0])
+    )
 
 
 def normalize_sequentially(method: Normalizer) -> optax.GradientTransformation:
     """`normalize` of matrices, one leaf after the other, so that memory holds the temporary matrices of one
     leaf only; on a GPU of a few leaves.
     """
-    return _stateless(method, map_matrices, map_sequentially)
+    of_stack = _in_float32(method)
+    return _stateless(
+        functools.partial(map_matrices, of_stack), functools.partial(map_sequentially, of_stack)
+    )
+
+
+def _in_float32(method: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda g: method(jax.tree.map(lambda x: x.astype(jnp.float32), g))
 
 
 def _stateless(
-    method: Normalizer, map_leaves: Callable[..., Any], map_sharded: Callable[..., Any]
+    map_leaves: Callable[[Any], Any], map_sharded: Callable[[Any], Any]
 ) -> optax.GradientTransformationExtraArgs:
     """Map the leaves; sharded ones are not stacked, for their shardings may differ."""
 
@@ -62,7 +75,6 @@ def _stateless(
         if context.turn.is_probe:
             return updates, optax.EmptyState()
         is_sharded = any(view.sharding for view in jax.tree.leaves(context.views))
-        map_all = map_sharded if is_sharded else map_leaves
-        return map_all(lambda g: method(g.astype(jnp.float32)), updates), optax.EmptyState()
+        return (map_sharded if is_sharded else map_leaves)(updates), optax.EmptyState()
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gum_optax as go
+from gum_optax._linalg.normalizers import sinkhorn_together
 
 from helpers import STEPS, run, sequence, steps_of, trees
 from oracles import galore_steps, oracle, sinkgd_step, sumo_steps, swan_step
@@ -109,6 +110,18 @@ def test_sinkhorn_takes_columns_of_any_size(rng):
     np.testing.assert_allclose(go.sinkhorn(jnp.float32(x)), sinkgd_step(x), atol=1e-4)
     with pytest.raises(ValueError, match="first must be -1 or -2, got 0"):
         go.sinkhorn(jnp.ones((3, 4)), first=0)
+
+
+@pytest.mark.parametrize("first", [-1, -2])
+def test_stacks_are_scaled_together_as_each_alone(rng, first):
+    """As a GPU takes scanned layers: three of one shape, and one of another."""
+    shapes = [(2, 5, 7), (3, 4, 6), (2, 5, 7), (2, 5, 7)]
+    xs = [jnp.float32(rng.normal(size=shape) * 10.0**i) for i, shape in enumerate(shapes)]
+    found, alone = jax.jit(
+        lambda xs: (sinkhorn_together(xs, 5, first), [go.sinkhorn(x, 5, first) for x in xs])
+    )(xs)
+    for x, expected in zip(found, alone, strict=True):
+        np.testing.assert_allclose(x, expected, atol=1e-5)
 
 
 def test_single_norms_are_the_named_optimizers(rng):
