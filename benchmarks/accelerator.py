@@ -33,7 +33,6 @@ import jax.numpy as jnp
 import kernels
 import memory
 import numpy as np
-import optax
 import refresh
 import scaling
 import speed
@@ -122,18 +121,12 @@ def check(steps: int = 5) -> dict[str, dict[str, Any]]:
 
         def run(device: Any, settings: Settings = settings) -> Any:
             tx = optimizer(settings)
-
-            @jax.jit
-            def step(gradients: Any, state: Any, params: Any) -> Any:
-                updates, state = tx.update(gradients, state, params)
-                return optax.apply_updates(params, updates), state
-
             with jax.default_device(device), jax.default_matmul_precision("highest"):
                 grads = jax.device_put(gradients, device)
                 params = start = jax.tree.map(lambda g: 0.1 * g, grads[0])
-                state = jax.jit(tx.init)(params)
+                state, step = jax.jit(tx.init)(params), jax.jit(kernels.step_of(tx))
                 for g in grads:
-                    params, state = step(g, state, params)
+                    params, state = step(params, state, g)
                 return jax.device_get(jax.tree.map(jnp.subtract, params, start))
 
         here, there = run(jax.devices()[0]), run(jax.devices("cpu")[0])
@@ -151,12 +144,7 @@ def peak(name: str, shape: Shape) -> dict[str, int | None]:
     tx, gradients = shape.optimizers[name](), shape.gradients
     params = jax.tree.map(jnp.zeros_like, gradients)
     state = jax.jit(tx.init)(params)
-
-    def step(params, state, gradients):  # in the order of the results, as in `memory_report`
-        updates, state = tx.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
-
-    program = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, gradients).compile()
+    program = jax.jit(kernels.step_of(tx), donate_argnums=(0, 1)).lower(params, state, gradients).compile()
     sizes = program.memory_analysis()
     assert sizes is not None
     held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes

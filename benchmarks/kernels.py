@@ -98,15 +98,20 @@ def _only(names: list[str]) -> str:
     return name
 
 
-def compiled(tx: Any, shapes: Any, device: Any) -> Any:
-    """Update and apply, with parameters, state and gradients donated."""
+def step_of(tx: Any) -> Callable[..., Any]:
+    """Update and apply, with arguments in the order of the results, as in `memory_report`."""
 
     def step(params: Any, state: Any, gradients: Any) -> Any:
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
+    return step
+
+
+def compiled(tx: Any, shapes: Any, device: Any) -> Any:
+    """Update and apply, with parameters, state and gradients donated."""
     arguments = shapes, jax.eval_shape(tx.init, shapes), shapes
-    return jax.jit(step, donate_argnums=(0, 1, 2)).lower(*on_chip(arguments, device)).compile()
+    return jax.jit(step_of(tx), donate_argnums=(0, 1, 2)).lower(*on_chip(arguments, device)).compile()
 
 
 def measure(name: str, chip: str, width: str, kind: str) -> dict[str, float]:
