@@ -82,11 +82,21 @@ def map_in_place(f: Callable[[Array], Array], stack: Float[Array, "k m n"]) -> F
 
 def same_shape_groups(leaves: Sequence[Any], kinds: Sequence[Hashable]) -> list[list[int]]:
     """The indices of leaves in groups: single matrices of one kind are a group, a stack is one by itself."""
+    rows = enumerate(zip(leaves, kinds, strict=True))
+    return _grouped([kind if math.prod(x.shape[:-2]) == 1 else leaf_index for leaf_index, (x, kind) in rows])
+
+
+def _grouped(kinds: Sequence[Hashable]) -> list[list[int]]:
+    """The indices of equal kinds, together."""
     groups: dict[Hashable, list[int]] = {}
-    for leaf_index, (x, kind) in enumerate(zip(leaves, kinds, strict=True)):
-        alone = math.prod(x.shape[:-2]) == 1
-        groups.setdefault(kind if alone else leaf_index, []).append(leaf_index)
+    for i, kind in enumerate(kinds):
+        groups.setdefault(kind, []).append(i)
     return list(groups.values())
+
+
+def cut(indices: Sequence[int], size: int) -> list[Sequence[int]]:
+    """The indices in pieces of `size` or fewer."""
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
 def map_batched(f: Callable[[Array], Array], tree: Any) -> Any:
@@ -169,18 +179,13 @@ def reduce_together(
 
     def reduced(xs):
         axes = (xs[0].ndim + axis,)
-        if len(xs) == 1:
+        if len(xs) == 1:  # a sum that XLA knows, which a sum of a list is not
             return [jax.lax.reduce(xs[0], jnp.float32(0), f, axes)]
         return jax.lax.reduce(xs, [jnp.float32(0)] * len(xs), lambda a, b: list(map(f, a, b)), axes)
 
-    of_shape: dict[Hashable, list[int]] = {}
-    for i, x in enumerate(arrays):
-        of_shape.setdefault(x.shape, []).append(i)
     results = list(arrays)
-    for numbers in of_shape.values():
-        size = len(numbers) if axis == -1 else _COLUMNS_AT_ONCE
-        for start in range(0, len(numbers), size):
-            some = numbers[start : start + size]
+    for of_shape in _grouped([x.shape for x in arrays]):
+        for some in cut(of_shape, len(of_shape) if axis == -1 else _COLUMNS_AT_ONCE):
             for i, x in zip(some, reduced([arrays[i] for i in some]), strict=True):
                 results[i] = jnp.expand_dims(x, axis)
     return results

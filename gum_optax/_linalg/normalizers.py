@@ -54,7 +54,7 @@ def sinkhorn_together(
     second = -3 - first
 
     def scales(*gs):
-        def units(xs, axis):
+        def units_along(axis, xs):
             """What gives each row, or column, a largest entry of 1."""
             return map_together(safe_reciprocal, reduce_together(jax.lax.max, [jnp.abs(x) for x in xs], axis))
 
@@ -66,8 +66,8 @@ def sinkhorn_together(
             return map_together(lambda x, unit: unit * safe_reciprocal(jnp.sqrt(x)), squares, units)
 
         # Divide rows, then columns, by their largest entry: squares then stay finite from 1e-30 to 1e30.
-        row_units = units(gs, first)
-        column_units = units([g * unit for g, unit in zip(gs, row_units, strict=True)], second)
+        row_units = units_along(first, gs)
+        column_units = units_along(second, [g * unit for g, unit in zip(gs, row_units, strict=True)])
 
         def one_round(scales, _):
             _, columns = scales
@@ -82,7 +82,7 @@ def sinkhorn_together(
     # A stack holds the gradients of all layers in any case; `in_one` is for single matrices.
     is_stack = any(math.prod(g.shape[:-2]) > 1 for g in gs)
     rows, columns = scales(*gs) if is_stack else in_one(scales, *gs)
-    # The columns of `diag(row) G diag(column)` have norm 1 here.
+    # Norms of 1 in each half of a round give the same directions; the last half's norm is put right here.
     found = zip(xs, gs, rows, columns, strict=True)
     return [(g * row * (x.shape[second] ** 0.5 * column)).astype(x.dtype) for x, g, row, column in found]
 

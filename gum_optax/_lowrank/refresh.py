@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from .._core.batches import same_shape_groups
+from .._core.batches import cut, same_shape_groups
 from .._core.keys import some, typed
 from .._core.measurements import MeanOf
 from .._core.xla import in_one, unstacked
@@ -72,7 +72,7 @@ def refreshed(
     def in_groups(forms, size_of):
         results: dict[int, Any] = {}
         for group in groups:
-            for leaf_indices in _cut(group, size_of(len(group))):
+            for leaf_indices in cut(group, size_of(len(group))):
                 read_them = reader_of(forms, tuple(rows[i][1] for i in leaf_indices))
                 leaves = [(rows[i][0], rows[i][2]) for i in leaf_indices]
                 chosen = some(keys, leaf_indices)
@@ -93,11 +93,6 @@ def refreshed(
         tpu=lambda: in_groups(forms, lambda size: 1),
         default=all_groups,
     )
-
-
-def _cut(leaf_indices: Sequence[int], size: int) -> list[Sequence[int]]:
-    """The indices in pieces of `size` or fewer."""
-    return [leaf_indices[start : start + size] for start in range(0, len(leaf_indices), size)]
 
 
 def _read(
