@@ -28,7 +28,7 @@ import gum_optax as go
 # of the width. XLA gives every scalar 16 KiB on a TPU, which is most of a TPU's figures at width 512.
 SIZES = {"512": (512, 1376, 64), "1024": (1024, 2736, 128), "2048": (2048, 5461, 256)}
 # (width, layers) of whole training steps; the rank is an eighth of the width there too.
-WHOLE_STEPS = ((512, 8), (256, 12), (2048, 8))
+WHOLE_STEPS = ((512, 8, 64), (256, 12, 64), (2048, 8, 64), (2048, 8, 2048))  # width, layers, tokens
 
 
 def layers(width: int, ff: int, count: int, *, scanned: bool) -> dict[str, Any]:
@@ -112,11 +112,11 @@ def whole_step(tx: Any, width: int, layers: int, tokens: int = 64, device: Any =
 def measure_whole_steps(platform: str, names: list[str], data: dict[str, Any]) -> None:
     """Add the whole steps of each optimizer to what was measured before."""
     device = device_of(platform)
-    for width, layers in WHOLE_STEPS:
-        setting = f"{platform} {width} × {layers}"
+    for width, layers, tokens in WHOLE_STEPS:
+        setting = f"{platform} {width} × {layers}" + f", {tokens} tokens" * (tokens != 64)
         data["versions"]["whole step, " + setting] = versions(*PACKAGES.get(platform, []))
         for name in names:
-            share = whole_step(optimizers(width // 8)[name](), width, layers, device=device)
+            share = whole_step(optimizers(width // 8)[name](), width, layers, tokens, device)
             data["whole_steps"].setdefault(name, {})[setting] = round(share, 4)
             print(f"whole step, {setting}  {name}  {share:.3f}", flush=True)
 

@@ -89,23 +89,34 @@ def test_temporaries_with_a_state_of_eight_bits(name, scanned):
     assert memory.measure(tx, shapes, device=True) <= EIGHT_BITS_BUDGETS[name][scanned]
 
 
-# Of adamw's temporaries in a whole training step, whose gradients are among them. Waiting for all gradients
-# they were 2.7 and more.
+# Of adamw's temporaries in a whole training step, whose gradients are among them: (rank, width, layers,
+# tokens). Waiting for all gradients they were 2.7 and more. At width 2048 and 64 tokens adamw's are 0.28 of
+# the gradients, and GUM's coordinates alone are 0.125.
+SMALL, SHORT = (8, 512, 8, 64), (8, 256, 12, 64)
+EIGHTH, SHORT_EIGHTH, LARGE_EIGHTH = (64, 512, 8, 64), (32, 256, 12, 64), (256, 2048, 8, 64)
+AS_MANY_TOKENS = (256, 2048, 8, 2048)
 WHOLE_STEP_BUDGETS = {
-    "muon": (1.01, 1.01),
-    "galore_muon": (1.02, 1.02),
-    "gum": (1.06, 1.06),
-    "sinkgd": (1.6, 1.41),
+    "muon": {SMALL: 1.01, SHORT: 1.01, AS_MANY_TOKENS: 1.01},
+    "galore_muon": {SMALL: 1.02, SHORT: 1.02, EIGHTH: 1.14, SHORT_EIGHTH: 1.04, AS_MANY_TOKENS: 1.01},
+    "gum": {
+        SMALL: 1.06,
+        SHORT: 1.06,
+        EIGHTH: 1.1,
+        SHORT_EIGHTH: 1.06,
+        LARGE_EIGHTH: 1.46,
+        AS_MANY_TOKENS: 1.11,
+    },
+    "sinkgd": {SMALL: 1.6, SHORT: 1.41, AS_MANY_TOKENS: 1.01},
 }
 
 
 @sequential_steps
 @pytest.mark.parametrize("name", WHOLE_STEP_BUDGETS)
 def test_a_training_step_does_not_hold_all_gradients_for_the_optimizer(name):
-    sizes = ((512, 8), (256, 12))
-    shares = [memory.whole_step(memory.optimizers(8)[name](), *size) for size in sizes]
-    beside = [memory.whole_step(optax.adamw(1e-3), *size) for size in sizes]
-    assert np.all(np.array(shares) / beside <= WHOLE_STEP_BUDGETS[name]), (shares, beside)
+    budgets = WHOLE_STEP_BUDGETS[name]
+    shares = [memory.whole_step(memory.optimizers(rank)[name](), *size) for rank, *size in budgets]
+    beside = [memory.whole_step(optax.adamw(1e-3), *size) for _, *size in budgets]
+    assert np.all(np.array(shares) / beside <= list(budgets.values())), (shares, beside)
 
 
 # Of two layers in a training step, separate (which are `long`) and scanned.
@@ -148,7 +159,7 @@ def test_no_moments_of_embeddings_are_copied(keep_gradients):
 NOT_MET = pytest.mark.xfail(
     strict=True,
     raises=AssertionError,
-    reason="gum 0.11 scanned, 0.30 separate (refresh and projection stand in one conditional); sumo 0.05",
+    reason="gum 0.11 scanned, 0.44 separate; sumo 0.05",
 )
 TPU_BUDGETS = [
     ("scanned", "1024", {"galore_muon": 0.04, "sinkgd": 0.01, "muon": 0.01}),

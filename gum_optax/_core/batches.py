@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .trees import merge, split
-from .xla import after, depend_on, unstacked
+from .xla import after, depend_on, unstacked, wait_for
 
 
 def map_sequentially(f: Callable[..., Any], tree: Any, *others: Any) -> Any:
@@ -111,6 +111,19 @@ def map_batched(f: Callable[[Array], Array], tree: Any) -> Any:
         tpu=functools.partial(map_sequentially, f),
         default=functools.partial(_map_stacks, f),
     )
+
+
+def wait_for_steps(steps: Array, tree: Any) -> Any:
+    """`tree`, whose leaves a CPU computes after `steps`, and a GPU if they are single matrices.
+
+    Then two sets of steps share their temporaries. A GPU would write stacks out for it: the update of `gum`,
+    scanned layers, would hold 0.39 of the gradients on an H200 in place of 0.28.
+    """
+
+    def later(x):
+        return wait_for(steps, x) if math.prod(x.shape[:-2]) == 1 else depend_on(x, steps)
+
+    return jax.tree.map(later, tree)
 
 
 def map_matrices(f: Callable[[Array], Array], tree: Any) -> Any:

@@ -12,11 +12,12 @@ search, travel beside it and are passed on as they are.
 | `accept` | `skip_non_finite`; every optimizer; `unbiased_low_rank` for its slots | all rules with state |
 | `measurements` | `projected_update` | `skip_non_finite`, `as_matrices`, `low_rank`; others refuse it |
 | `turn` | `layerwise_update` | all of these: see `turns.py` |
+| `waits_for` | `low_rank` | `orthogonalize` |
 
-Each reader that changes the leaves changes the context with them. `as_matrices` replaces all four fields:
-a fused kernel becomes several leaves, so `accept`, `measurements` and `turn` then count those. `low_rank`
-passes on `accept` and `turn` alone, because coordinates have another shape than the leaves and are always
-computed.
+Each reader that changes the leaves changes the context with them. `as_matrices` replaces the first four
+fields: a fused kernel becomes several leaves, so `accept`, `measurements` and `turn` then count those. Of
+these four `low_rank` passes on `accept` and `turn` alone, because coordinates have another shape than the
+leaves and are always computed.
 
 `low_rank` passes two more extra arguments to a `residual` that is a rule: `coordinates` (R) and `steps` (S).
 They are public, because a user's own residual reads them.
@@ -46,6 +47,8 @@ class MatrixContext:
         are then zeros. `None`: the updates are the gradient.
       turn: which leaves of a larger tree the updates are, in a step that is taken layer by layer. By default
         the updates are the whole tree.
+      waits_for: arrays that a CPU or a GPU computes first, so that two sets of temporaries share their
+        memory. `None`: nothing to wait for.
 
     The table of this module shows who passes each field and who reads it.
 
@@ -66,6 +69,7 @@ class MatrixContext:
     accept: Acceptance | None = None
     measurements: Measurements | None = None
     turn: WholeStep = WHOLE_STEP
+    waits_for: Any = None
 
     def need_gradient(self, name: str) -> None:
         """Refuse measurements, for a rule that needs the gradient itself.

@@ -170,20 +170,21 @@ def in_subspace(
             low_state = _on_refresh(inner, subspace, state.low, projections, is_refresh, accept)
         weights = None if plan.weights is None else turn.of_whole(low, lambda _: plan.weights)
         coordinates = _times(weights, projections.coordinates)
-        steps, low_state = inner.update(coordinates, low_state, None, **extra_args)  # S
-        steps, energies = measured_before(steps, projections.energies)
         step = LowRankStep(
             low,
             projections.projectors,
             projections.coordinates,
-            steps,
             gradient,
             views,
             is_refresh,
             state.count,
             state.key,
         )
-        lifted, outside_state = plan.lift.update(step, state.outside, **extra_args)  # P S + the rest
+        beside, rest = plan.lift.begin(step, state.outside, **extra_args)
+        after_those = extra_args | {"context": MatrixContext(accept=accept, turn=turn, waits_for=beside)}
+        steps, low_state = inner.update(coordinates, low_state, None, **after_those)  # S
+        steps, energies = measured_before(steps, projections.energies)
+        lifted, rest = plan.lift.update(step, steps, beside, rest, **extra_args)  # P S + the rest
         full = optax.tree.cast(full, jnp.float32)
         full_steps, full_state = inner.update(full, state.full, None, **extra_args)
         new_state = LowRankState(
@@ -195,7 +196,7 @@ def in_subspace(
             projectors=projectors,
             low=low_state,
             full=full_state,
-            outside=outside_state,
+            outside=rest,
             projectors_scales=scales,
         )
         return merge(lifted, full_steps), new_state

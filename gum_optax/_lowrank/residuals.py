@@ -96,8 +96,8 @@ def lift_with(residual: Residual) -> Lift:
 def _lift_with_function(residual: Any) -> Lift:
     """The residual makes the full-size step of each leaf."""
 
-    def update(step: LowRankStep, state, *, context, **extra_args):
-        del context, extra_args
+    def update(step: LowRankStep, steps, beside, state, /, *, context, **extra_args):
+        del beside, context, extra_args
         if residual is not drop:
             _check_dense(step)
         if jax.tree.leaves(state):
@@ -105,7 +105,7 @@ def _lift_with_function(residual: Any) -> Lift:
                 "state.outside holds arrays of a residual that is a rule, but this residual is a function:"
                 " make the state by init."
             )
-        return map_sequentially(residual, step.updates, step.projectors, step.coordinates, step.steps), state
+        return map_sequentially(residual, step.updates, step.projectors, step.coordinates, steps), state
 
     return Lift(optax.init_empty_state, update)
 
@@ -114,12 +114,13 @@ def _lift_with_rule(residual: Any) -> Lift:
     """The residual runs on `G - P R`, and its step is added to `P S`."""
     rule = optax.with_extra_args_support(residual)
 
-    def update(step: LowRankStep, state, **extra_args):
+    def update(step: LowRankStep, steps, beside, state, /, **extra_args):
+        del beside
         _check_dense(step)
-        extra_args |= {"coordinates": step.coordinates, "steps": step.steps}
+        extra_args |= {"coordinates": step.coordinates, "steps": steps}
         rest = map_sequentially(lambda g, p: outside(p, g), step.updates, step.projectors)
         rest, state = rule.update(rest, state, None, **extra_args)
-        return map_sequentially(add_product, rest, step.projectors, step.steps), state
+        return map_sequentially(add_product, rest, step.projectors, steps), state
 
     return Lift(rule.init, update)
 

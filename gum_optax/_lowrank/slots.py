@@ -140,7 +140,7 @@ class Slots(NamedTuple):
 
         @jax.jit  # traced once for all leaves of a shape
         def overwritten(operands, values, slots):
-            # Lifted earlier, a stack would be in memory while the slots make their steps.
+            # Lifted earlier, a leaf would be in memory while the slots make their steps.
             operands = wait_for(values, operands)
             whole = make(*operands)
             step = scatter_blocks(whole, values, slots)

@@ -47,18 +47,21 @@ class SlotsInTurn(NamedTuple):
     is_refresh: Bool[Array, ""]
     extra_args: dict[str, Any]
 
-    def update(self, step: LowRankStep, state: Any, accept: Acceptance | None) -> tuple[Any, Any]:
+    def update(
+        self, step: LowRankStep, low_steps: Any, state: Any, accept: Acceptance | None
+    ) -> tuple[Any, Any]:
         """The steps of the leaves of this turn, and the state of the slots.
 
         Args:
-          step: the low-rank step of the leaves.
+          step: what the leaves' step is made of.
+          low_steps: the leaves' steps in their subspaces.
           state: of the slots before the step; later turns read what the turns before have left.
           accept: which leaves step.
         """
         lifted = []
 
         def of_turn(held):
-            steps, held = self._overwritten(step, held, accept)
+            steps, held = self._overwritten(step, low_steps, held, accept)
             lifted.append(steps)
             return self._with_counts(held) if self.turn.is_last else held
 
@@ -71,7 +74,9 @@ class SlotsInTurn(NamedTuple):
                     accept.mark_kept(x)
         return lifted[0], held
 
-    def _overwritten(self, step: LowRankStep, held: Any, accept: Acceptance | None) -> tuple[Any, Any]:
+    def _overwritten(
+        self, step: LowRankStep, low_steps: Any, held: Any, accept: Acceptance | None
+    ) -> tuple[Any, Any]:
         """The low-rank steps, in place of which sampled blocks take full-rank steps."""
         names = {group.shape: name for name, group in self.slots.groups.items()}
         leaves = self._leaves(step, accept)
@@ -93,7 +98,7 @@ class SlotsInTurn(NamedTuple):
             return before
 
         leaf_indices = treedef.unflatten(range(len(leaves)))
-        return map_sequentially(of_leaf, leaf_indices, step.projectors, step.steps), held
+        return map_sequentially(of_leaf, leaf_indices, step.projectors, low_steps), held
 
     def _leaves(self, step: LowRankStep, accept: Acceptance | None) -> list[_Leaf]:
         assert isinstance(step.gradient, DenseGradient)

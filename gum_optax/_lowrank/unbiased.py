@@ -191,15 +191,12 @@ def _lift_with_slots(
         index = slots.draw(key_data(key), jnp.zeros((), jnp.int32))
         return SampledState(index, inner.init(slots.zeros(params)))
 
-    def update(step: LowRankStep, state, *, context: MatrixContext, **extra_args):
-        if not slots.groups:
-            return slots.scatter({}, {}, lift, step.projectors, step.steps), state
+    def begin(step: LowRankStep, state, /, *, context: MatrixContext, **extra_args):
+        """The steps of the slots. In the turn of one layer each slot takes its step in `update`."""
+        if not slots.groups or isinstance(context.turn, Turn):
+            return {}, state
         index = in_one(slots.draw, step.key, step.count)
-        input_of = _input_of(compensation, context.turn.whole(step.updates))
-        if isinstance(context.turn, Turn):
-            own = SlotsInTurn(inner, slots, index, context.turn, input_of, step.is_refresh, extra_args)
-            steps, held = own.update(step, state.slots, context.accept)
-            return steps, SampledState(index, held)
+        input_of = _input_of(compensation, step.updates)
         inputs = slots.gather(index, step.gradient, step.projectors, input_of)
         empty = slots.zeros(step.updates)
         slot_state = restart(inner, state.slots, empty, None, step.is_refresh)
@@ -211,10 +208,20 @@ def _lift_with_slots(
         slot_steps, slot_state = inner.update(inputs, slot_state, None, context=of_slots, **extra_args)
         if outer is not None and accept is not None:
             outer.mark_kept_by(accept, slot_state)
-        steps = slots.scatter(index, slot_steps, lift, step.projectors, step.steps)
-        return steps, SampledState(index, slot_state)
+        return slot_steps, SampledState(index, slot_state)
 
-    return Lift(init, update)
+    def update(step: LowRankStep, steps, slot_steps, state, /, *, context: MatrixContext, **extra_args):
+        if not slots.groups:
+            return slots.scatter({}, {}, lift, step.projectors, steps), state
+        if not isinstance(context.turn, Turn):
+            return slots.scatter(state.index, slot_steps, lift, step.projectors, steps), state
+        index = in_one(slots.draw, step.key, step.count)
+        input_of = _input_of(compensation, context.turn.whole(step.updates))
+        own = SlotsInTurn(inner, slots, index, context.turn, input_of, step.is_refresh, extra_args)
+        steps, held = own.update(step, steps, state.slots, context.accept)
+        return steps, SampledState(index, held)
+
+    return Lift(init, update, begin)
 
 
 def _input_of(compensation: Compensation, updates: optax.Updates) -> Callable[[Group], Callable[..., Array]]:

@@ -3,7 +3,7 @@
 import jax
 import optax
 
-from .._core.batches import map_batched, map_matrices, map_sequentially
+from .._core.batches import map_batched, map_matrices, map_sequentially, wait_for_steps
 from .._core.checks import check_function, renamed_argument
 from .._core.context import NO_CONTEXT, MatrixContext
 from .._linalg.newton_schulz import Orthogonalizer, newton_schulz
@@ -48,6 +48,8 @@ def orthogonalize(
         del state, params, extra_args
         if context.turn.is_probe:
             return updates, optax.EmptyState()
+        if first := jax.tree.leaves(context.waits_for)[:1]:
+            updates = wait_for_steps(first[0], updates)
         views = views_beside(updates, context.views)
         if not any(view.sharding for view in jax.tree.leaves(views)):
             return map_leaves(jitted, updates), optax.EmptyState()
