@@ -10,7 +10,8 @@ A rule that treats every block by itself needs to know nothing of this. The few 
 
 - how the whole tree is routed and planned: `of_whole`;
 - which random numbers a leaf draws in the whole tree: `keys` and `row_key`;
-- what is summed up over all leaves, and what several blocks share: `accumulate`.
+- what is summed up over all leaves, and what several blocks share: `accumulate`;
+- what no leaf decides: `once`.
 
 A `WholeStep`, the turn of an ordinary step, answers the same questions for all leaves at once.
 """
@@ -62,6 +63,10 @@ class WholeStep:
     def accumulate(self, start: Any, f: Callable[[Any], Any]) -> Any:
         """`f` of what the turns before have left, which is `start` in the first turn."""
         return f(start)
+
+    def once(self, make: Callable[[], Any]) -> Any:
+        """What `make` makes in the first turn: what depends on no leaf, and is compiled once."""
+        return make()
 
     def mark(self, array: Any) -> Any:
         """`array`, which has its value even if the loss is not finite."""
@@ -207,6 +212,9 @@ class Turn(WholeStep):
 
     def accumulate(self, start: Any, f: Callable[[Any], Any]) -> Any:
         return self.ledger.entry(start, f)
+
+    def once(self, make: Callable[[], Any]) -> Any:
+        return self.ledger.entry(None, lambda before: make() if before is None else before)
 
     def mark(self, array: Any) -> Any:
         self.ledger.marked[id(array)] = array

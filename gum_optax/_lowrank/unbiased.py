@@ -215,7 +215,7 @@ def _lift_with_slots(
             return slots.scatter({}, {}, lift, step.projectors, steps), state
         if not isinstance(context.turn, Turn):
             return slots.scatter(state.index, slot_steps, lift, step.projectors, steps), state
-        index = in_one(slots.draw, step.key, step.count)
+        index = context.turn.once(lambda: in_one(slots.draw, step.key, step.count))
         input_of = _input_of(compensation, context.turn.whole(step.updates))
         own = SlotsInTurn(inner, slots, index, context.turn, input_of, step.is_refresh, extra_args)
         steps, held = own.update(step, steps, state.slots, context.accept)
