@@ -314,12 +314,14 @@ def test_a_token_of_a_table_has_one_second_moment_whichever_way_the_table_lies()
     np.testing.assert_allclose(embedding_rules.unit_tokens(gradients["head"]), expected.T, rtol=1e-5)
 
 
-def test_a_step_layer_by_layer_is_timed_beside_the_ordinary_step(tmp_path):
+def test_a_step_layer_by_layer_is_timed_beside_the_ordinary_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(layerwise_time, "COMPILATIONS", 1)
+    monkeypatch.setattr(jax, "clear_caches", lambda: None)  # of the other tests
     arguments = ["--model", "tiny", "--batch", "2", "--seq", "8", "--rounds", "2", "--out", str(tmp_path)]
     layerwise_time.main([*arguments, "--optimizers", "optax.adamw", "--keep-every", "2"])
     ((setting, rows),) = settings_of(tmp_path / "layerwise_time.json").items()
     assert setting == "cpu, tiny, 2 × 8 tokens, inputs of every 2 layers"
-    assert rows["optax.adamw"]["ratio"] > 0
+    assert rows["optax.adamw"]["ratio"] > 0 < rows["optax.adamw"]["compile, ratio"]
     assert layerwise_time.table({"x": rows["optax.adamw"] | {"ratio": 1.5}})[-1].split(" | ")[3] == "1.500"
 
 

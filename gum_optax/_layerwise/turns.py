@@ -89,7 +89,7 @@ class Step:
             own, updates = self._rows_to_add_to(carry.params, number, updates)
         own = self._applied("layers", own, updates, context)
         # A TPU would add all float32 steps of the layer where it writes the stacks, after the last of them.
-        own, state = placed((jax.tree.map(barrier_on_tpu, own), state))
+        own = jax.tree.map(barrier_on_tpu, own)
         return carried(
             Carry(
                 division.with_layer(carry.params, number, own),
