@@ -14,14 +14,13 @@ import functools
 import statistics
 import time
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import layerwise
-from results import RESULTS, Results
+from results import RESULTS, Results, round_robin
 
 from gum_optax import report
 
@@ -79,23 +78,17 @@ def measure(model: report.Architecture, name: str, batch: int, seq: int, keep_ev
     by_layer = functools.partial(layerwise.layer_by_layer, keep_every=keep_every)
     makers = {"ordinary": layerwise.ordinary, "layer by layer": by_layer}
     runs = {kind: Run(make(tx, model), tx, params, tokens) for kind, make in makers.items()}
-    compilations = in_turns({kind: run.compile for kind, run in runs.items()}, COMPILATIONS)
+    compilations = medians(round_robin({kind: run.compile for kind, run in runs.items()}, COMPILATIONS))
     for run in runs.values():
         run.take()  # the refresh
-    row = in_turns({kind: run.take for kind, run in runs.items()}, rounds)
+    row = medians(round_robin({kind: run.take for kind, run in runs.items()}, rounds))
     return row | {f"compile, {kind}": value for kind, value in compilations.items()}
 
 
-def in_turns(actions: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """The median seconds of each of two actions, and the median of the second's over the first's."""
-    seconds: dict[str, list[float]] = {kind: [] for kind in actions}
-    for _ in range(rounds):
-        for kind, act in actions.items():
-            seconds[kind].append(act())
+def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """The median seconds of two kinds, and the median of the second's over the first's."""
     ratios = [a / b for b, a in zip(*seconds.values(), strict=True)]
-    return {kind: statistics.median(times) for kind, times in seconds.items()} | {
-        "ratio": statistics.median(ratios)
-    }
+    return {kind: statistics.median(times) for kind, times in (seconds | {"ratio": ratios}).items()}
 
 
 def table(rows: dict[str, dict[str, float]]) -> list[str]:

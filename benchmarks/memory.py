@@ -27,8 +27,8 @@ import gum_optax as go
 # (width, feed-forward, rank) of the tests' small model, of LLaMA-350M and of LLaMA-1B; the rank is an eighth
 # of the width. XLA gives every scalar 16 KiB on a TPU, which is most of a TPU's figures at width 512.
 SIZES = {"512": (512, 1376, 64), "1024": (1024, 2736, 128), "2048": (2048, 5461, 256)}
-# (width, layers) of whole training steps; the rank is an eighth of the width there too.
-WHOLE_STEPS = ((512, 8, 64), (256, 12, 64), (2048, 8, 64), (2048, 8, 2048))  # width, layers, tokens
+# (width, layers, tokens) of whole training steps; the rank is an eighth of the width there too.
+WHOLE_STEPS = ((512, 8, 64), (256, 12, 64), (2048, 8, 64), (2048, 8, 2048))
 
 
 def layers(width: int, ff: int, count: int, *, scanned: bool) -> dict[str, Any]:

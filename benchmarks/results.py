@@ -1,4 +1,4 @@
-"""How a benchmark stores its results: a JSON file with a section for each setting, and a table beside it."""
+"""What benchmarks share: rounds of measurements, and a JSON file of results with a table beside it."""
 
 import importlib.metadata
 import json
@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,15 @@ def versions(*more: str) -> dict[str, str]:
     """The versions of what the figures depend on."""
     found = {name: importlib.metadata.version(name) for name in ("jax", "optax", *more)}
     return found | {"python": platform.python_version()}
+
+
+def round_robin(actions: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """What each action returns, its seconds: a round takes every action once, so a busy machine slows all."""
+    found: dict[str, list[float]] = {name: [] for name in actions}
+    for _ in range(rounds):
+        for name, act in actions.items():
+            found[name].append(act())
+    return found
 
 
 def mean_and_deviation(values: Sequence[float]) -> str:

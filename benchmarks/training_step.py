@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 import speed
 from flax import nnx
-from results import RESULTS, Results
+from results import RESULTS, Results, round_robin
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
@@ -73,10 +73,7 @@ def measure(
     steps = {name: Step(model, makers[name](), batch, length) for name in names}
     for name, step in steps.items():
         print(f"  {name}: first step {step.seconds():.1f} s", flush=True)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            seconds[name].append(step.seconds())
+    seconds = round_robin({name: step.seconds for name, step in steps.items()}, rounds)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     base = medians[names[0]]
     return {

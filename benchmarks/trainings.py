@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from results import round_robin
+
 import gum_optax
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,13 +70,15 @@ def finished(record: Record | None) -> Record:
 
 def step_seconds(trainers: Mapping[str, Trainer], rounds: int, steps: int) -> dict[str, float]:
     """The seconds of a step: medians of rounds in which every trainer takes a few steps in turn."""
-    times: dict[str, list[float]] = {name: [] for name in trainers}
-    for _ in range(rounds):
-        for name, trainer in trainers.items():
-            begun = time.perf_counter()
-            for _ in range(steps):
-                trainer.train_step()
-            times[name].append((time.perf_counter() - begun) / steps)
+
+    def seconds_of(trainer):
+        begun = time.perf_counter()
+        for _ in range(steps):
+            trainer.train_step()
+        return (time.perf_counter() - begun) / steps
+
+    actions = {name: functools.partial(seconds_of, trainer) for name, trainer in trainers.items()}
+    times = round_robin(actions, rounds)
     return {name: statistics.median(found) for name, found in times.items()}
 
 
