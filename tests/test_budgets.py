@@ -17,6 +17,7 @@ import optax
 import pytest
 
 import gum_optax as go
+from gum_optax._transforms.skip_non_finite import skip_leaves
 
 from helpers import AMPLIFIED, muon_rule, run, sequence, sequential_steps
 
@@ -220,6 +221,15 @@ def test_layers_share_their_kernels():
     few, many = kernels(2), kernels(4)
     assert few > 20
     assert many <= few + 2
+
+
+def test_whether_all_leaves_are_finite_is_computed_once():
+    """Each number that waits for all leaves would have had the flags of all leaves in its kernel."""
+    tx = skip_leaves(optax.chain(*[optax.scale_by_schedule(lambda count: 1 / (1 + count))] * 8))
+    shapes = {str(i): jax.ShapeDtypeStruct((4, 6), jnp.float32) for i in range(16)}
+    state = jax.eval_shape(tx.init, shapes)
+    text = jax.jit(tx.update).lower(shapes, state).compile().as_text()
+    assert text.count(" is-finite(") <= 2 * len(shapes)  # once for the leaf, once for all
 
 
 def test_a_changed_learning_rate_compiles_nothing_anew():

@@ -1,5 +1,6 @@
 """Norms and products in float32: they neither overflow nor underflow between 1e-30 and 1e30."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -63,10 +64,17 @@ def is_finite(*arrays: Any) -> Bool[Array, ""]:
     if len(arrays) == 1:
         return jnp.isfinite(zero(*arrays))
     # One array after the other: of a wide one, a CPU writes the zeros to memory before it sums them.
-    # Use a dot product: XLA would fuse an elementwise chain into all that reads the result, and
-    # recompute it there.
-    sums = jnp.stack(map_sequentially(zero, [jnp.asarray(x) for x in arrays]) or [0.0])
-    return jnp.isfinite(jnp.dot(sums, sums))
+    return all_true(map(jnp.isfinite, map_sequentially(zero, [jnp.asarray(x) for x in arrays])))
+
+
+def all_true(flags: Iterable[Bool[Array, ""]]) -> Bool[Array, ""]:
+    """Whether all flags are true; computed once, however many numbers wait for it.
+
+    It is a dot product, which XLA fuses into nothing: a chain of conjunctions would be part of each kernel
+    that reads the result.
+    """
+    false = jnp.stack([jnp.asarray(False), *(~flag for flag in flags)]).astype(jnp.float32)
+    return jnp.dot(false, false) == 0
 
 
 def exact_matmul(a: Float[Array, "*b i j"], b: Float[Array, "*b j k"]) -> Float[Array, "*b i k"]:

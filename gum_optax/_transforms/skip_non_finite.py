@@ -14,7 +14,7 @@ from .._core.context import NO_CONTEXT, MatrixContext
 from .._core.measurements import Measurements
 from .._core.trees import concrete, leaf_indices_of
 from .._core.turns import Turn
-from .._linalg.numerics import is_finite
+from .._linalg.numerics import all_true, is_finite
 
 # The step of a leaf that is skipped. Added to a parameter it changes no bit, and no sign of a zero. XLA would
 # share a table of +0.0 with the zeros that the gradient of an embedding or of scanned layers begins with, and
@@ -49,9 +49,7 @@ def _by_leaf(updates: Any, measurements: Measurements | None) -> Acceptance:
     else:
         known = measurements.finite_where(updates)
     by_leaf = {leaf_index: is_finite(*jax.tree.leaves(x)) for leaf_index, x in known.items()}
-    # Without the barrier, XLA would repeat the conjunction for each of the few numbers that wait for it.
-    all_leaves = jax.lax.optimization_barrier(jnp.all(jnp.stack([jnp.asarray(True), *by_leaf.values()])))
-    return Acceptance(all_leaves, by_leaf)
+    return Acceptance(all_true(by_leaf.values()), by_leaf)
 
 
 def _in_turn(updates: Any, turn: Turn) -> Acceptance:
@@ -150,7 +148,7 @@ def skip_as_one(inner: optax.GradientTransformation) -> optax.GradientTransforma
         accept = context.accept
         if accept is None:
             return taking.update(updates, state, params, context=context, **extra_args)
-        own = Acceptance(jnp.all(jnp.stack([jnp.asarray(True), *accept.of_leaves(updates)])))
+        own = Acceptance(all_true(accept.of_leaves(updates)))
         context = dataclasses.replace(context, accept=own)
         steps, new = taking.update(updates, state, params, context=context, **extra_args)
         kept = own.keep_rest_if_rejected(new, state)
