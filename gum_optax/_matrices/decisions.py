@@ -9,7 +9,14 @@ import jax.numpy as jnp
 
 from .._core.checks import check_arrays
 from .._mesh.axis_names import has_boxes
-from .dimension_numbers import Entry, WeightDimensionNumbers, is_patterns, leaf_names, matching
+from .dimension_numbers import (
+    Entry,
+    WeightDimensionNumbers,
+    check_patterns,
+    is_patterns,
+    leaf_names,
+    matching,
+)
 from .hidden_matrices import RoutingWarning, decided
 from .listening import listener
 from .rules.leaves import Reading
@@ -35,6 +42,7 @@ class Decisions:
                 " tree of them, a function from the parameters to one, or patterns such as"
                 f" {{'*/NAME/kernel': gum_optax.LAST_TWO}}, got {spec!r}."
             )
+        check_patterns(spec)
         self.spec = spec
         self._kept: dict[Any, list[Reading]] = {}
 

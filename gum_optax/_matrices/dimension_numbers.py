@@ -109,6 +109,8 @@ class Parts(NamedTuple):
     numbers: MuonDimensionNumbers | ShardedDimensionNumbers = LAST_TWO
 
 
+_WILDCARDS = frozenset("*?[")  # of `fnmatch`
+
 Entry = MuonDimensionNumbers | ShardedDimensionNumbers | Parts | None
 
 
@@ -136,6 +138,20 @@ def is_patterns(spec: Any, tree: Any) -> bool:
         return False
     flat = set(leaf_names(tree))
     return all(map(_is_entry, spec.values())) and not all((name,) in flat for name in spec)
+
+
+def check_patterns(spec: Any) -> None:
+    """Raise a TypeError for a pattern that has no role, or for patterns that are no mapping."""
+    pairs = isinstance(spec, list) and [x for x in spec if isinstance(x, tuple) and isinstance(x[0], str)]
+    if pairs and pairs == spec:
+        raise TypeError(f"weight_dimension_numbers takes patterns as a mapping; pass dict({spec!r}).")
+    for pattern, role in spec.items() if isinstance(spec, dict) else ():
+        if isinstance(pattern, str) and not _WILDCARDS.isdisjoint(pattern) and not _is_entry(role):
+            raise TypeError(
+                f"weight_dimension_numbers gives the pattern {pattern!r} the role {role!r}; a role is"
+                " optax.contrib.MuonDimensionNumbers, such as gum_optax.LAST_TWO, gum_optax.Parts, or None"
+                " for leaves that are not matrices."
+            )
 
 
 def matching(patterns: dict[str, Entry], name: str) -> str | None:

@@ -20,6 +20,7 @@ from optax.contrib import MuonDimensionNumbers as Dims
 import gum_optax as go
 from gum_optax._matrices.decisions import Decisions
 from gum_optax._matrices.dimension_numbers import leaf_names
+from gum_optax._matrices.rules.policy import readings
 
 from helpers import run
 
@@ -179,6 +180,12 @@ def test_pairs_of_attention_kernels_are_found_by_structure(pair, scanned):
     assert found[f"block/attention/{out}"] == go.SPLIT_HEADS_OUTPUT
 
 
+def test_a_bias_that_is_named_after_its_weight_tells_the_fan_in():
+    """The outer product mean of AlphaFold: a matrix of all pairs of features."""
+    found = entries(tree_of({"output_w": {"shape": [8, 8, 32]}, "output_b": {"shape": [32]}}))
+    assert found == {"output_b": None, "output_w": go.SPLIT_HEADS_OUTPUT}
+
+
 def test_latent_attention_is_found_by_its_heads():
     """The kernels of DeepSeek's attention have different widths and share only the number of heads."""
     leaves = {
@@ -217,6 +224,86 @@ def test_what_a_leaf_is_does_not_depend_on_which_of_its_siblings_are_there(names
         assert entries(hidden) == {path: whole[path]}
 
 
+@pytest.mark.parametrize("module", ["layers", "blocks", "h", "stack"])
+def test_a_list_of_layers_is_no_stack_of_them_whatever_its_name(module):
+    """Filters and `optax.partition` hide the norms that would show that matrices have no axis of layers."""
+    leaves = {
+        "attn/query/kernel": ([24, 4, 6], go.SPLIT_HEADS_INPUT),
+        "attn/value/kernel": ([24, 4, 6], go.SPLIT_HEADS_INPUT),
+        "conv_a/kernel": ([3, 3, 16, 16], go.CONV_HWIO),
+        "conv_b/weight": ([16, 16, 3, 3], go.CONV_OIHW),
+        "down/kernel": ([4, 4, 8, 16], go.CONV_HWIO),
+    }
+    for chosen in (
+        ["attn/query/kernel", "attn/value/kernel"],
+        ["conv_a/kernel"],
+        ["conv_b/weight"],
+        ["down/kernel"],
+    ):
+        rows = {f"{module}/{i}/{name}": name for i in range(2) for name in chosen}
+        found = entries(tree_of({path: {"shape": leaves[name][0]} for path, name in rows.items()}))
+        assert found == {path: leaves[name][1] for path, name in rows.items()}
+
+
+@pytest.mark.parametrize("size", [None, "d_k", "hd", "kv", "head_dim"])
+@pytest.mark.parametrize("stack", [False, True], ids=["layer", "scanned"])
+def test_an_axis_of_heads_makes_its_neighbour_the_size_of_a_head(size, stack):
+    leaves = {
+        "into": ([64, 4, 8], ["embed", "heads", size], ((0,), (1, 2))),
+        "out": ([4, 8, 64], ["heads", size, "embed"], ((0, 1), (2,))),
+        "grouped": ([64, 2, 4, 8], ["embed", "kv_heads", "q_per_kv", size], ((0,), (1, 2, 3))),
+        "grouped_out": ([2, 4, 8, 64], ["kv_heads", "q_per_kv", size, "embed"], ((0, 1, 2), (3,))),
+    }
+    front, names = [3] * stack, ["layers"] * stack
+    tree = tree_of(
+        {k: {"shape": front + shape, "axes": names + axes} for k, (shape, axes, _) in leaves.items()}
+    )
+    for path, entry in entries(tree).items():
+        shape, _, wanted = leaves[path]
+        assert sides((*front, *shape), *entry) == [{i + stack for i in side} for side in wanted]
+
+
+@pytest.mark.parametrize("stack", [False, True], ids=["layer", "scanned"])
+@pytest.mark.parametrize(
+    "names", [("q_proj", "out_proj"), ("wq", "wo"), ("into", "back")], ids=lambda x: x[0]
+)
+def test_grouped_queries_with_an_axis_for_the_group_are_one_matrix(names, stack):
+    front = [3] * stack
+    shapes = {names[0]: [64, 2, 4, 8], names[1]: [2, 4, 8, 64], "k_proj": [64, 2, 8], "v_proj": [64, 2, 8]}
+    leaves = {f"block/attn/{name}/kernel": {"shape": front + shape} for name, shape in shapes.items()}
+    found = entries(tree_of(leaves | {"block/norm/scale": {"shape": [*front, 64]}}))
+    into, out, key, value = (found[path] for path in leaves)
+    assert sides((*front, 64, 2, 4, 8), *into) == [{stack}, {1 + stack, 2 + stack, 3 + stack}]
+    assert sides((*front, 2, 4, 8, 64), *out) == [{stack, 1 + stack, 2 + stack}, {3 + stack}]
+    assert key == value == go.SPLIT_HEADS_INPUT
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "axes", "is_matrix", "kind"),
+    [("moe/wi/kernel", (4, 16, 32), ("expert", "embed", "expert_mlp"), True, "matrix"),
+     ("moe/wi_0", (4, 16, 32), ("exp", "embed_no_exp", "mlp"), True, "matrix"),
+     ("moe/gate/kernel", (4, 16), ("exp", "embed_no_exp"), True, "router"),
+     ("gates/w", (4, 16, 16), ("blocks", "block_size", "block_size_out"), True, "matrix"),
+     ("mixer/kernel", (16, 32), ("embed", "depth"), True, "matrix"),
+     ("mixer/kernel", (16, 32), ("embed", "block_size"), True, "matrix"),
+     ("mixer/kernel", (4, 16, 32), ("decoder_layers", "embed", "group_size"), True, "matrix"),
+     ("mixer/scale", (4, 16), ("num_layers", "embed"), False, "vector")],
+)  # fmt: skip
+def test_a_name_that_only_mentions_layers_or_experts_is_no_stack_of_them(path, shape, axes, is_matrix, kind):
+    (leaf,) = readings(tree_of({path: {"shape": list(shape), "axes": list(axes)}}))
+    assert (leaf.entry == go.LAST_TWO, leaf.kind) == (is_matrix, kind)
+
+
+def test_heads_and_tables_with_names_of_axes_know_their_fan_in():
+    leaves = {
+        "lm_head/weight": ((99, 16), ("vocab", "embed"), "head", go.OUT_IN),
+        "output_layer/kernel": ((16, 99), ("embed", "vocab"), "head", go.LAST_TWO),
+        "token_embedder/embedding": ((99, 16), ("vocab", "embed"), "embedding", None),
+    }
+    rows = readings(tree_of({k: {"shape": list(x[0]), "axes": list(x[1])} for k, x in leaves.items()}))
+    assert [(row.kind, row.head) for row in rows] == [(x[2], x[3]) for x in leaves.values()]
+
+
 def test_as_many_layers_as_the_model_is_wide_is_warned_of_once_with_both_readings():
     leaves = {"attention/query/kernel": {"shape": [6, 6, 6]}, "attention/out/kernel": {"shape": [6, 6, 6]}}
     tx, params = go.muon(1e-3), tree_of(leaves)
@@ -252,6 +339,30 @@ def test_both_factors_of_lora_go_the_same_way(path, a, b, of_a, of_b, style):
     found = list(entries(tree_of(leaves)).values())
     for entry, shape, wanted in zip(found, (a, b), (of_a, of_b), strict=True):
         assert (entry and sides(shape, *entry)) == (wanted and [set(wanted[0]), set(wanted[1])])
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("lora_down", "lora_up"), ("delta_a", "delta_b"), ("A", "B"), ("into/kernel", "out_of/kernel")],
+    ids=lambda names: names[0],
+)  # fmt: skip
+def test_the_factors_of_an_adapter_are_known_by_the_shape_of_their_kernel(names):
+    """Their product has the shape of the kernel; the kernel is what it is without them."""
+    shapes = {"q_proj": ([16, 4, 6], [16, 3], [3, 4, 6]), "o_proj": ([4, 6, 16], [4, 6, 3], [3, 16])}
+    leaves = {}
+    for module, (kernel, a, b) in shapes.items():
+        of = {"kernel": kernel, names[0]: a, names[1]: b}
+        leaves |= {f"attn/{module}/{name}": {"shape": shape} for name, shape in of.items()}
+    found = entries(tree_of(leaves))
+    wanted = {
+        "q_proj": (go.SPLIT_HEADS_INPUT, ((0,), (1,)), ((0,), (1, 2))),
+        "o_proj": (go.SPLIT_HEADS_OUTPUT, ((0, 1), (2,)), ((0,), (1,))),
+    }
+    for module, (of_kernel, of_a, of_b) in wanted.items():
+        assert found[f"attn/{module}/kernel"] == of_kernel
+        for name, axes in zip(names, (of_a, of_b), strict=True):
+            path = f"attn/{module}/{name}"
+            assert sides(leaves[path]["shape"], *found[path]) == [set(side) for side in axes]
 
 
 class Convolutions(nn.Module):
@@ -310,7 +421,14 @@ def test_layers_of_equinox_tell_fan_in_from_fan_out():
      ("layers/layer_scale1/lambda1", (3, 16)), ("layers/attn/qkv/bias", (3, 48)),
      ("register_tokens", (1, 4, 16)), ("cls_token", (1, 1, 16)),
      ("mask_token", (1, 16)), ("latents", (8, 16)), ("pos_embedding", (1, 9, 16)),
-     ("layers/gate/kernel", (3, 16, 1)), ("out/kernel", (16, 1)), ("layers/anything", (3, 16))],
+     ("layers/gate/kernel", (3, 16, 1)), ("out/kernel", (16, 1)), ("layers/anything", (3, 16)),
+     ("conv_1d/w", (4, 64)), ("temporal/conv_kernel", (4, 64)), ("conv1d/weight", (64, 4)),
+     ("ssm/log_A", (16, 32)),
+     ("ssm/log_A_real", (16, 32)), ("ssm/A_imag", (16, 32)), ("moe/b1", (4, 32)),
+     ("reader/codebook", (16, 32)),
+     ("quantizer/codebooks", (2, 16, 32)), ("codevectors", (16, 32)), ("W_E", (97, 16)), ("W_U", (16, 97)),
+     ("W_pos", (9, 16)), ("shared", (97, 16)), ("shared/weight", (97, 16)), ("lookup/w", (97, 16)),
+     ("tok_table/w", (97, 16))],
 )  # fmt: skip
 def test_vectors_of_a_stack_tokens_and_what_has_a_side_of_one_are_no_matrices(path, shape):
     rest = {
@@ -329,7 +447,22 @@ def test_vectors_of_a_stack_tokens_and_what_has_a_side_of_one_are_no_matrices(pa
      ("transformer.lm_head.weights", (16, 99), False), ("decoder/project/kernel", (16, 99), False),
      ("embedder/mlp/up/kernel", (16, 32), True), ("classifier/block_0/Dense_0/kernel", (16, 32), True),
      ("MAPHead_0/MlpBlock_0/Dense_0/kernel", (16, 32), True), ("time_emb_proj/kernel", (16, 32), True),
-     ("pre_logits/kernel", (16, 16), True), ("attention/output/dense/kernel", (16, 16), True)],
+     ("pre_logits/kernel", (16, 16), True), ("attention/output/dense/kernel", (16, 16), True),
+     ("lm_heads/0/kernel", (16, 98), False), ("lm_heads/1/kernel", (16, 98), False),
+     ("heads_0/kernel", (16, 5), False),
+     ("output_heads/policy/kernel", (16, 5), False), ("classifiers/0/kernel", (16, 5), False),
+     ("attn/heads/0/query/kernel", (16, 8), True), ("num_heads_proj/kernel", (16, 8), True),
+     ("adaLN_modulation/kernel", (16, 96), True), ("ada_norm/kernel", (16, 32), True),
+     ("norm_proj/kernel", (16, 32), True),
+     ("cond_ln/w", (16, 32), True), ("adaLN_modulation/1/weight", (96, 16), True),
+     ("adaLN_modulation/weight", (96, 16), True),
+     ("mixer/w_latent", (16, 32), True), ("attn/kv_latent_down", (16, 4), True),
+     ("latent_proj", (16, 32), True),
+     ("pos_proj", (16, 16), True), ("token_mixer", (16, 16), True),
+     ("block/emb_layers/1/kernel", (64, 32), True),
+     ("encoder/embedding_hidden_mapping_in/kernel", (16, 64), True), ("ssm/B", (16, 32), True),
+     ("ssm/C", (32, 16), True),
+     ("embed_in/weight", (98, 16), False)],
 )  # fmt: skip
 def test_tables_and_heads_are_what_they_are_and_not_all_that_is_called_so(path, shape, is_matrix):
     """The name of a module does not decide for all leaves of a network."""
@@ -353,6 +486,15 @@ def test_the_last_dense_of_a_compact_linen_model_is_its_head():
 
     found = entries(jax.eval_shape(Network().init, jax.random.key(0), jnp.zeros((1, 5)))["params"])
     assert {path for path, entry in found.items() if entry} == {"Dense_0/kernel", "Dense_1/kernel"}
+
+
+def test_a_dense_whose_output_another_layer_reads_is_no_head():
+    """The network of a diffusion model's times has the last `Dense_n` at the root; CNNs end with one."""
+    times = {"Dense_0/kernel": {"shape": [16, 64]}, "Dense_1/kernel": {"shape": [64, 64]}}
+    blocks = {"Block_0/Dense_0/kernel": {"shape": [64, 16]}, "Conv_0/kernel": {"shape": [3, 3, 3, 16]}}
+    assert entries(tree_of(times | blocks))["Dense_1/kernel"] == go.LAST_TWO
+    cnn = {"Dense_0/kernel": {"shape": [64, 32]}, "Dense_1/kernel": {"shape": [32, 10]}}
+    assert entries(tree_of(cnn | {"Conv_0/kernel": {"shape": [3, 3, 3, 16]}}))["Dense_1/kernel"] is None
 
 
 def test_routers_are_matrices_and_one_argument_changes_that():
@@ -393,6 +535,15 @@ def test_a_mapping_from_patterns_decides_first_match_first_and_leaves_the_rest_t
     some = entries(tree_of(leaves), {"layers/*": Dims(0, -1)})
     assert some["gate/kernel"] == go.LAST_TWO
     assert some["embed/embedding"] is None
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [({"*/up/kernel": "matrix"}, "role 'matrix'"), ([("*/up/kernel", go.LAST_TWO)], "mapping")],
+)
+def test_a_pattern_without_a_role_is_refused_at_construction(spec, message):
+    with pytest.raises(TypeError, match=message):
+        go.muon(1e-3, weight_dimension_numbers=spec)
 
 
 def test_a_pattern_that_decides_no_leaf_is_warned_of():

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from optax.contrib import MuonDimensionNumbers
 
 from .leaves import Leaf, Model, Reading, Shape, last_two, matrix, words
-from .lora import is_factor
 
 # The name of an `Einsum` in Gemma and in Tunix's models tells its axes: (heads, embed, head_dim), also in a
 # stack of queries, keys and values, or (heads, head_dim, embed).
@@ -81,20 +80,30 @@ def _is_fused_pair(kernel: Leaf, output: Leaf) -> bool:
     return (into[0], *into[2:]) == (out[2], *out[:2]) and into[1] in (2, 3)
 
 
+def _is_grouped_pair(kernel: Leaf, output: Leaf) -> bool:
+    """Whether kernels `(e, k, g, d)` and `(k, g, d, e)` agree: k heads of keys, and g queries for each."""
+    into, out = _last(kernel, 4), _last(output, 4)
+    if not into or not out or kernel.block[:-4] != output.block[:-4]:
+        return False
+    return into[0] != out[0] and (*into[1:], into[0]) == out
+
+
 def _inputs_of(leaf: Leaf, count: int, reason: str) -> Reading:
     """Of the last `count` axes, the first is fan-in and all others are fan-out."""
     free = leaf.free[-count:]
     return matrix(leaf, free[:1], free[1:], reason)
 
 
-def _output_of(leaf: Leaf, reason: str) -> Reading:
-    free = leaf.free[-3:]
-    return matrix(leaf, free[:2], free[2:], reason)
+def _output_of(leaf: Leaf, reason: str, count: int = 3) -> Reading:
+    """Of the last `count` axes, the last is fan-out and all others are fan-in."""
+    free = leaf.free[-count:]
+    return matrix(leaf, free[:-1], free[-1:], reason)
 
 
 def beside_its_bias(leaf: Leaf, model: Model) -> Reading | None:
     """A bias has the axes of the stack and of the output; the axes that it lacks are the fan-in."""
-    bias = model.sibling(leaf, "bias") or (model.sibling(leaf, "b") if leaf.name == "w" else None)
+    of_weight = re.sub(r"(^|_)w$", r"\1b", leaf.name)  # Haiku's `w` and AlphaFold's `output_w`
+    bias = model.sibling(leaf, "bias") or (model.sibling(leaf, of_weight) if of_weight != leaf.name else None)
     if bias is None or len(leaf.block) < 3:
         return None
     kernel, kept = leaf.block, bias.block
@@ -115,7 +124,7 @@ def beside_its_other_side(leaf: Leaf, model: Model) -> Reading | None:
         return None
     for around in model.around(leaf):
         others = [x for x in around if len(x.block) >= 3 and x is not leaf]
-        kernels = [x for x in others if not is_factor(x)]
+        kernels = [x for x in others if x.factor is None]
         reading = _paired(leaf, kernels) or _by_heads(leaf, kernels) or _in_a_stack(leaf, kernels)
         if reading is not None:
             return reading
@@ -123,6 +132,10 @@ def beside_its_other_side(leaf: Leaf, model: Model) -> Reading | None:
 
 
 def _paired(leaf: Leaf, kernels: Sequence[Leaf]) -> Reading | None:
+    if any(_is_grouped_pair(x, leaf) for x in kernels):
+        return _output_of(leaf, "attention pair of grouped queries", 4)
+    if any(_is_grouped_pair(leaf, x) for x in kernels):
+        return _inputs_of(leaf, 4, "attention pair of grouped queries")
     if any(_is_fused_pair(leaf, x) for x in kernels):
         return _inputs_of(leaf, 4, "attention pair")
     is_input = any(_is_pair(leaf, x) for x in kernels)

@@ -4,8 +4,11 @@ Flax, Haiku          (*window, in, out)      the matrix (window · in, out)
 Equinox, PyTorch     (out, in, *window)      the matrix (out, in · window)
 """
 
+import itertools
+
 from .leaves import Leaf, Model, Reading, matrix, words
 
+_LARGEST_FILTER = 8  # the longest window of depthwise convolutions over time; Mamba and Griffin have 4
 _LARGEST_WINDOW = 32  # the largest patches of vision transformers; longer axes are features
 _CONVOLUTION = frozenset({"conv", "convs", "convolution", "stem", "downsample", "upsample", "patchify"})
 # Kernels with three or more axes and such names are no convolutions.
@@ -21,6 +24,8 @@ def convolutions(leaf: Leaf, model: Model) -> Reading | None:
     """Reads a convolution by name; the small axes are the window."""
     del model
     window = len(leaf.block) - 2
+    if window == 0 and _is_filter(leaf):
+        return Reading(None, "depthwise convolution", "a window for each channel")
     if not 1 <= window <= 3 or not _is_by_name(leaf):
         return None
     is_front, is_back = (max(sizes) <= _LARGEST_WINDOW for sizes in (leaf.block[:window], leaf.block[2:]))
@@ -31,11 +36,24 @@ def convolutions(leaf: Leaf, model: Model) -> Reading | None:
     return _read(leaf, "a convolution by name", out_first=out_first)
 
 
+def _is_filter(leaf: Leaf) -> bool:
+    """Whether a leaf `(window, channels)` is a depthwise convolution without the axis of its one input."""
+    is_named = any(word.startswith("conv") for name in leaf.path[-2:] for word in words(name))
+    small, large = sorted(leaf.block)
+    return is_named and small <= _LARGEST_FILTER and large >= 8 * small
+
+
+def _mentions_a_stack(leaf: Leaf) -> bool:
+    """Whether a name means a stack: one that a number follows means a list."""
+    rows = itertools.pairwise((*leaf.path, ""))
+    return any(not _STACKS.isdisjoint(words(name)) and not inner.isdigit() for name, inner in rows)
+
+
 def square_windows(leaf: Leaf, model: Model) -> Reading | None:
     """Reads a convolution by a square window of two or three axes, if no name mentions a stack."""
     del model
     window = len(leaf.block) - 2
-    if not 2 <= window <= 3 or any(not _STACKS.isdisjoint(words(name)) for name in leaf.path):
+    if not 2 <= window <= 3 or _mentions_a_stack(leaf):
         return None
     front, back = set(leaf.block[:window]), set(leaf.block[2:])
     if len(front) == 1 and max(front) <= _LARGEST_WINDOW:

@@ -4,15 +4,15 @@ import re
 from collections.abc import Sequence
 
 from .attention import in_attention
-from .leaves import Leaf, Model, Path, Reading, words
-from .lora import is_factor
+from .leaves import KERNELS, Leaf, Model, Path, Reading, words
 
-# Names of projections of any input.
-_PROJECTIONS = frozenset({"proj", "projection"})
+# Last words of the names of projections of any input; Stable Diffusion projects times by `emb_layers`.
+_PROJECTIONS = frozenset({"proj", "projection", "layers"})
+# Words for layers, none of which is a norm, a token or a table by itself.
+_LAYERS = _PROJECTIONS | {"dense", "linear", "mlp", "modulation", "mapping", "mixer", "up", "down", "w"}
 # Leaves with one number per feature, head or layer, and the rate tables of Mamba and RWKV.
 _VECTORS = frozenset(
     {
-        "b",
         "scale",
         "gamma",
         "beta",
@@ -20,14 +20,13 @@ _VECTORS = frozenset(
         "sinks",
         "temperature",
         "dt",
-        "a_log",
         "layerscale",
         "layer_scale",
     }
     | {"ls1", "ls2", "gamma_1", "gamma_2", "time_decay", "time_first", "time_faaaa"}
 )
 _VECTOR_WORDS = frozenset({"bias", "biases", "scale", "scales", "sinks", "beta", "gamma"})
-_GATES = frozenset({"up", "down", "proj"})
+_BIAS = re.compile(r"b\d*$")
 _NORM_WORDS = frozenset({"ln", "norm", "norms", "rmsnorm", "layernorm"})
 # Words for rows that belong to a position or a role in the sequence, and not to an input.
 _TOKEN_WORDS = frozenset(
@@ -36,30 +35,43 @@ _TOKEN_WORDS = frozenset(
 )
 _MIXTURES = frozenset({"moe", "expert", "experts", "sparse", "mixture", "routed"})
 # Words for a layer between tokens and features, beside "embed" and words that begin with "emb".
-_TABLES = frozenset({"wte", "wpe"})
+_TABLES = frozenset({"wte", "wpe", "table", "lookup", "vocab", "codebook", "codebooks", "codevectors"})
+# TransformerLens' names for tables and the head.
+_TABLE_NAMES, _HEAD_NAMES = frozenset({"w_e", "w_pos"}), frozenset({"w_u"})
 _POSITIONS = frozenset({"pos", "position", "positions", "positional", "wpe", "type", "segment", "relative"})
-_HEADS = frozenset({"cls", "logits", "classifier", "readout", "lmhead", "predictions"})
+_HEADS = frozenset({"cls", "logits", "classifier", "classifiers", "readout", "lmhead", "predictions"})
 # The last layer of a network that is called a head has one of these names.
 _LAST = frozenset({"out", "output", "final", "decoder", "predictor", "last"})
 # In `q_head` and `multi_head`, "head" means a head of attention.
 _NO_HEADS = frozenset({"q", "k", "v", "multi", "attention", "attn", "num", "per"})
-KERNELS = frozenset({"kernel", "weight", "w", "embedding", "weights", "embeddings"})
 
 
 def is_norm(leaf: Leaf) -> bool:
-    """Whether a leaf belongs to a norm, by its own or its module's name; a gated norm also has matrices."""
-    near = leaf.path[-1:] if not _GATES.isdisjoint(words(leaf.name)) else leaf.path[-2:]
-    named = (word for name in near for word in words(name))
-    return any(word.endswith("norm") or word in _NORM_WORDS for word in named)
+    """Whether a leaf belongs to a norm, by its own or its module's name.
+
+    A gated norm also has matrices, and an adaptive one is made by a layer: no norm has a kernel.
+    """
+    if leaf.name in ("kernel", "w"):
+        return False
+    near = leaf.path[-1:] if not _LAYERS.isdisjoint(words(leaf.name)) else leaf.path[-2:]
+    named = {word for name in near for word in words(name)}
+    is_named = any(word.endswith("norm") or word in _NORM_WORDS for word in named)
+    return is_named and not (leaf.name == "weight" and not _LAYERS.isdisjoint(named))
+
+
+def _is_rate(name: str) -> bool:
+    """Whether a name is that of the rates of a state space model: `A_log`, `log_A_real`, `A_imag`."""
+    own = set(words(name))
+    return {"a", "log"} <= own or ("a" in own and not own.isdisjoint({"real", "imag"}))
 
 
 def is_vector(leaf: Leaf) -> bool:
     """Whether a leaf has a vector's name: the scale of a norm, a bias, the `D` of a state space model."""
-    if is_factor(leaf):
+    if leaf.factor is not None:
         return False  # the `b` of LoRA is not a bias
     own = leaf.name.lower()
-    is_by_name = own in _VECTORS or leaf.name == "D" or not _VECTOR_WORDS.isdisjoint(words(own))
-    return is_by_name or is_norm(leaf)
+    is_bias = _BIAS.match(leaf.name) is not None or not _VECTOR_WORDS.isdisjoint(words(own))
+    return is_bias or own in _VECTORS or leaf.name == "D" or _is_rate(leaf.name) or is_norm(leaf)
 
 
 def vectors(leaf: Leaf, model: Model) -> Reading | None:
@@ -72,7 +84,7 @@ def tokens(leaf: Leaf, model: Model) -> Reading | None:
     """Positions, register tokens, class tokens and latents are rows that no input selects."""
     del model
     own = words(leaf.name)
-    if _TOKEN_WORDS.isdisjoint(own) or leaf.name.lower() in KERNELS:
+    if _TOKEN_WORDS.isdisjoint(own) or leaf.name.lower() in KERNELS or not _LAYERS.isdisjoint(own):
         return None
     kind = "embedding" if _is_embedding(leaf.name) else "token"
     return Reading(None, kind, "tokens or positions by name")
@@ -95,17 +107,17 @@ def of_a_stack(leaf: Leaf, model: Model) -> Reading | None:
 def _is_embedding(name: str) -> bool:
     own = words(name)
     is_named = any("embed" in word or word.startswith("emb") or word in _TABLES for word in own)
-    return is_named and own[-1] not in _PROJECTIONS
+    return (is_named and own[-1] not in _PROJECTIONS and "mapping" not in own) or name.lower() in _TABLE_NAMES
 
 
-def _is_head(name: str) -> bool:
+def is_head(name: str) -> bool:
     """Whether a name means a head: `lm_head` or `ClassificationHead_0`, but not `MultiHeadAttention`."""
     own = words(name)
     if "pre" in own or "router" in own:
         return False  # the layer before the head, or another kind of head
-    if own[-1:] == ("head",):
-        return _NO_HEADS.isdisjoint(own)
-    return not _HEADS.isdisjoint(own) or any("logit" in word for word in own)
+    if own[-1:] in (("head",), ("heads",)):
+        return _NO_HEADS.isdisjoint(own) and name != "heads"  # a module of heads, or the heads of attention
+    return name.lower() in _HEAD_NAMES or not _HEADS.isdisjoint(own) or any("logit" in word for word in own)
 
 
 def _kernels(model: Model, module: Path) -> list[Leaf]:
@@ -118,7 +130,10 @@ def tables(leaf: Leaf, model: Model) -> Reading | None:
 
     In a network called `embedder`, embeddings have their own names, and other kernels are matrices.
     """
-    near = any(map(_is_embedding, leaf.path[-2:]))
+    is_shared = [name for name in leaf.path if name != "params"][:-1] == ["shared"] or leaf.path == (
+        "shared",
+    )
+    near = is_shared or any(map(_is_embedding, leaf.path[-2:]))
     is_alone = any(
         _is_embedding(name) and len(_kernels(model, leaf.path[: depth + 1])) == 1
         for depth, name in enumerate(leaf.path[:-2])
@@ -131,10 +146,14 @@ def tables(leaf: Leaf, model: Model) -> Reading | None:
 def heads(leaf: Leaf, model: Model) -> Reading | None:
     """Output layers: the leaf or its module is named a head, or the leaf is the last layer of a head."""
     by_name = Reading(None, "head", "a head by name")
-    if any(map(_is_head, leaf.path[-2:])) or leaf.path[:1] in (("output",), ("unembed",)):
+    if any(map(is_head, leaf.path[-2:])) or leaf.path[:1] in (("output",), ("unembed",)):
         return by_name
     for depth, name in enumerate(leaf.path[:-2]):
-        if _is_head(name) and _is_last(leaf, _kernels(model, leaf.path[: depth + 1])):
+        several = words(name)[-1:] == ("heads",)
+        if not (is_head(name) or name == "heads") or (several and in_attention(leaf)):
+            continue
+        is_one_of = several or leaf.path[depth + 1].isdigit()
+        if _is_last(leaf, _kernels(model, leaf.path[: depth + 1 + is_one_of])):
             return by_name
     return None
 
@@ -175,7 +194,7 @@ def _twins(model: Model) -> list[Leaf]:
     ]
     sizes = {x.block for x in of_tokens if x.block[0] > x.block[1]}
     others = [x for x in model.leaves if len(x.shape) == 2 and x not in of_tokens and not is_vector(x)]
-    if any(map(_is_head, (name for x in others for name in x.path[-2:]))):
+    if any(map(is_head, (name for x in others for name in x.path[-2:]))):
         return []
     return [x for x in others if x.block in sizes or x.block[::-1] in sizes]
 
@@ -191,9 +210,11 @@ def last_of_a_compact_model(leaf: Leaf, model: Model) -> Reading | None:
         x for x in model.inside(root) if x.path[:-2] == root and _stem(x) == "Dense" and x.name == "kernel"
     ]
     others = [x for x in model.inside(root) if x not in dense and len(x.shape) > 1 and not is_vector(x)]
-    if len(dense) + len(others) < 2 or any(_is_head(name) for x in others for name in x.path[-2:]):
+    if len(dense) + len(others) < 2 or any(is_head(name) for x in others for name in x.path[-2:]):
         return None
     if len(dense) == 1 and any(leaf.shape[-1] in x.shape for x in others):
         return None  # it may also be the first layer
+    if any(leaf.shape[-1] == x.block[0] for x in others if len(x.block) == 2 and tables(x, model) is None):
+        return None  # another layer reads what it makes
     is_last = _number(leaf) == max(map(_number, dense))
     return Reading(None, "head", "the last Dense of a compact model") if is_last else None

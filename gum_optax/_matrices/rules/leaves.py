@@ -16,6 +16,7 @@ from ..dimension_numbers import names_of
 Shape = tuple[int, ...]
 Path = tuple[str, ...]
 
+KERNELS = frozenset({"kernel", "weight", "w", "embedding", "weights", "embeddings"})
 _WORD = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+")
 
 
@@ -39,6 +40,7 @@ class Leaf:
     axes: tuple[str | None, ...] = ()  # axis names, if the library has them
     module: Any = None  # the Equinox or Haliax module that holds the leaf
     stack: tuple[int, ...] = ()  # axes that count layers or experts, as far as known
+    factor: tuple[str, Path] | None = None  # of a LoRA factor: its side, "a" or "b", and the path of the pair
 
     @property
     def name(self) -> str:

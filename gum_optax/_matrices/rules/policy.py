@@ -6,7 +6,7 @@ from typing import Any
 
 from ..dimension_numbers import LAST_TWO, OUT_IN
 from .attention import beside_its_bias, beside_its_other_side, by_name_and_size, einsums
-from .axes import by_axis_names, has_experts_as_features, vocabulary_or_norm
+from .axes import by_axis_names, has_experts_as_features, vocabulary_comes_first, vocabulary_or_norm
 from .convolutions import convolutions, square_windows
 from .kinds import (
     heads,
@@ -19,7 +19,7 @@ from .kinds import (
     vectors,
 )
 from .leaves import Leaf, Model, Reading, Rule, last_two, leaves_of
-from .lora import alike, factors, is_factor
+from .lora import alike, factors, with_factors
 from .modules import layers
 from .stacks import with_stacks
 
@@ -62,7 +62,7 @@ RULES: Sequence[Rule] = (
 
 def readings(params: Any) -> list[Reading]:
     """The reading of each leaf of a tree, in the order of the leaves."""
-    model = with_stacks(Model(leaves_of(params)))
+    model = with_stacks(with_factors(Model(leaves_of(params))))
     first = (next(filter(None, (rule(leaf, model) for rule in RULES))) for leaf in model.leaves)
     rows = [_with_two_sides(*pair) for pair in zip(model.leaves, first, strict=True)]
     return alike([_with_sides_of_head(*pair, model) for pair in zip(model.leaves, rows, strict=True)], model)
@@ -71,15 +71,16 @@ def readings(params: Any) -> list[Reading]:
 def _with_sides_of_head(leaf: Leaf, reading: Reading, model: Model) -> Reading:
     """Tell which axes of a head are its fan-in: a head has no entry, but rules of its own need to know.
 
-    Its layer decides, or its window, as for a matrix. A leaf called `weight` is `(out, in)`, as in PyTorch,
-    unless its axes have names: `vocabulary_or_norm` calls a leaf a head if the vocabulary is its last axis.
+    Its layer decides, or its window, as for a matrix; then the name of its axes. A leaf called `weight` whose
+    axes have no names is `(out, in)`, as in PyTorch.
     """
     if reading.kind != "head":
         return reading
     for rule in (layers, convolutions, square_windows):
         if (found := rule(leaf, model)) is not None and found.entry is not None:
             return reading._replace(head=found.entry)
-    return reading._replace(head=OUT_IN if leaf.name == "weight" and not leaf.axes else LAST_TWO)
+    is_out_first = vocabulary_comes_first(leaf) if leaf.axes else leaf.name == "weight"
+    return reading._replace(head=OUT_IN if is_out_first else LAST_TWO)
 
 
 def _with_two_sides(leaf: Leaf, reading: Reading) -> Reading:
@@ -90,6 +91,6 @@ def _with_two_sides(leaf: Leaf, reading: Reading) -> Reading:
         several = axes if isinstance(axes, tuple) else (axes,)
         if math.prod(leaf.shape[axis] for axis in several) == 1:
             return Reading(None, "vector", "a side of 1")
-    if is_router(leaf) or (has_experts_as_features(leaf) and not is_factor(leaf)):
+    if is_router(leaf) or (has_experts_as_features(leaf) and leaf.factor is None):
         return reading._replace(kind="router", reason=f"a router: {reading.reason}")
     return reading

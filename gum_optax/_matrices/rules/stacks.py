@@ -8,11 +8,10 @@ import dataclasses
 from collections.abc import Sequence
 
 from .axes import stack_by_names
-from .kinds import KERNELS, is_norm, is_vector
-from .leaves import Leaf, Model, Path, words
-from .lora import is_factor
+from .kinds import is_norm, is_vector
+from .leaves import KERNELS, Leaf, Model, Path, words
 
-# A module with such a name holds scanned layers, unless the name ends in a number.
+# A module with such a name holds scanned layers, unless it is a list of layers or the name ends in a number.
 _STACKS = frozenset({"layers", "blocks", "stack", "stacked", "scan", "experts", "h"})
 
 
@@ -20,7 +19,7 @@ def with_stacks(model: Model) -> Model:
     """The model with the stack axes of each leaf, as far as known."""
     stacks = {leaf.index: leaf.stack or stack_by_names(leaf.axes) for leaf in model.leaves}
     for module in model.modules():
-        inside = [leaf for leaf in model.inside(module) if not leaf.axes and not is_factor(leaf)]
+        inside = [leaf for leaf in model.inside(module) if not leaf.axes and leaf.factor is None]
         while (axis := _common(module, inside, stacks)) is not None:
             for leaf in inside:
                 free = _free(leaf, stacks[leaf.index])
@@ -51,7 +50,8 @@ def _common(module: Path, inside: Sequence[Leaf], stacks: dict[int, tuple[int, .
     if any(leaf.name in KERNELS and not is_vector(leaf) for leaf in flat):
         return None  # a matrix that is in no stack
     has_norms = any(map(is_norm, inside)) and all(map(is_vector, flat))
-    in_front = any(map(is_vector, inside)) or (bool(module) and _names_a_stack(module))
+    is_list = all("".join(leaf.path[len(module) :][:1]).isdigit() for leaf in inside)
+    in_front = any(map(is_vector, inside)) or (bool(module) and _names_a_stack(module) and not is_list)
     for axis, is_plausible in enumerate((in_front, has_norms)):
         if is_plausible and len({block[axis] for block in blocks.values()}) == 1:
             return axis
