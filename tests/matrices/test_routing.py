@@ -321,6 +321,19 @@ def test_as_many_layers_as_the_model_is_wide_is_warned_of_once_with_both_reading
         jax.eval_shape(decided.init, params)
 
 
+def test_a_long_side_outside_of_the_layers_is_doubtful():
+    """A table that no name, no kind of layer and no other table tells."""
+    params = {
+        "entities": jnp.zeros((9000, 4)),
+        "layer_0": {"up": jnp.zeros((4, 9000))},
+        "layers": {"up": jnp.zeros((2, 4, 9000))},
+        "up": jnp.zeros((1200, 9000)),
+    }
+    with pytest.warns(go.RoutingWarning, match="entities: .* a table or a head") as caught:
+        jax.eval_shape(go.muon(1e-3).init, params)
+    assert "up" not in str(caught[0].message).split(". Decide")[0]
+
+
 LORA = {
     "qwix input": ("q_proj/w", (16, 2), (2, 4, 4), ((0,), (1,)), ((0,), (1, 2))),
     "qwix output": ("o_proj/w", (4, 4, 2), (2, 16), ((0, 1), (2,)), ((0,), (1,))),

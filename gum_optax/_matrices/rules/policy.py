@@ -1,6 +1,7 @@
 """The policy: a list of rules decides which leaf is which matrix, and the first rule that applies wins."""
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,10 @@ from .lora import alike, factors, with_factors
 from .modules import layers
 from .stacks import with_stacks
 
+# A side of so many numbers, more than eight times the other, may be a vocabulary: tokenizers of language
+# models have more entries, and MLPs are at most eight times as wide as the model (Gemma 2B).
+_SHORTEST_VOCABULARY = 8192
+
 
 def _nothing(leaf: Leaf, model: Model) -> Reading | None:
     """Scalars, vectors and empty leaves are not matrices."""
@@ -33,8 +38,14 @@ def _nothing(leaf: Leaf, model: Model) -> Reading | None:
 
 
 def _otherwise(leaf: Leaf, model: Model) -> Reading:
+    """The last two axes; outside of the layers, a side as long as a vocabulary makes that doubtful."""
     del model
-    return last_two(leaf, "the last two axes")
+    reading = last_two(leaf, "the last two axes")
+    is_outside = len(leaf.shape) == 2 and not re.search(r"\d", "/".join(leaf.path))
+    small, large = sorted(leaf.block)[-2:]
+    if is_outside and large >= _SHORTEST_VOCABULARY and large > 8 * small:
+        return reading._replace(doubt="a table or a head, as one side is as long as a vocabulary")
+    return reading
 
 
 RULES: Sequence[Rule] = (
