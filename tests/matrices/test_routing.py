@@ -435,6 +435,8 @@ def test_layers_of_equinox_tell_fan_in_from_fan_out():
      ("register_tokens", (1, 4, 16)), ("cls_token", (1, 1, 16)),
      ("mask_token", (1, 16)), ("latents", (8, 16)), ("pos_embedding", (1, 9, 16)),
      ("layers/gate/kernel", (3, 16, 1)), ("out/kernel", (16, 1)), ("layers/anything", (3, 16)),
+     ("layers/attention_norm/kernel", (3, 16)), ("layers/ln/w", (3, 16)), ("layers/norm1/weight", (3, 16)),
+     ("layers/post_mlp_norm/weight", (3, 16)), ("layers/mlp/up_norm/kernel", (3, 16)),
      ("conv_1d/w", (4, 64)), ("temporal/conv_kernel", (4, 64)), ("conv1d/weight", (64, 4)),
      ("ssm/log_A", (16, 32)),
      ("ssm/log_A_real", (16, 32)), ("ssm/A_imag", (16, 32)), ("moe/b1", (4, 32)),
@@ -475,7 +477,7 @@ def test_vectors_of_a_stack_tokens_and_what_has_a_side_of_one_are_no_matrices(pa
      ("block/emb_layers/1/kernel", (64, 32), True),
      ("encoder/embedding_hidden_mapping_in/kernel", (16, 64), True), ("ssm/B", (16, 32), True),
      ("ssm/C", (32, 16), True),
-     ("embed_in/weight", (98, 16), False)],
+     ("embed_in/weight", (98, 16), False), ("conv_proj/kernel", (4, 64), True)],
 )  # fmt: skip
 def test_tables_and_heads_are_what_they_are_and_not_all_that_is_called_so(path, shape, is_matrix):
     """The name of a module does not decide for all leaves of a network."""

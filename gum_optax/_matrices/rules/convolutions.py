@@ -11,6 +11,7 @@ from .leaves import Leaf, Model, Reading, matrix, words
 _LARGEST_FILTER = 8  # the longest window of depthwise convolutions over time; Mamba and Griffin have 4
 _LARGEST_WINDOW = 32  # the largest patches of vision transformers; longer axes are features
 _CONVOLUTION = frozenset({"conv", "convs", "convolution", "stem", "downsample", "upsample", "patchify"})
+_POINTWISE = frozenset({"pointwise", "proj", "projection"})
 # Kernels with three or more axes and such names are no convolutions.
 _STACKS = frozenset({"expert", "experts", "moe", "layers", "blocks"})
 
@@ -38,7 +39,8 @@ def convolutions(leaf: Leaf, model: Model) -> Reading | None:
 
 def _is_filter(leaf: Leaf) -> bool:
     """Whether a leaf `(window, channels)` is a depthwise convolution without the axis of its one input."""
-    is_named = any(word.startswith("conv") for name in leaf.path[-2:] for word in words(name))
+    named = {word for name in leaf.path[-2:] for word in words(name)}
+    is_named = any(word.startswith("conv") for word in named) and _POINTWISE.isdisjoint(named)
     small, large = sorted(leaf.block)
     return is_named and small <= _LARGEST_FILTER and large >= 8 * small
 

@@ -9,7 +9,7 @@ from .leaves import KERNELS, Leaf, Model, Path, Reading, words
 # Last words of the names of projections of any input; Stable Diffusion projects times by `emb_layers`.
 _PROJECTIONS = frozenset({"proj", "projection", "layers"})
 # Words for layers, none of which is a norm, a token or a table by itself.
-_LAYERS = _PROJECTIONS | {"dense", "linear", "mlp", "modulation", "mapping", "mixer", "up", "down", "w"}
+_LAYERS = _PROJECTIONS | {"dense", "linear", "mlp", "modulation", "mapping", "mixer", "up", "down"}
 # Leaves with one number per feature, head or layer, and the rate tables of Mamba and RWKV.
 _VECTORS = frozenset(
     {
@@ -27,6 +27,7 @@ _VECTORS = frozenset(
 )
 _VECTOR_WORDS = frozenset({"bias", "biases", "scale", "scales", "sinks", "beta", "gamma"})
 _BIAS = re.compile(r"b\d*$")
+_ADAPTIVE = frozenset({"ada", "adaptive", "cond", "conditional", "film"})
 _NORM_WORDS = frozenset({"ln", "norm", "norms", "rmsnorm", "layernorm"})
 # Words for rows that belong to a position or a role in the sequence, and not to an input.
 _TOKEN_WORDS = frozenset(
@@ -49,14 +50,14 @@ _NO_HEADS = frozenset({"q", "k", "v", "multi", "attention", "attn", "num", "per"
 def is_norm(leaf: Leaf) -> bool:
     """Whether a leaf belongs to a norm, by its own or its module's name.
 
-    A gated norm also has matrices, and an adaptive one is made by a layer: no norm has a kernel.
+    A gated norm also has matrices, and a layer makes the scales of an adaptive one.
     """
-    if leaf.name in ("kernel", "w"):
+    own, module = words(leaf.name), words("".join(leaf.path[-2:-1]))
+    is_of_a_layer = module[-1:] != () and (module[-1] in _LAYERS or not _ADAPTIVE.isdisjoint(module))
+    if leaf.name in KERNELS and is_of_a_layer:
         return False
-    near = leaf.path[-1:] if not _LAYERS.isdisjoint(words(leaf.name)) else leaf.path[-2:]
-    named = {word for name in near for word in words(name)}
-    is_named = any(word.endswith("norm") or word in _NORM_WORDS for word in named)
-    return is_named and not (leaf.name == "weight" and not _LAYERS.isdisjoint(named))
+    named = own if not _LAYERS.isdisjoint(own) else (*module, *own)
+    return any(word.endswith("norm") or word in _NORM_WORDS for word in named)
 
 
 def _is_rate(name: str) -> bool:
@@ -84,7 +85,7 @@ def tokens(leaf: Leaf, model: Model) -> Reading | None:
     """Positions, register tokens, class tokens and latents are rows that no input selects."""
     del model
     own = words(leaf.name)
-    if _TOKEN_WORDS.isdisjoint(own) or leaf.name.lower() in KERNELS or not _LAYERS.isdisjoint(own):
+    if _TOKEN_WORDS.isdisjoint(own) or leaf.name.lower() in KERNELS or not (_LAYERS | {"w"}).isdisjoint(own):
         return None
     kind = "embedding" if _is_embedding(leaf.name) else "token"
     return Reading(None, kind, "tokens or positions by name")
