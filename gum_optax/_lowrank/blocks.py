@@ -56,7 +56,7 @@ def _branched(members: Sequence[Member], leaf: Any, number: Any) -> list[Array]:
 
 
 def with_small(
-    members: Sequence[Member], index: Int[Array, "k"], f: Callable[..., Array], *operands: Array
+    members: Sequence[Member], index: Int[Array, "slots"], f: Callable[..., Array], *operands: Array
 ) -> Array:
     """`f(small_of, *operands)`, where `small_of(slot)` reads the block at `index[slot]` of small leaves.
 

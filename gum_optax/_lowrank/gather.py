@@ -19,16 +19,16 @@ from .slots import Group, slot_of_each_block
 
 
 def gather(
-    f: Callable[..., Float[Array, "m n"]], members: Sequence[Member], index: Int[Array, "k"], group: Group
-) -> Float[Array, "k m n"]:
+    f: Callable[..., Float[Array, "m n"]], members: Sequence[Member], index: Int[Array, "slots"], group: Group
+) -> Float[Array, "slots m n"]:
     """The results of `f` for the blocks at `index`, in the order that suits the group's leaves."""
     by_leaves = gather_early if set(group.sizes) == {1} else gather_by_slot
     return by_leaves(f, members, index, group)
 
 
 def gather_by_slot(
-    f: Callable[..., Float[Array, "..."]], members: Sequence[Member], index: Int[Array, "k"], group: Group
-) -> Float[Array, "k ..."]:
+    f: Callable[..., Float[Array, "..."]], members: Sequence[Member], index: Int[Array, "slots"], group: Group
+) -> Float[Array, "slots ..."]:
     """The results of `f` for the blocks at `index`, one block at a time."""
     starts = jnp.asarray(group.starts)
 
@@ -44,8 +44,8 @@ def gather_by_slot(
 
 
 def gather_early(
-    f: Callable[..., Float[Array, "m n"]], members: Sequence[Member], index: Int[Array, "k"], group: Group
-) -> Float[Array, "k m n"]:
+    f: Callable[..., Float[Array, "m n"]], members: Sequence[Member], index: Int[Array, "slots"], group: Group
+) -> Float[Array, "slots m n"]:
     """`gather_by_slot` for leaves of one block each, without branches.
 
     Each gradient is copied into its slot as soon as the backward pass has made it. `gather_by_slot` would

@@ -127,8 +127,8 @@ class DenseGradient(NamedTuple):
         return list(map(chosen, range(len(self.stored)), accepted, projectors))
 
     def gather(
-        self, input_of: SlotInput, group: Group, index: Int[Array, "k"], projectors: Sequence[Array]
-    ) -> Float[Array, "k m n"]:
+        self, input_of: SlotInput, group: Group, index: Int[Array, "slots"], projectors: Sequence[Array]
+    ) -> Float[Array, "slots m n"]:
         """The slots' inputs of a group: `input_of` each block at `index`, one block at a time."""
         members = [
             ((self.stored[i], self.views[i]), (projectors[i], plain_view(projectors[i])))
@@ -208,8 +208,8 @@ class ProjectedGradient(NamedTuple):
         return list(map(energy, coordinates, rows))
 
     def gather(
-        self, input_of: SlotInput, group: Group, index: Int[Array, "k"], projectors: Sequence[Array]
-    ) -> Float[Array, "k m n"]:
+        self, input_of: SlotInput, group: Group, index: Int[Array, "slots"], projectors: Sequence[Array]
+    ) -> Float[Array, "slots m n"]:
         """The slots' inputs of a group: `input_of` each block at `index`, one block at a time."""
 
         def blocks(leaves, views):

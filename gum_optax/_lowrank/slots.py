@@ -46,10 +46,11 @@ class Group(NamedTuple):
     shape: tuple[int, int]
     leaf_indices: tuple[int, ...]  # of its leaves in the flattened tree
     sizes: tuple[int, ...]  # blocks of each of these leaves
-    slots: int
+    slots: int  # γ
 
     @property
     def blocks(self) -> int:
+        """`L`."""
         return sum(self.sizes)
 
     @property
@@ -59,7 +60,7 @@ class Group(NamedTuple):
 
     @property
     def fraction(self) -> float:
-        """The realised `q`."""
+        """The realised `q`, `γ/L`."""
         return self.slots / self.blocks
 
     @property
@@ -174,18 +175,18 @@ class Slots(NamedTuple):
 _FEW = 8
 
 
-def _row(values: Float[Array, "k *block"], number: Int[Array, ""]) -> Float[Array, "*block"]:
+def _row(values: Float[Array, "slots *block"], number: Int[Array, ""]) -> Float[Array, "*block"]:
     """One row, or any row if the number is -1: unsigned, so that XLA does not count -1 from the end."""
     return jax.lax.dynamic_index_in_dim(values, number.astype(jnp.uint32), keepdims=False)
 
 
-def slot_of_each_block(index: Int[Array, "k"], blocks: int) -> Int[Array, "blocks"]:
+def slot_of_each_block(index: Int[Array, "slots"], blocks: int) -> Int[Array, "blocks"]:
     """The number of the slot that holds each block, -1 where none does."""
     return jnp.full(blocks, -1, jnp.int32).at[index].set(jnp.arange(len(index), dtype=jnp.int32))
 
 
 def scatter_blocks(
-    leaf: Float[Array, "... m n"], values: Float[Array, "k m n"], slots: Int[Array, "size"]
+    leaf: Float[Array, "... m n"], values: Float[Array, "slots m n"], slots: Int[Array, "size"]
 ) -> Float[Array, "... m n"]:
     """`leaf`, with `values[slots[i]]` in place of its block `i`, unless `slots[i]` is -1."""
     if len(slots) == 1:

@@ -88,8 +88,8 @@ class SampledState(NamedTuple):
       ((2,), (2, 4, 8))
     """
 
-    index: Any  # {group: (k,) int32}, the sampled blocks of each group, counted over its leaves
-    slots: Any  # state of `inner` over {group: (k, m, n)}, the sampled blocks' full-rank momentum
+    index: Any  # {group: (γ,) int32}, the sampled blocks of each group, counted over its leaves
+    slots: Any  # state of `inner` over {group: (γ, m, n)}, the sampled blocks' full-rank momentum
 
 
 def unbiased_low_rank(
@@ -105,8 +105,8 @@ def unbiased_low_rank(
 ) -> optax.GradientTransformationExtraArgs:
     """Run `inner` on an unbiased low-rank estimate of the gradient.
 
-    Every `period` steps the subspace `P` is found anew, `k` of the `L` blocks of each group (same
-    shape) are drawn without replacement, and inner's states restart. With `q = k/L`, on each step
+    Every `period` steps the subspace `P` is found anew, `γ` of the `L` blocks of each group (same
+    shape) are drawn without replacement, and inner's states restart. With `q = γ/L`, on each step
 
         low-rank block     S = inner(PᵀG / (1-q))          step = P S
         sampled block      S = inner((G - P PᵀG) / q)      step = S
@@ -121,12 +121,12 @@ def unbiased_low_rank(
       sign and the polar factor are not linear, so the step is not. `P` commutes with the polar factor
       (`msign(P R) = P msign(R)`) but not with the sign.
 
-    `k = clip(round(full_rank_fraction · L), 1, L)`, or 0 when the fraction is 0 (then this is
-    `low_rank` with `on_refresh=restart`). Blocks with `min(m, n) <= rank`, and groups with `k = L`, are not
+    `γ = clip(round(full_rank_fraction · L), 1, L)`, or 0 when the fraction is 0 (then this is
+    `low_rank` with `on_refresh=restart`). Blocks with `min(m, n) <= rank`, and groups with `γ = L`, are not
     projected: inner runs on the full matrix, without restarts.
 
     Args:
-      inner: the rule, run both on coordinates `(*, r, n)` and on full matrices `(k, m, n)`.
+      inner: the rule, run both on coordinates `(*, r, n)` and on full matrices `(γ, m, n)`.
       rank: `r`, columns of the projector.
       period: `K`, steps between refreshes; the first step refreshes.
       full_rank_fraction: the asked share of blocks at full rank, in `[0, 1]`.
@@ -256,7 +256,7 @@ def _slot_views(slots: Slots, inputs: dict[str, Array], views: Any) -> dict[str,
     return {name: _slot_view(inputs[name], leaves[g.leaf_indices[0]]) for name, g in slots.groups.items()}
 
 
-def _slot_view(x: Float[Array, "k m n"], view: View) -> View:
+def _slot_view(x: Float[Array, "slots m n"], view: View) -> View:
     """Of slots, which are sharded as the blocks of a leaf are."""
     if view.sharding is None:
         return plain_view(x)

@@ -39,7 +39,7 @@ def galore_muon(
     """GaLore-Muon: Muon in the top singular subspace of the gradient.
 
         every K steps   P ← top r left singular vectors of G        (the momentum: see on_refresh)
-        every step      R ← β R + PᵀG,   step = P NS(R)
+        every step      M ← β M + PᵀG,   step = P NS(M)
 
     The rule is biased, because it loses the gradient outside the subspace: with more noise than signal it can
     stall for good (`examples/linear_regression.py`). State: `r (m + n)` numbers per matrix.

@@ -37,9 +37,9 @@ def gum(
     """GUM: GaLore Unbiased with Muon.
 
         every K steps   P ← top r left singular vectors of G;  draw γ of the L blocks of each
-                        shape;  R ← 0
-        low-rank block  R ← β R + PᵀG/(1-q)           step = P NS(R)      R is r × n
-        sampled block   R ← β R + (G - P PᵀG)/q       step = NS(R)        R is m × n,   q = γ/L
+                        shape;  M ← 0
+        low-rank block  M ← β M + PᵀG/(1-q)           step = P NS(M)      M is r × n
+        sampled block   M ← β M + (G - P PᵀG)/q       step = NS(M)        M is m × n,   q = γ/L
 
     The mean of the rule's input over the draw is the gradient. State: `r (m + n) + q m n` numbers per matrix;
     the full-rank momenta are in γ slots per shape.

@@ -11,13 +11,15 @@ matrices again, `(*blocks, r, n)`. `unbiased_low_rank(inner)` also runs `inner` 
 
 `matrix_optimizer` makes an optimizer of a rule. From the outside in, it
 
-1. copies the axis names of the parameters onto the state (`with_axis_names`),
-2. rejects the step of a leaf whose gradient is not finite (`skip_leaves`),
-3. routes matrices to the rule and all other leaves to AdamW (`optax.partition`),
-4. shows the matrices to the rule in their canonical view (`as_matrices`),
-5. scales the rule's step, adds weight decay, and multiplies by the learning rate.
+1. explains mismatched arguments of `update` (`with_clear_errors`),
+2. warns of doubtful matrices at `init` (`warning_at_init`),
+3. copies the axis names of the parameters onto the state (`with_axis_names`),
+4. rejects the step of a leaf whose gradient is not finite (`skip_leaves`),
+5. routes matrices to the rule and all other leaves to AdamW (`optax.partition`),
+6. shows the matrices to the rule in their canonical view (`as_matrices`),
+7. scales the rule's step, adds weight decay, and multiplies by the learning rate.
 
-Steps 2 and 4 tell the rule what they know in one extra argument, `context`: see `_core/context.py`.
+Steps 4 and 6 tell the rule what they know in one extra argument, `context`: see `_core/context.py`.
 
 An argument of an optimizer that takes a function has the default `None`, because `optax.inject_hyperparams`
 takes a default that is a function for a schedule.

@@ -26,7 +26,7 @@ def muon(
 ) -> optax.GradientTransformationExtraArgs:
     """Muon: orthogonalized momentum.
 
-        R ← β R + G,   step = NS(R)   (with `nesterov`: NS(G + β R))
+        M ← β M + G,   step = NS(M)   (with `nesterov`: NS(G + β M))
 
     State: one full-size momentum per matrix, `m n` numbers.
 
@@ -34,7 +34,7 @@ def muon(
       learning_rate: a number or a schedule; with `consistent_rms`, one to four times AdamW's.
       momentum: `β` in `[0, 1)`; 0.95 as in Jordan's code.
       nesterov: whether to look ahead, as Jordan's code does.
-      momentum_dtype: the dtype of the stored `R`: float32 (the default), or bfloat16 or int8 with stochastic
+      momentum_dtype: the dtype of the stored `M`: float32 (the default), or bfloat16 or int8 with stochastic
         rounding, which take a half and 0.26 of the state. In int8, 128 numbers of a row share a scale, and
         projectors are int8, too. (The momentum of GUM's sampled blocks lies outside the subspace. Rounding
         moves a little of it inside, where Newton-Schulz amplifies it.)

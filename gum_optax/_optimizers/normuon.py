@@ -29,7 +29,7 @@ def normuon(
 ) -> optax.GradientTransformationExtraArgs:
     """NorMuon: orthogonalized momentum with a step size for each neuron.
 
-        R ← β R + G,   O = NS(R)
+        M ← β M + G,   O = NS(M)
         v ← β₂ v + (1 - β₂) mean(O²)         the mean over the inputs of each neuron
         Ô = O / (√v + ε),   step = Ô |O|_F / |Ô|_F
 

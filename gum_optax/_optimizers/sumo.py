@@ -39,8 +39,8 @@ def sumo(
 ) -> optax.GradientTransformationExtraArgs:
     """SUMO: exactly orthogonalized momentum in a subspace; the momentum rotates with the subspace.
 
-        every K steps   P' ← r leading left singular vectors of G;   R ← (P'ᵀP) R;   P ← P'
-        every step      R ← β R + PᵀG,   O = msign(R), its norm growing by at most 1.1 per step
+        every K steps   P' ← r leading left singular vectors of G;   M ← (P'ᵀP) M;   P ← P'
+        every step      M ← β M + PᵀG,   O = msign(M), its norm growing by at most 1.1 per step
                         step = P O + (G - P PᵀG)
 
     State: `r (m + n)` numbers per matrix, and one number for its norm. The rule adds the raw residual, as

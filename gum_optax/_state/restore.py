@@ -94,7 +94,7 @@ def convert_state(tx: optax.GradientTransformation, state: Any, params: optax.Pa
     """Convert a state to that of an optimizer with another rank, period or fraction.
 
         P ← the first r' columns of P, or P and r' - r random columns, made orthonormal
-        R ← its first r' rows, or R and zeros
+        M ← its first r' rows, or M and zeros
 
     Counts, key, and moments of unprojected leaves and of `others` stay. A matrix that becomes projected, or
     stops being projected, starts anew. Another `momentum_dtype`, or `adamw_8bit` in place of AdamW, rounds to

@@ -30,11 +30,11 @@ def trace(decay: Any, nesterov: bool = False, dtype: Any = None) -> optax.Gradie
     def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
         del params, extra_args
 
-        def ahead(momentum):
+        def decayed_plus_gradient(momentum):
             return jax.tree.map(lambda m, g: decay * m + g.astype(jnp.float32), momentum, updates)
 
-        momentum, state = storage.store(ahead(storage.load(state)), state, context)
-        return ahead(momentum) if nesterov else momentum, state
+        momentum, state = storage.store(decayed_plus_gradient(storage.load(state)), state, context)
+        return decayed_plus_gradient(momentum) if nesterov else momentum, state
 
     return optax.GradientTransformationExtraArgs(storage.init, update)
 

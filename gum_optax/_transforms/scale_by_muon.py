@@ -20,14 +20,14 @@ def scale_by_muon(
 ) -> optax.GradientTransformationExtraArgs:
     """Muon's rule: orthogonalize the momentum.
 
-        R ← β R + G,   step = NS(R)   (with `nesterov`: NS(G + β R))
+        M ← β M + G,   step = NS(M)   (with `nesterov`: NS(G + β M))
 
     Args:
       momentum: `β` in `[0, 1)`; 0.95 as in Jordan's code.
       orthogonalizer: `fastest_newton_schulz` (the default), `polar`, or any function
         `(*, m, n) -> (*, m, n)`.
       nesterov: whether to look ahead, as Jordan's code does.
-      momentum_dtype: the dtype of the stored `R`: float32 (the default), or bfloat16 or int8 with stochastic
+      momentum_dtype: the dtype of the stored `M`: float32 (the default), or bfloat16 or int8 with stochastic
         rounding.
       batched: as in `orthogonalize`.
 
