@@ -44,7 +44,7 @@ class ProjectorStorage(Protocol):
         ...
 
 
-class _Exact:
+class _ExactProjector:
     """In float32."""
 
     def first(self, p: Float[Array, "*b m r"]) -> Stored:
@@ -65,7 +65,7 @@ class _Exact:
         return (chosen,)  # the step reads the stored array: memory holds only one
 
 
-class _Quantized:
+class _QuantizedProjector:
     """In eight bits, rounded to nearest at a refresh; other steps leave the codes as they are.
 
     Rounded columns are orthonormal to a few thousandths; those that a step reads are straightened first.
@@ -92,7 +92,7 @@ class _Quantized:
         return jax.tree.map(functools.partial(choose, accepted), new, stored)
 
 
-_STORAGES: dict[str, ProjectorStorage] = {"float32": _Exact(), "int8": _Quantized()}
+_STORAGES: dict[str, ProjectorStorage] = {"float32": _ExactProjector(), "int8": _QuantizedProjector()}
 
 
 def projector_storage(dtype: Any) -> ProjectorStorage:
