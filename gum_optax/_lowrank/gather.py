@@ -18,14 +18,6 @@ from .blocks import Member, read, with_small
 from .slots import Group, slot_of_each_block
 
 
-def gather(
-    f: Callable[..., Float[Array, "m n"]], members: Sequence[Member], index: Int[Array, "slots"], group: Group
-) -> Float[Array, "slots m n"]:
-    """The results of `f` for the blocks at `index`, in the order that suits the group's leaves."""
-    by_leaves = gather_early if set(group.sizes) == {1} else gather_by_slot
-    return by_leaves(f, members, index, group)
-
-
 def gather_by_slot(
     f: Callable[..., Float[Array, "..."]], members: Sequence[Member], index: Int[Array, "slots"], group: Group
 ) -> Float[Array, "slots ..."]:
@@ -53,16 +45,16 @@ def gather_early(
     may wait for the host.
     """
     first = [member[0] for member in members]
-    slots = slot_of_each_block(index, group.blocks)
+    slot_of_block = slot_of_each_block(index, group.blocks)
     rows, columns = group.shape
     # With one slot, XLA would fuse all writes into one, which waits for all gradients; an extra row
     # prevents that.
     one_more = int(group.slots == 1)
     held = jnp.zeros((group.slots * rows + one_more, columns), jnp.float32)
-    numbers = opaque_constants(range(len(first)), slots[0])
+    numbers = opaque_constants(range(len(first)), slot_of_block[0])
     # The backward pass begins with the last layers.
     for (leaf, view), number in reversed(list(zip(first, numbers, strict=True))):
-        slot = jax.lax.dynamic_index_in_dim(slots, number, keepdims=False)
+        slot = jax.lax.dynamic_index_in_dim(slot_of_block, number, keepdims=False)
         at = slot.astype(jnp.uint32) * rows  # anywhere for -1
         before = jax.lax.dynamic_slice_in_dim(held, at, rows)
         block = view.of(leaf).reshape(group.shape).astype(jnp.float32)

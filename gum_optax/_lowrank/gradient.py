@@ -11,68 +11,21 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from .._core.acceptance import Accepted, choose
 from .._core.keys import some
 from .._core.measurements import Measurements
-from .._core.turns import Turn, WholeStep
-from .._linalg.numerics import exact_matmul, safe_reciprocal
+from .._linalg.numerics import exact_matmul
 from .._linalg.orthonormal import project
 from .._matrices.view import View, plain_view
+from .energy import Energy, squares
 from .finders import SubspaceFinder
-from .gather import gather, gather_by_slot
+from .gather import gather_by_slot, gather_early
 from .projectors import ProjectorStorage, Stored
-from .refresh import Found, no_rotation, refreshed, refreshed_by_means, unchanged
+from .refresh import Found, Projection, no_rotation, projections_of_leaves, refreshed_by_means, unchanged
 from .slots import Group
-
-
-class Energy(NamedTuple):
-    """`|PᵀG|²` and `|G|²` of a leaf, over the square of its largest coordinate: safe from 1e-30 to 1e30."""
-
-    scale: Float[Array, ""]
-    inside: Float[Array, ""]
-    whole: Float[Array, ""]
-
-
-def _squares(x: Float[Array, "..."], scale: Float[Array, ""]) -> Float[Array, ""]:
-    return jnp.sum(jnp.square(x * safe_reciprocal(scale)), dtype=jnp.float32)
-
-
-def captured_share(energies: Sequence[Energy], turn: WholeStep, are_live: Sequence[bool]) -> Float[Array, ""]:
-    """`Σ|PᵀG|² / Σ|G|²` over the leaves of all turns so far; zero if all gradients are zero."""
-    if isinstance(turn, Turn):
-        live = [energy for energy, yes in zip(energies, are_live, strict=True) if yes]
-        nothing = Energy(*(jnp.zeros((), jnp.float32) for _ in Energy._fields))
-        energies = [turn.accumulate(nothing, lambda before: _sum_of([before, *live]))]
-    if not energies:
-        return jnp.zeros((), jnp.float32)
-    total = _sum_of(energies)
-    return total.inside * safe_reciprocal(total.whole)
-
-
-def _sum_of(energies: Sequence[Energy]) -> Energy:
-    scale, inside, whole = (jnp.stack(x) for x in zip(*energies, strict=True))
-    share = jnp.square(scale * safe_reciprocal(scale.max()))
-    return Energy(scale.max(), share @ inside, share @ whole)
-
 
 # Any number: it names a stream of random signs.
 _SIGNS = 1
 
 # From a block of the gradient and its projector to the input of the rule at full rank.
 SlotInput = Callable[[Float[Array, "m n"], Float[Array, "m r"]], Float[Array, "m n"]]
-
-
-class Projection(NamedTuple):
-    """A leaf's gradient in the subspace."""
-
-    projector: Float[Array, "*b m r"]  # P
-    rotation: Float[Array, "*b r r"]  # from the previous projector
-    coordinates: Float[Array, "*b r n"]  # R = PᵀG
-    energy: Energy
-
-
-def _projection(g: Array, stored: Array, p: Array, rotation: Array) -> Projection:
-    r = project(p, g)
-    scale = jnp.max(jnp.abs(r))
-    # The sum reads the gradient as it is stored: XLA would write out another view to sum it.
-    return Projection(p, rotation, r, Energy(scale, _squares(r, scale), _squares(stored, scale)))
 
 
 def _no_projection(view: View, p: Array) -> Projection:
@@ -110,8 +63,7 @@ class DenseGradient(NamedTuple):
         """The projection of each leaf, on a new projector at a refresh."""
         live = [leaf_index for leaf_index, is_live in enumerate(self.are_live) if is_live]
         rows = [(self.stored[i], self.views[i], projectors[i]) for i in live]
-        own_keys = some(keys, live)
-        projections = refreshed(find, is_refresh, count, own_keys, rows, storage.load, _projection)
+        projections = projections_of_leaves(find, is_refresh, count, some(keys, live), rows, storage)
         found = dict(zip(live, projections, strict=True))
 
         def chosen(leaf_index, accepted, stored):
@@ -126,7 +78,7 @@ class DenseGradient(NamedTuple):
 
         return list(map(chosen, range(len(self.stored)), accepted, projectors))
 
-    def gather(
+    def slot_inputs(
         self, input_of: SlotInput, group: Group, index: Int[Array, "slots"], projectors: Sequence[Array]
     ) -> Float[Array, "slots m n"]:
         """The slots' inputs of a group: `input_of` each block at `index`, one block at a time."""
@@ -134,6 +86,7 @@ class DenseGradient(NamedTuple):
             ((self.stored[i], self.views[i]), (projectors[i], plain_view(projectors[i])))
             for i in group.leaf_indices
         ]
+        gather = gather_early if set(group.sizes) == {1} else gather_by_slot
         return gather(input_of, members, index, group)
 
 
@@ -203,11 +156,11 @@ class ProjectedGradient(NamedTuple):
 
         def energy(r, z):
             scale = jnp.max(jnp.abs(r))
-            return Energy(scale, _squares(r, scale), _squares(r, scale) + _squares(z, scale))
+            return Energy(scale, squares(r, scale), squares(r, scale) + squares(z, scale))
 
         return list(map(energy, coordinates, rows))
 
-    def gather(
+    def slot_inputs(
         self, input_of: SlotInput, group: Group, index: Int[Array, "slots"], projectors: Sequence[Array]
     ) -> Float[Array, "slots m n"]:
         """The slots' inputs of a group: `input_of` each block at `index`, one block at a time."""

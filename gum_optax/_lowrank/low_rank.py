@@ -18,8 +18,8 @@ from .._core.trees import map_with_leaf_index, merge, split
 from .._matrices.listening import listener
 from .._matrices.view import views_beside
 from .._mesh.explicit import zeros
+from .energy import captured_share
 from .finders import SubspaceFinder, first_subspace
-from .gradient import captured_share
 from .on_refresh import FOLLOWING, OnRefresh, keep
 from .plan import LowRankStep, Plan
 from .projections import (
@@ -29,7 +29,7 @@ from .projections import (
     begins_period,
     gradient_of,
     measured_before,
-    refresh_and_project,
+    projections_of,
     stored_projectors,
     trees_of_stored,
 )
@@ -154,52 +154,10 @@ def in_subspace(
 
     def update(updates, state, params=None, *, context: MatrixContext = NO_CONTEXT, **extra_args):
         del params
-        accept, turn = context.accept, context.turn
-        if turn.is_probe:
+        if context.turn.is_probe:
             return updates, state
-        plan = plan_for(turn.whole(updates))
-        is_projected = turn.of_whole(updates, lambda _: plan.is_projected)
-        low, full = split(updates, is_projected)
-        views, _ = split(views_beside(updates, context.views), is_projected)
-        extra_args |= {"context": MatrixContext(accept=accept, turn=turn)}
-        gradient = gradient_of(low, jax.tree.leaves(views), context)
-        is_refresh = begins_period(state.count, subspace.period, accept)
-        projections = refresh_and_project(gradient, subspace, state, is_refresh, low, context)  # P, R = PᵀG
-        projectors, scales = _stored(subspace.storage, projections.projectors, state, is_refresh, accept)
-        with coordinates_of(low):
-            low_state = _on_refresh(inner, subspace, state.low, projections, is_refresh, accept)
-        weights = None if plan.weights is None else turn.of_whole(low, lambda _: plan.weights)
-        coordinates = _times(weights, projections.coordinates)
-        step = LowRankStep(
-            low,
-            projections.projectors,
-            projections.coordinates,
-            gradient,
-            views,
-            is_refresh,
-            state.count,
-            state.key,
-        )
-        beside, rest = plan.lift.begin(step, state.outside, **extra_args)
-        after_those = extra_args | {"context": MatrixContext(accept=accept, turn=turn, waits_for=beside)}
-        steps, low_state = inner.update(coordinates, low_state, None, **after_those)  # S
-        steps, energies = measured_before(steps, projections.energies)
-        lifted, rest = plan.lift.update(step, steps, beside, rest, **extra_args)  # P S + the rest
-        full = optax.tree.cast(full, jnp.float32)
-        full_steps, full_state = inner.update(full, state.full, None, **extra_args)
-        new_state = LowRankState(
-            count=jnp.asarray(optax.safe_increment(state.count)),
-            refreshes=state.refreshes + is_refresh,
-            period=state.period,
-            key=state.key,
-            captured=captured_share(energies, turn, turn.are_live(low)),
-            projectors=projectors,
-            low=low_state,
-            full=full_state,
-            outside=rest,
-            projectors_scales=scales,
-        )
-        return merge(lifted, full_steps), new_state
+        plan = plan_for(context.turn.whole(updates))
+        return _updated(inner, subspace, plan, updates, state, context, extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -208,7 +166,7 @@ def _initial(
     inner: optax.GradientTransformationExtraArgs, subspace: Subspace, plan: Plan, params: optax.Params
 ) -> LowRankState:
     """The state before the first step. Its random subspace only gives the first refresh a start."""
-    low, full = split(params, plan.is_projected)
+    projected, unprojected = split(params, plan.is_projected)
     data = key_data(subspace.key)
     if (heard := listener()) is not None:
         heard.ranks.append(subspace.rank)
@@ -216,16 +174,18 @@ def _initial(
     def start(leaf_index, g):
         return first_subspace(stream(data, jnp.int32(0), leaf_index), g, subspace.rank)
 
-    coordinates = jax.tree.map(lambda g: zeros(g, subspace.rank, -1), low)
-    with coordinates_of(low):
+    coordinates = jax.tree.map(lambda g: zeros(g, subspace.rank, -1), projected)
+    with coordinates_of(projected):
         inner_state = inner.init(coordinates)
         # A function that does not fit inner fails here, and not at the first refresh.
         rotation = jax.tree.map(lambda r: zeros(r, subspace.rank, subspace.rank), coordinates)
         refreshed = functools.partial(subspace.on_refresh, inner)
         jax.eval_shape(refreshed, inner_state, coordinates, rotation, True)
-    starts = map_with_leaf_index(start, low)
+    starts = map_with_leaf_index(start, projected)
     # Accumulators are float32, whatever the model is.
-    wide_low, wide_full = (optax.tree.zeros_like(tree, dtype=jnp.float32) for tree in (low, full))
+    projected, unprojected = (
+        optax.tree.zeros_like(tree, dtype=jnp.float32) for tree in (projected, unprojected)
+    )
     projectors, scales = trees_of_stored(starts, list(map(subspace.storage.first, jax.tree.leaves(starts))))
     return LowRankState(
         count=jnp.zeros((), jnp.int32),
@@ -235,10 +195,59 @@ def _initial(
         captured=jnp.zeros((), jnp.float32),
         projectors=projectors,
         low=inner_state,
-        full=inner.init(wide_full),
-        outside=plan.lift.init(wide_low),
+        full=inner.init(unprojected),
+        outside=plan.lift.init(projected),
         projectors_scales=scales,
     )
+
+
+def _updated(
+    inner: optax.GradientTransformationExtraArgs,
+    subspace: Subspace,
+    plan: Plan,
+    updates: optax.Updates,
+    state: LowRankState,
+    context: MatrixContext,
+    extra_args: dict[str, Any],
+) -> tuple[optax.Updates, LowRankState]:
+    """The steps of all leaves, and the state after them."""
+    accept, turn = context.accept, context.turn
+    is_projected = turn.of_whole(updates, lambda _: plan.is_projected)
+    projected, unprojected = split(updates, is_projected)
+    views, _ = split(views_beside(updates, context.views), is_projected)
+    gradient = gradient_of(projected, jax.tree.leaves(views), context)
+    is_refresh = begins_period(state.count, subspace.period, accept)
+    projections = projections_of(gradient, subspace, state, is_refresh, projected, context)
+    projectors, coordinates = projections.projectors, projections.coordinates  # P, R = PᵀG
+    stored, scales = _stored(subspace.storage, projectors, state, is_refresh, accept)
+    with coordinates_of(projected):
+        low_state = _on_refresh(inner, subspace, state.low, projections, is_refresh, accept)
+    weights = None if plan.weights is None else turn.of_whole(projected, lambda _: plan.weights)
+    weighted = _times(weights, coordinates)
+    step = LowRankStep(
+        projected, projectors, coordinates, gradient, views, is_refresh, state.count, state.key
+    )
+    extra_args = extra_args | {"context": MatrixContext(accept=accept, turn=turn)}
+    beside, lift_state = plan.lift.begin(step, state.outside, **extra_args)
+    after_those = extra_args | {"context": MatrixContext(accept=accept, turn=turn, waits_for=beside)}
+    steps, low_state = inner.update(weighted, low_state, None, **after_those)  # S
+    steps, energies = measured_before(steps, projections.energies)
+    lifted, lift_state = plan.lift.update(step, steps, beside, lift_state, **extra_args)  # P S + residual
+    unprojected = optax.tree.cast(unprojected, jnp.float32)
+    full_steps, full_state = inner.update(unprojected, state.full, None, **extra_args)
+    new_state = LowRankState(
+        count=jnp.asarray(optax.safe_increment(state.count)),
+        refreshes=state.refreshes + is_refresh,
+        period=state.period,
+        key=state.key,
+        captured=captured_share(energies, turn, turn.are_live(projected)),
+        projectors=stored,
+        low=low_state,
+        full=full_state,
+        outside=lift_state,
+        projectors_scales=scales,
+    )
+    return merge(lifted, full_steps), new_state
 
 
 def _stored(

@@ -13,8 +13,9 @@ from .._core.context import MatrixContext
 from .._core.trees import leaf_indices_of
 from .._core.xla import barrier_but_on_cpu
 from .._matrices.view import View
+from .energy import Energy
 from .finders import SubspaceFinder
-from .gradient import DenseGradient, Energy, ProjectedGradient
+from .gradient import DenseGradient, ProjectedGradient
 from .on_refresh import OnRefresh
 from .projectors import ProjectorStorage, Stored
 from .switch import in_turn
@@ -40,12 +41,14 @@ class Projections(NamedTuple):
     energies: list[Energy]  # of each leaf
 
 
-def gradient_of(low: Any, views: Sequence[View], context: MatrixContext) -> DenseGradient | ProjectedGradient:
+def gradient_of(
+    projected: Any, views: Sequence[View], context: MatrixContext
+) -> DenseGradient | ProjectedGradient:
     """The gradient of the projected leaves: their updates as they are stored, or measurements."""
     if context.measurements is not None:
-        return ProjectedGradient(context.measurements, leaf_indices_of(low), views)
-    stored = [view.back(g) for g, view in zip(jax.tree.leaves(low), views, strict=True)]
-    return DenseGradient(stored, views, context.turn.are_live(low))
+        return ProjectedGradient(context.measurements, leaf_indices_of(projected), views)
+    stored = [view.back(g) for g, view in zip(jax.tree.leaves(projected), views, strict=True)]
+    return DenseGradient(stored, views, context.turn.are_live(projected))
 
 
 def begins_period(count: Int[Array, ""], period: int, accept: Acceptance | None) -> Bool[Array, ""]:
@@ -54,22 +57,22 @@ def begins_period(count: Int[Array, ""], period: int, accept: Acceptance | None)
     return begins if accept is None else accept.allow_refresh(begins)
 
 
-def refresh_and_project(
+def projections_of(
     gradient: DenseGradient | ProjectedGradient,
     subspace: Subspace,
     state: Any,
     is_refresh: Bool[Array, ""],
-    low: optax.Updates,
+    projected: optax.Updates,
     context: MatrixContext,
 ) -> Projections:
     """The projections of this step, on new projectors at a refresh; `state` is a `LowRankState`."""
     accept, turn = context.accept, context.turn
-    treedef = jax.tree.structure(low)
-    keys = turn.keys(low, state.key, state.count // subspace.period)
+    treedef = jax.tree.structure(projected)
+    keys = turn.keys(projected, state.key, state.count // subspace.period)
     rows = gradient.refresh_and_project(
         in_turn(subspace.find, turn),
         is_refresh,
-        accepted_by(accept, low),
+        accepted_by(accept, projected),
         state.count,
         keys,
         stored_projectors(state),

@@ -1,8 +1,8 @@
 """Reads each leaf's gradient once: finds a new projector at a refresh, and projects."""
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +13,16 @@ from .._core.keys import some, typed
 from .._core.measurements import MeanOf
 from .._core.xla import in_one, unstacked
 from .._linalg.numerics import exact_matmul
+from .._linalg.orthonormal import project
 from .._matrices.view import View, plain_view
 from .blocks import Member, read
+from .energy import Energy, squares
 from .finders import LinearForm, SubspaceFinder
+from .projectors import ProjectorStorage, Stored
 from .switch import few_finders_of, finders_of
 
 # A leaf's gradient as it is stored, its view as blocks, and its projector as that is stored.
-Row = tuple[Float[Array, "..."], View, tuple[Array, ...]]
-# From a projector as it is stored to the projector.
-Load = Callable[..., Float[Array, "*b m r"]]
+Row = tuple[Float[Array, "..."], View, Stored]
 # A leaf's new projector, and the rotation `P_newᵀ P_old` into it.
 Found = tuple[Float[Array, "*b m r"], Float[Array, "*b r r"]]
 
@@ -32,23 +33,38 @@ Found = tuple[Float[Array, "*b m r"], Float[Array, "*b r r"]]
 _LOOPS = 8
 
 
-def refreshed(
+class Projection(NamedTuple):
+    """A leaf's gradient in the subspace."""
+
+    projector: Float[Array, "*b m r"]  # P
+    rotation: Float[Array, "*b r r"]  # from the previous projector
+    coordinates: Float[Array, "*b r n"]  # R = PᵀG
+    energy: Energy
+
+
+def _projection(g: Array, stored: Array, p: Array, rotation: Array) -> Projection:
+    r = project(p, g)
+    scale = jnp.max(jnp.abs(r))
+    # The sum reads the gradient as it is stored: XLA would write out another view to sum it.
+    return Projection(p, rotation, r, Energy(scale, squares(r, scale), squares(stored, scale)))
+
+
+def projections_of_leaves(
     find: SubspaceFinder,
     is_refresh: Bool[Array, ""],
     count: Int[Array, ""],
     keys: Key[Array, "leaves"],
     rows: Sequence[Row],
-    load: Load,
-    then: Callable[..., Any],
-) -> list[Any]:
-    """The result of `then` for each leaf, after a refresh if `is_refresh`.
+    storage: ProjectorStorage,
+) -> list[Projection]:
+    """The projection of each leaf, on a new projector at a refresh.
 
     A loop reads single blocks of one shape one after the other, so that XLA compiles the finder once for all
     of them; a stack has a branch of its own. On a CPU a loop reads only a few leaves, and one conditional
-    holds the loop and everything that `then` makes of their gradients: these are freed soon after the
-    backward pass has made them. On a TPU a loop reads one leaf, because XLA would move the conversion of all
-    leaves to bfloat16 out of the loop. On a GPU one conditional holds all refreshes, because each conditional
-    may wait for the host.
+    holds the loop and the projections of these leaves: their gradients are freed soon after the backward pass
+    has made them. On a TPU a loop reads one leaf, because XLA would move the conversion of all leaves to
+    bfloat16 out of the loop. On a GPU one conditional holds all refreshes, because each conditional may wait
+    for the host.
 
     Args:
       find: the finder, or several that follow each other.
@@ -56,8 +72,7 @@ def refreshed(
       count: steps before this one.
       keys: a key for each leaf.
       rows: the leaves.
-      load: makes a projector of what is stored of it, so that memory holds few of them.
-      then: a function `(gradient as blocks, gradient as it is stored, projector, rotation) -> result`.
+      storage: of the projectors, which are loaded where they are read, so that memory holds few of them.
     """
     (forms, phase), (few, _) = finders_of(find, count), few_finders_of(find, count)
     stored = [first for *_, (first, *_) in rows]
@@ -66,7 +81,9 @@ def refreshed(
     )
     # Jitted, so that leaves with the same views are traced once.
     reader_of = functools.cache(
-        lambda forms, views: jax.jit(functools.partial(_read, forms, load, then, views, [range(len(views))]))
+        lambda forms, views: jax.jit(
+            functools.partial(_projections, forms, storage, views, [range(len(views))])
+        )
     )
 
     def in_groups(forms, size_of):
@@ -86,7 +103,7 @@ def refreshed(
         looped = {i for group in groups if len(group) > 1 for i in group}
         seen = [(view.of(g) if i in looped else g, p) for i, (g, view, p) in enumerate(rows)]
         views = [plain_view(g) if i in looped else rows[i][1] for i, (g, _) in enumerate(seen)]
-        return _read(few, load, then, views, groups, is_refresh, phase, keys, seen)
+        return _projections(few, storage, views, groups, is_refresh, phase, keys, seen)
 
     return jax.lax.platform_dependent(
         cpu=lambda: in_groups(few, lambda size: size // _LOOPS if size > 2 * _LOOPS else 1),
@@ -95,19 +112,18 @@ def refreshed(
     )
 
 
-def _read(
+def _projections(
     forms: Sequence[LinearForm],
-    load: Load,
-    then: Callable[..., Any],
+    storage: ProjectorStorage,
     views: Sequence[View],
     groups: Sequence[Sequence[int]],
     is_refresh: Bool[Array, ""],
     phase: Int[Array, ""],
     keys: Key[Array, "leaves"],
-    stored: Sequence[tuple[Array, tuple[Array, ...]]],
-) -> list[Any]:
-    """The results of `then` for some leaves, in one conditional; each group is the indices of one shape."""
-    leaves = [(g, load(*of_projector)) for g, of_projector in stored]
+    stored: Sequence[tuple[Array, Stored]],
+) -> list[Projection]:
+    """The projections of some leaves, in one conditional; each group is the indices of one shape."""
+    leaves = [(g, storage.load(*of_projector)) for g, of_projector in stored]
 
     def refreshing(phase, keys, leaves):
         found: dict[int, Found] = {}
@@ -123,7 +139,9 @@ def _read(
         return unchanged([p for _, p in leaves])
 
     found = jax.lax.cond(is_refresh, refreshing, staying, phase, keys, leaves)
-    return [then(view.of(g), g, *pair) for view, (g, _), pair in zip(views, leaves, found, strict=True)]
+    return [
+        _projection(view.of(g), g, *pair) for view, (g, _), pair in zip(views, leaves, found, strict=True)
+    ]
 
 
 def _alone(forms: Any, views: Any, phase: Any, keys: Any, leaves: Any) -> list[Found]:

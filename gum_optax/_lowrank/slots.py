@@ -32,6 +32,7 @@ from .._core.batches import map_sequentially
 from .._core.keys import draw
 from .._core.trees import map_with_leaf_index
 from .._core.xla import opaque_constants, rolled_but_on_tpu, wait_for
+from .._linalg.orthonormal import lift
 from .._mesh.explicit import zeros
 
 # The sampled blocks of each group, by its name, counted over its leaves: {group: (slots,)}. No shape has a
@@ -122,52 +123,51 @@ class Slots(NamedTuple):
         """
         leaves = jax.tree.leaves(projectors)
         return {
-            name: gradient.gather(input_of(group), group, index[name], leaves)
+            name: gradient.slot_inputs(input_of(group), group, index[name], leaves)
             for name, group in self.groups.items()
         }
 
     def scatter(
-        self, index: Index, values: Any, make: Callable[..., Float[Array, "*b m n"]], *trees: Any
+        self, index: Index, values: dict[str, Float[Array, "_ _ _"]], projectors: Any, steps: Any
     ) -> Any:
-        """`make` of each leaf, with the slots' values in place of its sampled blocks.
+        """`P S` of each leaf, with the slots' values in place of its sampled blocks.
 
         Args:
           index: the sampled blocks.
           values: of the slots, for each group.
-          make: from the leaves of `trees` at one position to the full-size leaf there.
-          trees: what `make` reads.
+          projectors: P.
+          steps: S.
         """
-        held = self._slots_of_leaves(index)
+        groups_of_leaves = self._groups_of_leaves(index)
 
         @jax.jit  # traced once for all leaves of a shape
-        def overwritten(operands, values, slots):
+        def overwritten(p, s, values, slot_of_block):
             # Lifted earlier, a leaf would be in memory while the slots make their steps.
-            operands = wait_for(values, operands)
-            whole = make(*operands)
-            step = scatter_blocks(whole, values, slots)
+            lifted = lift(*wait_for(values, (p, s)))
+            step = scatter_blocks(lifted, values, slot_of_block)
             # The step overwrites a stack, which is then not in memory beside the step.
-            return whole if len(slots) == 1 else step, step
+            return lifted if len(slot_of_block) == 1 else step, step
 
-        def pair(leaf_index, *operands):
-            """What `make` makes, for which the next leaf waits, and the leaf."""
-            if leaf_index not in held:
-                return (make(*operands),) * 2
-            name, slots = held[leaf_index]
-            return overwritten(operands, values[name], slots)
+        def pair(leaf_index, p, s):
+            """An array for which the next leaf waits, and the leaf."""
+            if leaf_index not in groups_of_leaves:
+                return (lift(p, s),) * 2
+            name, slot_of_block = groups_of_leaves[leaf_index]
+            return overwritten(p, s, values[name], slot_of_block)
 
-        leaf_indices = map_with_leaf_index(lambda leaf_index, _: leaf_index, trees[0])
-        pairs = map_sequentially(pair, leaf_indices, *trees)
-        return jax.tree.map(lambda _, found: found[1], trees[0], pairs)
+        leaf_indices = map_with_leaf_index(lambda leaf_index, _: leaf_index, projectors)
+        pairs = map_sequentially(pair, leaf_indices, projectors, steps)
+        return jax.tree.map(lambda _, found: found[1], projectors, pairs)
 
-    def _slots_of_leaves(self, index: Index) -> dict[int, tuple[str, Int[Array, "size"]]]:
+    def _groups_of_leaves(self, index: Index) -> dict[int, tuple[str, Int[Array, "size"]]]:
         """By the index of a leaf that has slots: its group, and the slot of each of its blocks."""
-        held = {}
+        by_leaf = {}
         for name, group in self.groups.items():
-            slots = slot_of_each_block(index[name], group.blocks)
-            starts = opaque_constants(group.starts, slots[0])
+            slot_of_block = slot_of_each_block(index[name], group.blocks)
+            starts = opaque_constants(group.starts, slot_of_block[0])
             for leaf_index, start, size in zip(group.leaf_indices, starts, group.sizes, strict=True):
-                held[leaf_index] = name, jax.lax.dynamic_slice_in_dim(slots, start, size)
-        return held
+                by_leaf[leaf_index] = name, jax.lax.dynamic_slice_in_dim(slot_of_block, start, size)
+        return by_leaf
 
 
 # Up to this many slots are written into a stack by choices, each of which reads its slot once for every
@@ -186,30 +186,30 @@ def slot_of_each_block(index: Int[Array, "slots"], blocks: int) -> Int[Array, "b
 
 
 def scatter_blocks(
-    leaf: Float[Array, "... m n"], values: Float[Array, "slots m n"], slots: Int[Array, "size"]
+    leaf: Float[Array, "... m n"], values: Float[Array, "slots m n"], slot_of_block: Int[Array, "size"]
 ) -> Float[Array, "... m n"]:
-    """`leaf`, with `values[slots[i]]` in place of its block `i`, unless `slots[i]` is -1."""
-    if len(slots) == 1:
+    """`leaf`, with `values[slot_of_block[i]]` in place of its block `i`, unless `slot_of_block[i]` is -1."""
+    if len(slot_of_block) == 1:
         # A choice and no branch: XLA makes the choice where it next reads the leaf.
-        held = _row(values, slots[0]).reshape(leaf.shape).astype(leaf.dtype)
-        return jnp.where(slots[0] < 0, leaf, held)
+        value = _row(values, slot_of_block[0]).reshape(leaf.shape).astype(leaf.dtype)
+        return jnp.where(slot_of_block[0] < 0, leaf, value)
     if len(values) > _FEW:
-        return _sequentially(leaf, values, slots)
-    return rolled_but_on_tpu(_sequentially, _by_choice, leaf, values, slots)
+        return _sequentially(leaf, values, slot_of_block)
+    return rolled_but_on_tpu(_sequentially, _by_choice, leaf, values, slot_of_block)
 
 
-def _by_choice(leaf: Array, values: Array, slots: Array) -> Array:
+def _by_choice(leaf: Array, values: Array, slot_of_block: Array) -> Array:
     """A choice for each slot, so that a TPU never writes the leaf out."""
     for slot, value in enumerate(values.astype(leaf.dtype)):
-        leaf = jnp.where((slots == slot).reshape(*leaf.shape[:-2], 1, 1), value, leaf)
+        leaf = jnp.where((slot_of_block == slot).reshape(*leaf.shape[:-2], 1, 1), value, leaf)
     return leaf
 
 
-def _sequentially(leaf: Array, values: Array, slots: Array) -> Array:
+def _sequentially(leaf: Array, values: Array, slot_of_block: Array) -> Array:
     """Writes block by block and in place; a scatter of XLA would copy the leaf."""
 
     def overwritten(slot, blocks):
-        here = slots == slot
+        here = slot_of_block == slot
         at = jnp.argmax(here)
         before = jax.lax.dynamic_index_in_dim(blocks, at, keepdims=False)
         return jax.lax.dynamic_update_index_in_dim(

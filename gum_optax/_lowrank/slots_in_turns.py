@@ -60,22 +60,22 @@ class SlotsInTurn(NamedTuple):
         """
         lifted = []
 
-        def of_turn(held):
-            steps, held = self._overwritten(step, low_steps, held, accept)
+        def of_turn(slot_state):
+            steps, slot_state = self._overwritten(step, low_steps, slot_state, accept)
             lifted.append(steps)
-            return self._with_counts(held) if self.turn.is_last else held
+            return self._with_counts(slot_state) if self.turn.is_last else slot_state
 
-        held = self.turn.accumulate(state, of_turn)
-        for path, x in _with_paths(held):
+        slot_state = self.turn.accumulate(state, of_turn)
+        for path, x in _with_paths(slot_state):
             # Nobody chooses again, which would keep the state before the step in memory.
             if _group_of(path) in self.slots.groups:
                 self.turn.mark(x)
                 if accept is not None:
                     accept.mark_kept(x)
-        return lifted[0], held
+        return lifted[0], slot_state
 
     def _overwritten(
-        self, step: LowRankStep, low_steps: Any, held: Any, accept: Acceptance | None
+        self, step: LowRankStep, low_steps: Any, slot_state: Any, accept: Acceptance | None
     ) -> tuple[Any, Any]:
         """The low-rank steps, in place of which sampled blocks take full-rank steps."""
         names = {group.shape: name for name, group in self.slots.groups.items()}
@@ -85,7 +85,7 @@ class SlotsInTurn(NamedTuple):
         before: Any = None
 
         def of_leaf(leaf_index, p, s):
-            nonlocal held, before
+            nonlocal slot_state, before
             name = names.get((p.shape[-2], s.shape[-1]))
             if name is None or not are_live[leaf_index]:
                 return lift(p, s)
@@ -94,11 +94,11 @@ class SlotsInTurn(NamedTuple):
             if before is not None:
                 s, stored, first, _ = barrier_on_tpu((s, leaf.stored, leaf.first, before))
                 leaf = leaf._replace(stored=stored, first=first)
-            before, held = self._of_leaf(name, leaf, held, p, s)
+            before, slot_state = self._of_leaf(name, leaf, slot_state, p, s)
             return before
 
         leaf_indices = treedef.unflatten(range(len(leaves)))
-        return map_sequentially(of_leaf, leaf_indices, step.projectors, low_steps), held
+        return map_sequentially(of_leaf, leaf_indices, step.projectors, low_steps), slot_state
 
     def _leaves(self, step: LowRankStep, accept: Acceptance | None) -> list[_Leaf]:
         assert isinstance(step.gradient, DenseGradient)
@@ -113,20 +113,20 @@ class SlotsInTurn(NamedTuple):
         blocks = zip(map(_Leaf._make, rows), self.turn.rows(step.updates), sizes, strict=True)
         return [leaf._replace(first=leaf.first + row * size) for leaf, row, size in blocks]
 
-    def _of_leaf(self, name: str, leaf: _Leaf, held: Any, p: Array, s: Array) -> tuple[Array, Any]:
+    def _of_leaf(self, name: str, leaf: _Leaf, slot_state: Any, p: Array, s: Array) -> tuple[Array, Any]:
         """The step of one leaf, and the slots after it."""
         group = self.slots.groups[name]
-        slots = slot_of_each_block(self.sampled[name], group.blocks)
+        slot_of_block = slot_of_each_block(self.sampled[name], group.blocks)
         batch = leaf.view.shape[:-2]
 
-        def one(number, held, low_rank_step):
+        def one(number, slot_state, low_rank_step):
             """The step of one block, and the slots after it."""
             number = jnp.asarray(number, jnp.int32)
-            held_slot = slots[leaf.first + number]
+            own_slot = slot_of_block[leaf.first + number]
             # Without a slot, a block reads any slot and writes it back: XLA reads and writes in place here,
             # but within a branch it would copy all slots.
-            slot = jnp.maximum(held_slot, 0)
-            old = row_major(_row(held, name, self.slots.groups, slot))
+            slot = jnp.maximum(own_slot, 0)
+            old = row_major(_row(slot_state, name, self.slots.groups, slot))
 
             def sampled(old):
                 g = leaf.view.block(leaf.stored, number).astype(jnp.float32)
@@ -136,22 +136,22 @@ class SlotsInTurn(NamedTuple):
             def unsampled(old):
                 return low_rank_step(), old
 
-            steps, new = row_major(jax.lax.cond(held_slot < 0, unsampled, sampled, old))
-            return steps, _put(held, name, slot, new)
+            steps, new = row_major(jax.lax.cond(own_slot < 0, unsampled, sampled, old))
+            return steps, _put(slot_state, name, slot, new)
 
         if math.prod(batch) == 1:
-            steps, held = one(0, held, lambda: lift(p, s).reshape(1, *leaf.view.shape[-2:]))
-            return steps.reshape(leaf.view.shape), held
+            steps, slot_state = one(0, slot_state, lambda: lift(p, s).reshape(1, *leaf.view.shape[-2:]))
+            return steps.reshape(leaf.view.shape), slot_state
 
-        def next_block(number, steps_and_held):
-            steps, held = steps_and_held
+        def next_block(number, steps_and_state):
+            steps, slot_state = steps_and_state
             before = jax.lax.dynamic_slice_in_dim(steps, number, 1)
-            new, held = one(number, held, lambda: before)
-            return jax.lax.dynamic_update_slice_in_dim(steps, new, number, 0), held
+            new, slot_state = one(number, slot_state, lambda: before)
+            return jax.lax.dynamic_update_slice_in_dim(steps, new, number, 0), slot_state
 
         low_rank_steps = lift(p, s).reshape(-1, *leaf.view.shape[-2:])
-        steps, held = jax.lax.fori_loop(0, math.prod(batch), next_block, (low_rank_steps, held))
-        return steps.reshape(leaf.view.shape), held
+        steps, slot_state = jax.lax.fori_loop(0, math.prod(batch), next_block, (low_rank_steps, slot_state))
+        return steps.reshape(leaf.view.shape), slot_state
 
     def _run(self, name: str, slot: Any, x: Float[Array, "1 m n"], old: Any, accepted: Any) -> Any:
         """The rule's step of one slot, and its new state, from that of the slot as `_row` returns it."""
@@ -177,14 +177,14 @@ class SlotsInTurn(NamedTuple):
         steps, state = self.inner.update(alone(x), state, None, context=context, **self.extra_args)
         return steps[name], state
 
-    def _with_counts(self, held: Any) -> Any:
+    def _with_counts(self, slot_state: Any) -> Any:
         """The state in which what slots share, such as a count, has seen this step."""
         name, group = next(iter(self.slots.groups.items()))
         x = jnp.zeros((1, *group.shape), jnp.float32)
-        old = _row(held, name, self.slots.groups, jnp.int32(0))
+        old = _row(slot_state, name, self.slots.groups, jnp.int32(0))
         _, new = self._run(name, jnp.int32(0), x, old, jnp.asarray(True))
-        leaves, treedef = jax.tree.flatten(held)
-        rows = zip(_with_paths(held), leaves, flat(new), strict=True)
+        leaves, treedef = jax.tree.flatten(slot_state)
+        rows = zip(_with_paths(slot_state), leaves, flat(new), strict=True)
         return treedef.unflatten(
             [old if _group_of(path) in self.slots.groups else after for (path, _), old, after in rows]
         )
@@ -199,7 +199,7 @@ def _group_of(path: Any) -> Any:
     return key_name(path[-1]) if path else None
 
 
-def _row(held: Any, name: str, groups: Any, slot: Any) -> Any:
+def _row(slot_state: Any, name: str, groups: Any, slot: Any) -> Any:
     """The state of one slot of a group; other groups are masked, and what slots share stays."""
 
     def of(path, x):
@@ -207,13 +207,13 @@ def _row(held: Any, name: str, groups: Any, slot: Any) -> Any:
             return jax.lax.dynamic_index_in_dim(x, slot, keepdims=True)
         return optax.MaskedNode() if _group_of(path) in groups else x
 
-    return jax.tree_util.tree_map_with_path(of, held)
+    return jax.tree_util.tree_map_with_path(of, slot_state)
 
 
-def _put(held: Any, name: str, slot: Any, new: Any) -> Any:
+def _put(slot_state: Any, name: str, slot: Any, new: Any) -> Any:
     """The state with one slot of a group replaced."""
-    leaves, treedef = jax.tree.flatten(held)
-    rows = zip(_with_paths(held), leaves, flat(new), strict=True)
+    leaves, treedef = jax.tree.flatten(slot_state)
+    rows = zip(_with_paths(slot_state), leaves, flat(new), strict=True)
     return treedef.unflatten(
         [
             jax.lax.dynamic_update_index_in_dim(old, x.astype(old.dtype), slot, 0)

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from .._core.acceptance import Acceptance
+from .._core.batches import map_sequentially
 from .._core.checks import check_fraction, check_function, check_integer, check_rule
 from .._core.context import MatrixContext
 from .._core.keys import check_key, key_data
@@ -165,14 +166,14 @@ def unbiased_low_rank(
     def plan_for(tree):
         """The number of blocks of each shape decides how many are sampled, and so the weights."""
         groups = groups_of(tree, rank, fraction)
-        projected = {group.shape for group in groups.values() if not group.is_full}
+        shapes = {group.shape for group in groups.values() if not group.is_full}
         leaves = jax.tree.leaves(tree)
-        is_projected = [leaf.shape[-2:] in projected for leaf in leaves]
-        low, _ = split(leaves, is_projected)
-        # Numbered over the projected leaves alone.
-        slots = Slots({n: g for n, g in groups_of(low, rank, fraction).items() if g.slots}, period)
+        is_projected = [leaf.shape[-2:] in shapes for leaf in leaves]
+        projected, _ = split(leaves, is_projected)
+        # Group again: the lift sees only the projected leaves, so the groups' indices count those.
+        slots = Slots({n: g for n, g in groups_of(projected, rank, fraction).items() if g.slots}, period)
         weight = {group.shape: compensation(group.fraction).low for group in slots.groups.values()}
-        weights = [weight.get(leaf.shape[-2:], 1.0) for leaf in jax.tree.leaves(low)]
+        weights = [weight.get(leaf.shape[-2:], 1.0) for leaf in jax.tree.leaves(projected)]
         return Plan(is_projected, weights, _lift_with_slots(inner, slots, compensation, key))
 
     return in_subspace(inner, subspace, plan_for)
@@ -212,14 +213,14 @@ def _lift_with_slots(
 
     def update(step: LowRankStep, steps, slot_steps, state, /, *, context: MatrixContext, **extra_args):
         if not slots.groups:
-            return slots.scatter({}, {}, lift, step.projectors, steps), state
+            return map_sequentially(lift, step.projectors, steps), state
         if not isinstance(context.turn, Turn):
-            return slots.scatter(state.index, slot_steps, lift, step.projectors, steps), state
+            return slots.scatter(state.index, slot_steps, step.projectors, steps), state
         index = context.turn.once(lambda: in_one(slots.draw, step.key, step.count))
         input_of = _input_of(compensation, context.turn.whole(step.updates))
         own = SlotsInTurn(inner, slots, index, context.turn, input_of, step.is_refresh, extra_args)
-        steps, held = own.update(step, steps, state.slots, context.accept)
-        return steps, SampledState(index, held)
+        steps, slot_state = own.update(step, steps, state.slots, context.accept)
+        return steps, SampledState(index, slot_state)
 
     return Lift(init, update, begin)
 
@@ -253,15 +254,15 @@ def _acceptance_of_slots(accept: Acceptance, updates: Any, slots: Slots, index: 
 def _slot_views(slots: Slots, inputs: dict[str, Array], views: Any) -> dict[str, View]:
     """Of slots, which are sharded as the blocks of the first leaf of their group are."""
     leaves = jax.tree.leaves(views)
-    return {name: _slot_view(inputs[name], leaves[g.leaf_indices[0]]) for name, g in slots.groups.items()}
 
+    def view_of(name, group):
+        plain, sharding = plain_view(inputs[name]), leaves[group.leaf_indices[0]].sharding
+        if sharding is None:
+            return plain
+        spec = PartitionSpec(None, *sharding.spec[-2:])
+        return dataclasses.replace(plain, sharding=NamedSharding(sharding.mesh, spec))
 
-def _slot_view(x: Float[Array, "slots m n"], view: View) -> View:
-    """Of slots, which are sharded as the blocks of a leaf are."""
-    if view.sharding is None:
-        return plain_view(x)
-    spec = PartitionSpec(None, *view.sharding.spec[-2:])
-    return dataclasses.replace(plain_view(x), sharding=NamedSharding(view.sharding.mesh, spec))
+    return {name: view_of(name, group) for name, group in slots.groups.items()}
 
 
 def _full_rank_input(
