@@ -1,4 +1,4 @@
-"""The plan of the package: which folder may import which, and how long a module may be.
+"""The plan of the package: which folder may import which, and how long a module and a function may be.
 
 The floors are those of the table in CONTRIBUTING.md. A new folder gets a row there, or these tests fail.
 """
@@ -88,3 +88,28 @@ def test_the_ground_for_arrays_knows_no_optax():
 @pytest.mark.parametrize("path", MODULES.values(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_modules_end_before_300_lines(path):
     assert len(path.read_text().splitlines()) < 300
+
+
+def lines_of_code(path):
+    """Each function of a module with its lines of code; those of inner functions count, docstrings do not."""
+    text = path.read_text()
+    nodes = list(ast.walk(ast.parse(text)))
+    left_out = {number for number, line in enumerate(text.splitlines(), 1) if not line.strip()}
+    for node in nodes:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+            left_out |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+    return [(node.name, len({*range(node.lineno, node.end_lineno + 1)} - left_out)) for node in functions]
+
+
+@pytest.mark.parametrize("path", MODULES.values(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_functions_have_at_most_50_lines(path):
+    assert [(name, count) for name, count in lines_of_code(path) if count > 50] == []
+
+
+def test_the_lines_of_a_function_are_counted_with_those_of_its_inner_functions(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text(
+        'def f(x):\n    """One.\n\n    Two.\n    """\n\n    def g():\n        return x\n\n    return g\n'
+    )
+    assert lines_of_code(path) == [("f", 4), ("g", 2)]
