@@ -24,11 +24,18 @@ def safe_reciprocal(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.where(normal, 1 / jnp.where(normal, x, 1), 0)
 
 
-def norm(x: Float[Array, "*b m n"], axis: int | tuple[int, ...]) -> Float[Array, "..."]:
-    """The ℓ2-norm over `axis` in float32, with `axis` kept at size 1; divides by the largest entry first."""
+def _over_largest(
+    x: Float[Array, "*b m n"], axis: int | tuple[int, ...]
+) -> tuple[Float[Array, "..."], Float[Array, "*b m n"]]:
+    """The largest entry over `axis`, and `x` over it, so that squares stay in range; both in float32."""
     x = x.astype(jnp.float32)
     largest = jnp.max(jnp.abs(x), axis=axis, keepdims=True)
-    scaled = x / jnp.where(largest > 0, largest, 1)
+    return largest, x / jnp.where(largest > 0, largest, 1)
+
+
+def norm(x: Float[Array, "*b m n"], axis: int | tuple[int, ...]) -> Float[Array, "..."]:
+    """The ℓ2-norm over `axis` in float32, with `axis` kept at size 1."""
+    largest, scaled = _over_largest(x, axis)
     return largest * jnp.sqrt(jnp.sum(scaled * scaled, axis=axis, keepdims=True))
 
 
@@ -83,9 +90,7 @@ def exact_matmul(a: Float[Array, "*b i j"], b: Float[Array, "*b j k"]) -> Float[
 
 
 def to_unit_norm(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
-    """`x / |x|_F` in float32, zero for zero; divides by the largest entry first to keep squares in range."""
-    x = x.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
-    x = x / jnp.where(largest > 0, largest, 1)
-    norm = jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True))
-    return x / jnp.where(norm > 0, norm, 1)
+    """`x / |x|_F` in float32, zero for zero."""
+    _, x = _over_largest(x, (-2, -1))
+    length = jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True))
+    return x / jnp.where(length > 0, length, 1)

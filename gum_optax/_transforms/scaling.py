@@ -137,16 +137,15 @@ def limit_norm_growth(ratio: Any = 1.1) -> optax.GradientTransformation:
     def update(updates, state, params=None):
         del params
 
-        def limited(o, previous):
-            norm = frobenius(o)[..., 0, 0]
-            return jnp.where(previous > 0, jnp.minimum(norm, ratio * previous), norm)
+        def limited(length, previous):
+            length = length[..., 0, 0]
+            return jnp.where(previous > 0, jnp.minimum(length, ratio * previous), length)
 
-        norms = jax.tree.map(limited, updates, state.norms)
-        steps = jax.tree.map(
-            lambda o, norm: (o * (norm[..., None, None] * safe_reciprocal(frobenius(o)))).astype(o.dtype),
-            updates,
-            norms,
-        )
-        return steps, LimitNormGrowthState(norms)
+        def scaled(o, length, limit):
+            return (o * (limit[..., None, None] * safe_reciprocal(length))).astype(o.dtype)
+
+        lengths = jax.tree.map(frobenius, updates)
+        limits = jax.tree.map(limited, lengths, state.norms)
+        return jax.tree.map(scaled, updates, lengths, limits), LimitNormGrowthState(limits)
 
     return optax.GradientTransformation(init, update)
