@@ -38,8 +38,8 @@ def round_by(noise: UInt16[Array, "*shape"], x: Float[Array, "*shape"], dtype: A
     shift = jnp.where(size < smallest, smallest, 0.0)
     bits = jax.lax.bitcast_convert_type(size + shift, jnp.uint32)
     # Floats of one sign are in the order of their bits: add the noise, then drop the last bits.
-    wide = noise.astype(jnp.uint32)
-    bits = bits + (wide << (dropped - 16) if dropped > 16 else wide >> (16 - dropped))
+    noise_bits = noise.astype(jnp.uint32)
+    bits = bits + (noise_bits << (dropped - 16) if dropped > 16 else noise_bits >> (16 - dropped))
     kept = jax.lax.bitcast_convert_type((bits >> dropped) << dropped, jnp.float32) - shift
     inside = size <= largest  # false for NaN
     return jnp.where(inside, jnp.copysign(kept, x), x).astype(dtype)

@@ -121,20 +121,20 @@ def without_measurements(
 def at_least_float32(rule: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Run `rule` on gradients of at least float32, so that the state of `rule` is and stays float32."""
 
-    def widened(tree):
-        def wide(x):
+    def promoted(tree):
+        def of(x):
             dtype = jnp.result_type(x)
             inexact = jnp.issubdtype(dtype, jnp.inexact)
             return jnp.asarray(x, jnp.promote_types(dtype, jnp.float32)) if inexact else x
 
-        return jax.tree.map(wide, tree)
+        return jax.tree.map(of, tree)
 
     taking = optax.with_extra_args_support(rule)
 
     def update(updates, state, params=None, **extra_args):
-        return taking.update(widened(updates), state, params, **extra_args)
+        return taking.update(promoted(updates), state, params, **extra_args)
 
-    return optax.GradientTransformationExtraArgs(lambda params: rule.init(widened(params)), update)
+    return optax.GradientTransformationExtraArgs(lambda params: rule.init(promoted(params)), update)
 
 
 def _auxiliary(others_rule: optax.GradientTransformation | ByKind | None) -> ByKind | OfAnyKind:

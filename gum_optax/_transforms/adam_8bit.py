@@ -89,9 +89,9 @@ def scale_by_adam_8bit(
         count = jnp.asarray(optax.safe_increment(state.count))
 
         def moved(g, mu, nu, mu_scales, nu_scales, mu_key, nu_key):
-            wide = jnp.asarray(g, jnp.float32)
-            m = b1 * _load(mu, mu_scales, SIGNED_FLOAT) + (1 - b1) * wide
-            v = b2 * _load(nu, nu_scales, SQUARES) + (1 - b2) * wide * wide
+            g = jnp.asarray(g, jnp.float32)
+            m = b1 * _load(mu, mu_scales, SIGNED_FLOAT) + (1 - b1) * g
+            v = b2 * _load(nu, nu_scales, SQUARES) + (1 - b2) * g * g
             step = m / (1 - b1**count) / (jnp.sqrt(v / (1 - b2**count)) + eps)
             codes, scales = zip(
                 _store(mu, m, mu_key, SIGNED_FLOAT), _store(nu, v, nu_key, SQUARES), strict=True

@@ -106,7 +106,7 @@ def float32_steps(inner: optax.GradientTransformation) -> optax.GradientTransfor
     """
     taking = optax.with_extra_args_support(check_rule("inner", inner))
 
-    def wide(tree):
+    def in_float32(tree):
         def of(x):
             shape, dtype = jnp.shape(x), jnp.result_type(x)
             if dtype not in ROUNDED:
@@ -118,10 +118,10 @@ def float32_steps(inner: optax.GradientTransformation) -> optax.GradientTransfor
 
     def update(updates, state, params=None, **extra_args):
         # Without parameters, the dtype of the gradients decides.
-        updates, params = (wide(updates), None) if params is None else (updates, wide(params))
+        updates, params = (in_float32(updates), None) if params is None else (updates, in_float32(params))
         return taking.update(updates, state, params, **extra_args)
 
-    return optax.GradientTransformationExtraArgs(lambda params: inner.init(wide(params)), update)
+    return optax.GradientTransformationExtraArgs(lambda params: inner.init(in_float32(params)), update)
 
 
 def _rounded_sum(p: Array, u: Array, leaf_key: PRNGKeyArray, first: Any) -> Array:

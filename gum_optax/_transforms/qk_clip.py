@@ -155,5 +155,5 @@ def _scaled(u: Array, w: Array, factor: Float[Array, "*layers heads"], axis: int
     of_numbers = jnp.repeat(factor, size // heads, axis=-1)
     around = (1,) * (axis - len(layers)), (1,) * (w.ndim - axis - 1)
     f = of_numbers.reshape(*layers, *around[0], size, *around[1])
-    wide = u.astype(jnp.float32)
-    return (wide + (f - 1) * (w.astype(jnp.float32) + wide)).astype(u.dtype)
+    step = u.astype(jnp.float32)
+    return (step + (f - 1) * (w.astype(jnp.float32) + step)).astype(u.dtype)
