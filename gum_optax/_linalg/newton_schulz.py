@@ -160,7 +160,7 @@ def newton_schulz(
 
     def step(x, abc):
         a, b, c = abc
-        gram = x @ x.mT
+        gram = x @ x.mT  # A
         return a * x + (b * gram + c * (gram @ gram)) @ x
 
     def iterated(x):
@@ -200,10 +200,10 @@ def gram_newton_schulz(
     rows = list(coefficients)
 
     def run(x, rows):
-        gram = exact_matmul(x, x.mT)
+        gram = exact_matmul(x, x.mT)  # A
         eye = q = jnp.broadcast_to(jnp.eye(x.shape[-2], dtype=gram.dtype), gram.shape)
         for i, (a, b, c) in enumerate(rows):
-            factor = a * eye + b * gram + c * exact_matmul(gram, gram)
+            factor = a * eye + b * gram + c * exact_matmul(gram, gram)  # B
             q = exact_matmul(factor, q) if i else factor
             if i + 1 < len(rows):
                 gram = exact_matmul(exact_matmul(factor, gram), factor)

@@ -125,7 +125,7 @@ def subspace_iteration(
 ) -> Float[Array, "*b m r"]:
     """Warm-started power steps from the previous subspace.
 
-        repeat:   P ← orthonormalize(G GᵀP / |G GᵀP| + δ P)
+        repeat:   P ← orthonormalize(G GᵀP / |G GᵀP| + δ P),   δ = 1e-5
 
     Two products of the projection's own size and `r × r` factorizations in place of an SVD. A zero
     gradient returns the previous subspace.
@@ -147,7 +147,7 @@ def subspace_iteration(
 
 @jax.jit  # traced once for all leaves of a shape
 def _replaced(p: Float[Array, "*b m r"], y: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:
-    """The orthonormal columns of `Y / |Y| + δ P`."""
+    """The orthonormal columns of `Y / |Y| + δ P`; `δ` is the default `floor` of `regularized`."""
     y = y.astype(p.dtype)
     squares = jnp.sum(y * y, axis=(-2, -1), keepdims=True)
     return orthonormalize(regularized(y * safe_reciprocal(jnp.sqrt(squares)), p))
@@ -249,7 +249,7 @@ def randomized_svd(
 ) -> Float[Array, "*b m r"]:
     """The top `r` left singular vectors, from a random subspace that is a little larger.
 
-        Q uniform, r + oversampling columns;   repeat:   Q ← orthonormalize(G GᵀQ / |G GᵀQ| + δ Q)
+        Q uniform, r + oversampling columns;   repeat:   Q ← orthonormalize(G GᵀQ / |G GᵀQ| + δ Q),   δ = 1e-5
         P = Q V[:, :r],   V the eigenvectors of (QᵀG)(QᵀG)ᵀ
 
     Args:
