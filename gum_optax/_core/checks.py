@@ -144,6 +144,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= _LONGEST and "\n" not in text else f"a value of type {type(value).__name__}"
 
 
+# Any number: about two lines of a terminal, in which a tuple of shapes or a small tree can be read.
 _LONGEST = 200
 
 

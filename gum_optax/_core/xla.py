@@ -28,7 +28,8 @@ what each function saves, measured with jax 0.10.2 on a CPU: the matrices of twe
 | `map_batched`, `same_shape_groups` | s to compile `galore_muon` | 5.9 | 8.9 |
 | `opaque_constants`, by `unstacked` | s to compile `galore_muon` | 5.9 | 10.3 |
 
-`one_by_one_on_cpu` avoids a hang. `tests/test_budgets.py` holds the temporaries.
+`one_by_one_on_cpu` avoids a hang. `tests/test_budgets.py` holds the temporaries. What a row lacks is
+explained at its function.
 """
 
 import math
@@ -120,10 +121,6 @@ def in_one(f: Callable[..., Any], *operands: Any) -> Any:
     XLA's CPU scheduler goes breadth first: it computes gradients much faster than a chain of instructions
     uses them up. A conditional is one instruction, and XLA moves nothing out of it, as it would out of a
     loop. On other devices a conditional would keep its results from being fused into what reads them.
-
-    Args:
-      f: the function.
-      operands: the arguments of `f`.
     """
 
     def never(*operands):

@@ -45,7 +45,9 @@ POLAR_EXPRESS_MINIMAX: Coefficients = (
 _HEADROOM = 1.01
 
 
-# A single matrix of this many entries fills a processor.
+# Matrices of fewer entries are multiplied as one stack. Any number at which the buffers of a stack are small.
+# Measured on a CPU, twelve matrices: one by one takes 1.3 times as long at 32 × 32, and 0.8 to 1.1 times from
+# 128 × 128 on.
 _LARGE = 2**18
 
 # The Gram form is faster on a CPU from this ratio of width to height on. Measured: 1.1 to 1.2 times as fast
@@ -114,7 +116,7 @@ def _as_wide(f: Orthogonalizer, x: Float[Array, "*b m n"]) -> Float[Array, "*b m
     """Apply `f` to wide matrices, so that `X Xᵀ` is the smaller Gram matrix. Keeps the dtype of `x`.
 
     Large matrices go through `f` a few at a time (see `map_in_place`), so that the buffers of `f` have the
-    size of a few matrices. Small matrices go through `f` as one stack, which is faster.
+    size of a few matrices. Small matrices go through `f` as one stack, which is faster for tiny ones.
     """
     tall = x.shape[-2] > x.shape[-1]
     wide = x.mT if tall else x

@@ -30,9 +30,9 @@ _CLEAN_PASSES = 2
 # only from there. The floor bounds the condition of `Y = G GᵀP + δ P` by 1e5, because `PᵀY ≥ δ I`.
 _FLOOR = 1e-5
 # A column whose squared length differs from one by more was not orthonormalized; that of an orthonormal one
-# differs by rounding.
+# differs by rounding. Any number well between rounding and one.
 _LARGEST_DEFECT = 0.1
-# The rounding of two float32 products, in units of float32's eps (measured: 1.3): see `outside`.
+# The rounding of two float32 products, in units of float32's eps: six times the measured 1.3, see `outside`.
 _PRODUCT_ROUNDINGS = 8.0
 
 
@@ -109,7 +109,10 @@ def orthonormalize(y: Float[Array, "*b m r"], shifted_passes: int = 1) -> Float[
 def regularized(
     y: Float[Array, "*b m r"], p: Float[Array, "*b m r"], floor: float = _FLOOR
 ) -> Float[Array, "*b m r"]:
-    """`Y + δ P`, which has full rank even where `Y` has not, as `orthonormalize` needs; `|Y|` is about 1."""
+    """`Y + δ P` with `δ = floor`, as `orthonormalize` needs it: of full rank even where `Y` is not.
+
+    `|Y|` is about 1.
+    """
     return y + floor * p
 
 

@@ -171,7 +171,8 @@ class Slots(NamedTuple):
 
 
 # Up to this many slots are written into a stack by choices, each of which reads its slot once for every
-# block. More slots are written one after the other, into a stack that is in memory for it.
+# block. More slots are written one after the other, into a stack that is in memory for it. Any small number:
+# the reads of the choices grow with it, and no memory does.
 _FEW = 8
 
 
