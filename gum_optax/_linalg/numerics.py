@@ -78,7 +78,7 @@ def all_true(flags: Iterable[Bool[Array, ""]]) -> Bool[Array, ""]:
     """Whether all flags are true; computed once, however many numbers wait for it.
 
     It is a dot product, which XLA fuses into nothing: a chain of conjunctions would be part of each kernel
-    that reads the result.
+    that reads the result (`findings/xla_cpu_repeated_conjunction.sh`).
     """
     false = jnp.stack([jnp.asarray(False), *(~flag for flag in flags)]).astype(jnp.float32)
     return jnp.dot(false, false) == 0
