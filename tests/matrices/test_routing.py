@@ -254,6 +254,9 @@ def test_an_axis_of_heads_makes_its_neighbour_the_size_of_a_head(size, stack):
         "grouped": ([64, 2, 4, 8], ["embed", "kv_heads", "q_per_kv", size], ((0,), (1, 2, 3))),
         "grouped_out": ([2, 4, 8, 64], ["kv_heads", "q_per_kv", size, "embed"], ((0, 1, 2), (3,))),
     }
+    if size not in ("kv", "head_dim"):
+        leaves["heads_first"] = ([4, 64, 8], ["heads", "embed", size], ((1,), (0, 2)))
+        leaves["diagonal"] = ([4, 8, 8], ["heads", size, None], ((1,), (2,)))
     front, names = [3] * stack, ["layers"] * stack
     tree = tree_of(
         {k: {"shape": front + shape, "axes": names + axes} for k, (shape, axes, _) in leaves.items()}
@@ -442,7 +445,8 @@ def test_layers_of_equinox_tell_fan_in_from_fan_out():
      ("ssm/log_A_real", (16, 32)), ("ssm/A_imag", (16, 32)), ("moe/b1", (4, 32)),
      ("reader/codebook", (16, 32)),
      ("quantizer/codebooks", (2, 16, 32)), ("codevectors", (16, 32)), ("W_E", (97, 16)), ("W_U", (16, 97)),
-     ("W_pos", (9, 16)), ("shared", (97, 16)), ("shared/weight", (97, 16)), ("lookup/w", (97, 16)),
+     ("W_pos", (9, 16)), ("attn/rel_pos_w", (9, 16)), ("shared", (97, 16)), ("shared/weight", (97, 16)),
+     ("lookup/w", (97, 16)),
      ("tok_table/w", (97, 16))],
 )  # fmt: skip
 def test_vectors_of_a_stack_tokens_and_what_has_a_side_of_one_are_no_matrices(path, shape):

@@ -1,5 +1,7 @@
 """Reads axis names. They have priority over shapes and paths: they are the model's own names for its axes."""
 
+from collections.abc import Sequence
+
 from .kinds import is_head
 from .leaves import Leaf, Model, Reading, matrix, words
 
@@ -73,9 +75,22 @@ def by_axis_names(leaf: Leaf, model: Model) -> Reading | None:
     is_first, is_last = heads[0] == 0, heads[-1] == len(free) - 1
     if is_first and is_last:  # (heads, embed, head_dim)
         sides = [axis for i, axis in enumerate(free) if i not in heads], [free[i] for i in heads]
+    elif len(heads) == 1 and is_first and len(free) == 3:
+        sides = _beside_heads(leaf)
     elif is_first:  # an output; what follows a lone axis of heads is the size of a head
         end = heads[-1] + 1 if len(heads) > 1 else len(free) - 1
         sides = free[:end], free[end:]
     else:
         sides = free[: heads[0]], free[heads[0] :]
     return matrix(leaf, *sides, "axis names")
+
+
+def _beside_heads(leaf: Leaf) -> tuple[Sequence[int], Sequence[int]]:
+    """The sides of `(heads, a, b)` without a name for the size of a head, at most half of the width.
+
+    Square blocks, as of a block-diagonal matrix, are a matrix for each head.
+    """
+    (heads, first, last), (_, a, b) = leaf.free, leaf.block
+    if 2 * a <= b:
+        return (heads, first), (last,)
+    return (first,), ((heads, last) if 2 * b <= a else (last,))

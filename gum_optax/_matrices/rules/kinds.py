@@ -85,7 +85,8 @@ def tokens(leaf: Leaf, model: Model) -> Reading | None:
     """Positions, register tokens, class tokens and latents are rows that no input selects."""
     del model
     own = words(leaf.name)
-    if _TOKEN_WORDS.isdisjoint(own) or leaf.name.lower() in KERNELS or not (_LAYERS | {"w"}).isdisjoint(own):
+    is_of_a_layer = own[:1] == ("w",) or not _LAYERS.isdisjoint(own)
+    if _TOKEN_WORDS.isdisjoint(own) or leaf.name.lower() in KERNELS or is_of_a_layer:
         return None
     kind = "embedding" if _is_embedding(leaf.name) else "token"
     return Reading(None, kind, "tokens or positions by name")
