@@ -1,10 +1,9 @@
 """What a rule does when a step is taken in turns, one layer after the other, and not by all leaves at once.
 
-`layerwise_update` calls `tx.update` once for the head, once for every layer and once for the embedding, whose
-turn also makes the state that all leaves share. Each turn passes a tree with the structure of the whole
-tree. Only the leaves of the turn are live: the others are zeros, and nobody reads their steps. A layer of a
-stack `(layers, *shape)` is a leaf `(1, *shape)`. Where layers have leaves of their own, the tree of a turn
-holds one layer in place of all.
+`layerwise_update` calls `tx.update` once for the head, once for every layer and once for the embedding. Each
+turn passes a tree with the structure of the whole tree. Only the leaves of the turn are live: the others are
+zeros, and nobody reads their steps. A layer of a stack `(layers, *shape)` is a leaf `(1, *shape)`. Where
+layers have leaves of their own, the tree of a turn holds one layer in place of all.
 
 A rule that treats every block by itself needs to know nothing of this. The few rules that do not ask
 `context.turn` what the whole tree decides:
@@ -141,7 +140,7 @@ class Turn(WholeStep):
       layer: the number of the layer; 0 in the turns of embedding and head.
       layers: how many layers there are.
       is_accepted: whether the loss is finite.
-      is_last: whether this is the last turn, which also makes the state that leaves share.
+      is_last: the last turn has no live leaf: it makes the state that leaves share.
       ledger: what is carried from turn to turn.
     """
 

@@ -147,4 +147,5 @@ def layerwise_update(
         step.take("head", gradient)
         dx = layers.backward(step, inputs, step.after_head(dx))
         _, gradient, _ = each.pulled_back(embed_part, parts["embed"], None, dx)
-        return loss, *step.take_last(optax.tree.add(gradient, of_table) if tied else gradient)
+        step.take("embed", optax.tree.add(gradient, of_table) if tied else gradient)
+        return loss, *step.finished()

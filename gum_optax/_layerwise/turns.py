@@ -54,16 +54,15 @@ class Step:
         self._shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params)
         self._ledger: list[Any] | None = None
 
-    def take(self, kind: str, gradient: Any) -> tuple[Ledger, Divided]:
-        """The turn of the head or of the embedding, and the whole state that it makes."""
+    def take(self, kind: str, gradient: Any) -> None:
+        """The turn of the head or of the embedding."""
         ledger = Ledger(self._ledger)
         context = self._context(kind, 0, ledger)
         (own,), state = self._params.of_kind(kind), self._state.of_kind(kind)
-        updates, state, new = self._updated(kind, gradient, own, state, context)
+        updates, state, _ = self._updated(kind, gradient, own, state, context)
         self._params = self._params.with_pieces({kind: [self._applied(kind, own, updates, context)]})
         self._state = self._state.with_pieces({kind: state})
         self._ledger = ledger.after
-        return ledger, new
 
     def carry(self) -> Carry:
         """What the turns of the layers change, before them or after some of them."""
@@ -107,9 +106,10 @@ class Step:
         """`x`, computed only after the step of the head, whose gradient would wait for the layers' steps."""
         return _after(self._params.of_kind("head"), x)
 
-    def take_last(self, gradient: Any) -> tuple[Any, Any]:
-        """The turn of the embedding, which also makes what leaves share: the new parameters and state."""
-        ledger, new = self.take("embed", gradient)
+    def finished(self) -> tuple[Any, Any]:
+        """The parameters and the state after the step, and after the turn of what all leaves share."""
+        ledger = Ledger(self._ledger)
+        _, _, new = self._updated(None, None, None, [], self._context(None, 0, ledger))
         if not ledger.after and _skips(self._state.tree()):
             raise ValueError(
                 "tx runs an optimizer of this library without the extra arguments of its update, as"
@@ -126,20 +126,20 @@ class Step:
         of_no_layer = [division.rest(*row) for row in pieces]
         return self._params.tree(), self._state.with_pieces({SHARED: shared, "layers": of_no_layer}).tree()
 
-    def _context(self, kind: str, number: Any, ledger: Ledger) -> MatrixContext:
+    def _context(self, kind: str | None, number: Any, ledger: Ledger) -> MatrixContext:
         turn = Turn(
             shapes=self._shapes,
             places=self._places(kind),
             layer=number if kind == "layers" else 0,
             layers=self._division.count,
             is_accepted=self._is_accepted,
-            is_last=kind == "embed",
+            is_last=kind is None,
             ledger=ledger,
         )
         return MatrixContext(turn=turn)
 
     def _updated(
-        self, kind: str, gradient: Any, own: Any, state: list[Any], context: MatrixContext
+        self, kind: str | None, gradient: Any, own: Any, state: list[Any], context: MatrixContext
     ) -> tuple[Any, list[Any], Divided]:
         """The updates, the new state of a kind, and the whole new state."""
         updates = self._tree_of(self._params, kind, [gradient])
@@ -147,7 +147,8 @@ class Step:
         before = self._tree_of(self._state, kind, state)
         updates, after = self._update(updates, before, params, context=context, **self._extra_args)
         divided = self._division.divide(after)
-        return updates, self._unless_rejected(divided.of_kind(kind), state), divided
+        new = [] if kind is None else divided.of_kind(kind)
+        return updates, self._unless_rejected(new, state), divided
 
     def _applied(self, kind: str, own: Any, updates: Any, context: MatrixContext) -> Any:
         """The new parameters of a kind."""
@@ -170,10 +171,10 @@ class Step:
     def _unless_rejected(self, new: Any, old: Any) -> Any:
         return jax.tree.map(lambda x, y: jnp.where(self._is_accepted, x, y).astype(y.dtype), new, old)
 
-    def _tree_of(self, divided: Divided, kind: str, own: list[Any]) -> Any:
+    def _tree_of(self, divided: Divided, kind: str | None, own: list[Any]) -> Any:
         """The tree of a turn: the pieces of one kind, and zeros in place of the other two."""
         pieces = {other: self._zeros(divided, other) for other in KINDS if other != kind}
-        return divided.with_pieces(pieces | {kind: own}).tree()
+        return divided.with_pieces(pieces | ({} if kind is None else {kind: own})).tree()
 
     def _zeros(self, divided: Divided, kind: str) -> list[Any]:
         pieces = divided.of_kind(kind)
@@ -183,7 +184,7 @@ class Step:
             )
         return jax.tree.map(jnp.zeros_like, pieces)
 
-    def _places(self, kind: str) -> Any:
+    def _places(self, kind: str | None) -> Any:
         """The place of each leaf of a turn in the whole tree."""
         leaves, treedef = jax.tree.flatten(self._shapes, is_leaf=is_masked)
         numbered = [x if is_masked(x) else i for i, x in enumerate(leaves)]

@@ -55,13 +55,13 @@ def _by_leaf(updates: Any, measurements: Measurements | None) -> Acceptance:
 def _in_turn(updates: Any, turn: Turn) -> Acceptance:
     """The acceptance of a step that is taken layer by layer: a layer accepts if all its leaves do.
 
-    In the last turn, the state that layers share accepts if all layers have.
+    In the last turn, which has no leaf of its own, the state that layers share accepts if all layers have.
     """
     rows = zip(jax.tree.leaves(updates), turn.are_live(updates), strict=True)
     accepted = is_finite(*[x for x, is_live in rows if is_live]) & turn.is_accepted
     all_turns = turn.accumulate(jnp.asarray(True), lambda before: before & accepted)
-    all_leaves = all_turns if turn.is_last else accepted
-    return Acceptance(all_leaves, dict.fromkeys(leaf_indices_of(updates), accepted))
+    accepted = all_turns if turn.is_last else accepted
+    return Acceptance(accepted, dict.fromkeys(leaf_indices_of(updates), accepted))
 
 
 def _skipping(

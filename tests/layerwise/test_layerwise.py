@@ -304,6 +304,30 @@ spoilt_if.defvjp(
 )
 
 
+@pytest.mark.parametrize("where", ["head", "layers", "embed"])
+@pytest.mark.parametrize("others", [None, optax.adamw(1e-2)], ids=["default", "of optax"])
+def test_what_leaves_share_stays_if_any_gradient_is_not_finite(others, where):
+    """The count of Adam's steps is of the head, the norms and the embedding together."""
+    tx, start = go.gum(1e-2, rank=2, others=others), params(count=2)
+
+    def spoilt(kind, f):
+        def spoiling(own, *rest):
+            return f(jax.tree.map(lambda x: spoilt_if(x, jnp.float32(kind == where)), own), *rest)
+
+        return spoiling
+
+    def counts(state):
+        rows = jax.tree_util.tree_leaves_with_path(state)
+        return [int(x) for path, x in rows if jax.tree_util.keystr(path).endswith(".count")]
+
+    parts = (spoilt("embed", embed), spoilt("layers", layer), spoilt("head", head))
+    step = jax.jit(lambda p, s: go.layerwise_update(tx, *parts, batch(0), s, p))
+    loss, _, state = step(start, tx.init(start))
+    assert np.isfinite(loss)
+    assert int(state.skipped) == 1
+    assert set(counts(state)) == {0}
+
+
 @pytest.mark.parametrize("stacked", [True, False])
 def test_a_gradient_that_is_not_finite_leaves_its_layer_as_it_was(stacked):
     """The first layer's matrix gets a gradient of NaN behind a finite loss; the others step as they would."""
