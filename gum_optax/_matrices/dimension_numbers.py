@@ -140,10 +140,13 @@ def is_patterns(spec: Any, tree: Any) -> bool:
     return all(map(_is_entry, spec.values())) and not all((name,) in flat for name in spec)
 
 
+def _is_pair(x: Any) -> bool:
+    return isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], str)
+
+
 def check_patterns(spec: Any) -> None:
     """Raise a TypeError for a pattern that has no role, or for patterns that are no mapping."""
-    pairs = isinstance(spec, list) and [x for x in spec if isinstance(x, tuple) and isinstance(x[0], str)]
-    if pairs and pairs == spec:
+    if isinstance(spec, list) and spec and all(map(_is_pair, spec)):
         raise TypeError(f"weight_dimension_numbers takes patterns as a mapping; pass dict({spec!r}).")
     for pattern, role in spec.items() if isinstance(spec, dict) else ():
         if isinstance(pattern, str) and not _WILDCARDS.isdisjoint(pattern) and not _is_entry(role):

@@ -565,6 +565,12 @@ def test_a_pattern_without_a_role_is_refused_at_construction(spec, message):
         go.muon(1e-3, weight_dimension_numbers=spec)
 
 
+def test_a_list_is_a_tree_of_roles_unless_it_holds_patterns():
+    tx = go.muon(1e-3, weight_dimension_numbers=[(), go.OUT_IN])
+    found = go.describe(tx, [(), jnp.ones((4, 6))]).leaves
+    assert [leaf.reason for leaf in found if leaf.kind == "matrix"] == ["your dimension numbers"]
+
+
 def test_a_pattern_that_decides_no_leaf_is_warned_of():
     params = tree_of({"layers/up/kernel": {"shape": [16, 32]}})
     tx = go.muon(1e-3, weight_dimension_numbers={"*": None, "layer/*": go.LAST_TWO})
